@@ -1,0 +1,1 @@
+"""Low-rank weight gradients for training language models on one GPU."""

@@ -1,0 +1,1 @@
+"""Benchmarks as a library; the commands are in scripts/."""

@@ -1,0 +1,1 @@
+"""The training pipeline as a library: tokenizer, data, model, training, evaluation, chat."""
