@@ -1,0 +1,173 @@
+"""MoleGradConfig: every choice the low-rank gradient leaves to the user, validated once.
+
+A frozen dataclass, so that a run's configuration cannot drift while it runs and can be written
+into its checkpoint as it stands (`dataclasses.asdict`). Each field carries its help text in
+`metadata["help"]`; the command line flags `--streaming_<field>` are generated from these fields.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Method = Literal["power", "tangent"]
+GradientMode = Literal["dense", "factored"]
+
+METHODS = ("power", "tangent")
+GRADIENT_MODES = ("dense", "factored")
+TARGET_GROUPS = ("ffn_only", "attention_only", "all")
+
+
+def _field(default: Any, help: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class MoleGradConfig:
+    """How the weight gradients of a model's large linear layers are estimated.
+
+    Raises:
+        ValueError: a field is out of range; the message names field, value and remedy.
+        TypeError: a field has the wrong type.
+    """
+
+    rank_k: int = _field(32, "rank k of the kept gradient modes of each layer")
+    power_iters: int = _field(
+        1,
+        "block power iterations of method 'power'; 1 costs two products with A and two with B, "
+        "0 projects on the warm-started right basis in a single pass",
+    )
+    method: Method = _field(
+        "tangent",
+        "estimator: 'power' (two dependent passes, for a single micro-batch) or 'tangent' (one "
+        "pass, linear in the gradient, hence exact under accumulation and data parallelism)",
+    )
+    target_layers: str | tuple[str, ...] = _field(
+        "ffn_only",
+        "layers to convert: 'ffn_only', 'attention_only', 'all' (every linear layer but the output "
+        "head), or module names, name suffixes or regular expressions (comma separated), as "
+        "PEFT's target_modules takes them",
+    )
+    warm_start_decay: float = _field(
+        0.95,
+        "share of a basis kept from one step to the next; the ceil((1 - decay) * k) weakest "
+        "directions are replaced by seeded random ones (exploration); 1 keeps all, 0 none",
+    )
+    trust_scaling: bool = _field(
+        False,
+        "scale the estimate so that its norm matches the Hutch++ estimate of the true "
+        "gradient's norm (needs probes >= 1)",
+    )
+    trust_max: float = _field(3.0, "upper limit of the trust factor; its lower limit is 1")
+    probes: int = _field(
+        0,
+        "random probe columns in the sketch for the free estimate of the gradient's norm "
+        "(energy_capture, trust factor); 0 switches both off",
+    )
+    cond_max: float = _field(
+        1e3,
+        "orthogonalisation threshold: largest condition number (of the column-normalised block) "
+        "for which CholeskyQR is used; beyond it the Householder fallback takes over",
+    )
+    min_layer_utilization: float = _field(
+        0.5,
+        "a layer is converted only if the factors save at least this share of the dense "
+        "gradient's numbers: 1 - k (m + n) / (m n)",
+    )
+    gradient_mode: GradientMode = _field(
+        "dense",
+        "'dense' writes the estimate to weight.grad (any optimizer works); 'factored' keeps "
+        "sketches as gradients of two small parameters and needs molegrad.optim.Muon",
+    )
+    seed: int = _field(0, "seed of the initial bases, the exploration and the probes")
+
+    def __post_init__(self) -> None:
+        self._require_int("rank_k", minimum=1)
+        self._require_int("power_iters", minimum=0)
+        self._require_int("probes", minimum=0)
+        self._require_int("seed", minimum=0)
+        self._require_choice("method", METHODS)
+        self._require_choice("gradient_mode", GRADIENT_MODES)
+        self._require_number("warm_start_decay", 0.0, 1.0)
+        self._require_number("min_layer_utilization", 0.0, 1.0)
+        self._require_number("cond_max", 1.0, 1e7)
+        self._require_number("trust_max", 1.0, math.inf)
+        if not isinstance(self.trust_scaling, bool):
+            raise TypeError(f"trust_scaling must be True or False, got {self.trust_scaling!r}")
+        if self.trust_scaling and self.probes < 1:
+            raise ValueError(
+                "trust_scaling=True needs the norm estimate: set probes to 1 or more (4 is a good "
+                f"choice), got probes={self.probes}"
+            )
+        object.__setattr__(self, "target_layers", _normalized_targets(self.target_layers))
+        if self.method == "tangent" and self.power_iters != 1:
+            raise ValueError(
+                f"power_iters={self.power_iters} has no meaning for method='tangent', which makes "
+                "one linear pass: leave it at 1 or choose method='power'"
+            )
+
+    @property
+    def explored(self) -> int:
+        """Number of basis directions that are replaced by random ones at every step."""
+        return min(self.rank_k, math.ceil((1.0 - self.warm_start_decay) * self.rank_k - 1e-9))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able; `MoleGradConfig(**d)` gives the same configuration back."""
+        values = dataclasses.asdict(self)
+        if isinstance(self.target_layers, tuple):
+            values["target_layers"] = list(self.target_layers)
+        return values
+
+    def _require_int(self, name: str, minimum: int) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be an integer, got {value!r}")
+        if value < minimum:
+            raise ValueError(f"{name} must be at least {minimum}, got {value}")
+
+    def _require_number(self, name: str, low: float, high: float) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be a number, got {value!r}")
+        if not low <= value <= high:
+            raise ValueError(f"{name} must lie between {low:g} and {high:g}, got {value!r}")
+
+    def _require_choice(self, name: str, choices: Sequence[str]) -> None:
+        value = getattr(self, name)
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+
+
+def _normalized_targets(targets: Any) -> str | tuple[str, ...]:
+    if targets == "all-linear":  # PEFT's name for the same choice
+        return "all"
+    if isinstance(targets, str):
+        names = tuple(part.strip() for part in targets.split(",") if part.strip())
+        if len(names) == 1 and names[0] in TARGET_GROUPS:
+            return names[0]
+    elif isinstance(targets, Sequence) and all(isinstance(t, str) for t in targets):
+        names = tuple(targets)
+    else:
+        raise TypeError(
+            "target_layers must be 'ffn_only', 'attention_only', 'all' or a list of module names "
+            f"or patterns, got {targets!r}"
+        )
+    if not names:
+        raise ValueError("target_layers is empty: name at least one layer or pattern, or a group")
+    for name in names:
+        if name in TARGET_GROUPS:
+            raise ValueError(
+                f"target_layers mixes the group {name!r} with names: give either one group "
+                f"({', '.join(TARGET_GROUPS)}) or names and patterns only"
+            )
+        try:
+            re.compile(name)
+        except re.error as error:
+            raise ValueError(
+                f"target_layers has {name!r}, which is no valid regular expression: {error}"
+            ) from None
+    return names
