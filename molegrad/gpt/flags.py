@@ -1,0 +1,189 @@
+"""Command-line flags: one frozen dataclass per command, parsed by tyro.
+
+What: `parse(Config)` turns `sys.argv` into a `Config`; `resolved(config)` turns it back into a
+dictionary for the run's config.json; `StreamingFields` is the base class that adds
+`--enable_streaming` and one `--streaming_<field>` per field of `MoleGradConfig`.
+
+Why: every command of the pipeline spells its flags the same way. `--a-b` and `--a_b` are one flag;
+a boolean is `--flag=True`, `--flag False`, `--flag` or `--no-flag`. The streaming flags are
+generated from `MoleGradConfig`, so that neither a default nor a help text is written twice.
+
+How to run:
+
+    @dataclass(frozen=True)
+    class Config(StreamingFields):
+        depth: int = field(default=4, metadata={"help": "number of blocks"})
+
+    config = parse(Config, ["--depth=2", "--enable_streaming=True", "--streaming_rank_k=32"])
+    config.streaming_config()   # a MoleGradConfig, or None where streaming is off
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import sys
+import types
+import typing
+from collections.abc import Sequence
+
+import torch
+import tyro
+
+from molegrad.config import MoleGradConfig
+
+PREFIX = "streaming_"
+_TRUE = frozenset({"true", "1", "yes", "on"})
+_FALSE = frozenset({"false", "0", "no", "off"})
+
+Config = typing.TypeVar("Config")
+
+
+def parse(config_class: type[Config], argv: Sequence[str] | None = None, prog=None) -> Config:
+    """The command line as an instance of `config_class`.
+
+    Args:
+        config_class: a (frozen) dataclass; a field's help is its `metadata["help"]` or docstring.
+        argv: the arguments without the program name; `sys.argv[1:]` by default.
+        prog: the program's name in the help text.
+
+    Raises:
+        SystemExit: code 0 after `--help`; code 2 after a message that names the flag and the
+            value (and the nearest known flags) when the command line or a value is wrong.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    prog = prog or f"python -m scripts.{pathlib.Path(sys.argv[0]).stem}"
+    arguments = _spell_booleans(argv, _boolean_flags(config_class))
+    try:
+        return tyro.cli(
+            config_class,
+            args=arguments,
+            prog=prog,
+            description=_summary(config_class),
+            config=(tyro.conf.FlagConversionOff,),
+        )
+    except (ValueError, TypeError) as error:
+        print(f"{prog}: {error}\nFor the flags, run {prog} --help", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def resolved(config) -> dict:
+    """Every field of `config` (a dataclass instance) as JSON-able values, nested ones included."""
+    if not dataclasses.is_dataclass(config) or isinstance(config, type):
+        raise TypeError(f"resolved() wants a dataclass instance, not {config!r}")
+    return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+
+
+def show(config, title: str = "configuration") -> str:
+    """`resolved(config)` as text, one `name  value` line per field, for the top of a run's log."""
+    values = resolved(config)
+    width = max((len(name) for name in values), default=0)
+    lines = [f"  {name:<{width}}  {json.dumps(value)}" for name, value in values.items()]
+    return "\n".join([title, *lines])
+
+
+def streaming_fields() -> list[tuple[str, object, dataclasses.Field]]:
+    """(name, type, field) of `streaming_<field>` for every field of `MoleGradConfig`."""
+    hints = typing.get_type_hints(MoleGradConfig)
+    entries = []
+    for source in dataclasses.fields(MoleGradConfig):
+        given = {}
+        if source.default is not dataclasses.MISSING:
+            given["default"] = source.default
+        elif source.default_factory is not dataclasses.MISSING:
+            given["default_factory"] = source.default_factory
+        field = dataclasses.field(**given, metadata=dict(source.metadata))
+        entries.append((PREFIX + source.name, hints[source.name], field))
+    return entries
+
+
+def _streaming_config(self) -> MoleGradConfig | None:
+    """The `MoleGradConfig` these flags describe, or None where `enable_streaming` is False."""
+    if not self.enable_streaming:
+        return None
+    names = [source.name for source in dataclasses.fields(MoleGradConfig)]
+    return MoleGradConfig(**{name: getattr(self, PREFIX + name) for name in names})
+
+
+def _validate_streaming(self) -> None:
+    """Wrong streaming values are found where the flags are parsed, not where layers are made."""
+    self.streaming_config()
+
+
+StreamingFields = dataclasses.make_dataclass(
+    "StreamingFields",
+    [
+        (
+            "enable_streaming",
+            bool,
+            dataclasses.field(
+                default=False,
+                metadata={"help": "low-rank weight gradients (MoleGrad) in the target layers"},
+            ),
+        ),
+        *streaming_fields(),
+    ],
+    frozen=True,
+    namespace={
+        "__doc__": "Base class: `--enable_streaming` and the `--streaming_<field>` flags.",
+        "__module__": __name__,
+        "streaming_config": _streaming_config,
+        "__post_init__": _validate_streaming,
+    },
+)
+
+
+def _summary(config_class) -> str:
+    """First paragraph of the class's docstring: the text on top of `--help`."""
+    return (config_class.__doc__ or "").strip().split("\n\n")[0]
+
+
+def _plain(value):
+    """`value` in the types JSON knows."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return resolved(value)
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_plain(item) for item in value]
+    if isinstance(value, (torch.dtype, torch.device, os.PathLike)):
+        return str(value)
+    return value
+
+
+def _boolean_flags(config_class) -> set[str]:
+    """Flags (spelt with dashes, without the leading ones) whose value is a boolean."""
+    hints = typing.get_type_hints(config_class)
+    names = set()
+    for field in dataclasses.fields(config_class):
+        hint = hints[field.name]
+        union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+        members = typing.get_args(hint) if union else (hint,)
+        if bool in members:
+            names.add(field.name.replace("_", "-"))
+    return names
+
+
+def _spell_booleans(argv: list[str], booleans: set[str]) -> list[str]:
+    """`argv` with every boolean in the one spelling tyro takes: `--flag True` or `--flag False`."""
+    out, i = [], 0
+    while i < len(argv):
+        word = argv[i]
+        i += 1
+        if not word.startswith("--"):
+            out.append(word)
+            continue
+        name, equals, value = word[2:].partition("=")
+        name = name.replace("_", "-")
+        if not equals and name.startswith("no-") and name[3:] in booleans:
+            out += ["--" + name[3:], "False"]
+        elif name not in booleans:
+            out.append(word)
+        else:
+            if not equals:
+                stated = i < len(argv) and argv[i].lower() in _TRUE | _FALSE
+                value = argv[i] if stated else "True"
+                i += stated
+            known = {**dict.fromkeys(_TRUE, "True"), **dict.fromkeys(_FALSE, "False")}
+            out += ["--" + name, known.get(value.lower(), value)]
+    return out

@@ -1,0 +1,125 @@
+"""Flags: both spellings, booleans in every spelling, generated streaming flags, clear errors."""
+
+import dataclasses
+import json
+import pathlib
+from dataclasses import dataclass, field
+
+import pytest
+
+from molegrad.config import MoleGradConfig
+from molegrad.gpt import flags
+
+
+@dataclass(frozen=True)
+class Example(flags.StreamingFields):
+    """An example command.
+
+    Its second paragraph.
+    """
+
+    depth: int = field(default=4, metadata={"help": "number of blocks"})
+    max_seq_len: int = 256
+    compile: bool = True
+    where: pathlib.Path = pathlib.Path("here")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.depth < 1:
+            raise ValueError(f"depth must be at least 1, got {self.depth}")
+
+
+def test_dashes_and_underscores_are_one_flag():
+    assert flags.parse(Example, ["--max-seq-len", "8"]).max_seq_len == 8
+    assert flags.parse(Example, ["--max_seq_len=8"]).max_seq_len == 8
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--compile=False"], False),
+        (["--compile", "false"], False),
+        (["--no-compile"], False),
+        (["--compile=0"], False),
+        (["--compile"], True),
+        (["--compile", "--depth", "3"], True),
+        (["--compile=True"], True),
+        ([], True),
+    ],
+)
+def test_every_spelling_of_a_boolean(words, expected):
+    assert flags.parse(Example, words).compile is expected
+
+
+def test_the_streaming_flags_of_the_readme():
+    config = flags.parse(
+        Example,
+        [
+            "--enable_streaming=True",
+            "--streaming_rank_k=32",
+            "--streaming_power_iters=1",
+            "--streaming_target_layers=ffn_only",
+            "--streaming_warm_start_decay=0.95",
+        ],
+    )
+    assert config.streaming_config() == MoleGradConfig(
+        rank_k=32, power_iters=1, target_layers="ffn_only", warm_start_decay=0.95
+    )
+
+
+def test_streaming_is_off_unless_asked_for():
+    assert flags.parse(Example, ["--streaming_rank_k=8"]).streaming_config() is None
+
+
+def test_every_field_of_the_library_is_a_flag_with_its_default_and_help(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        flags.parse(Example, ["--help"])
+    assert stopped.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "An example command." in text and "number of blocks" in text
+    for source in dataclasses.fields(MoleGradConfig):
+        assert "--streaming-" + source.name.replace("_", "-") in text
+        assert getattr(Example(), "streaming_" + source.name) == getattr(
+            MoleGradConfig(), source.name
+        )
+    names = {name for name, _, _ in flags.streaming_fields()}
+    assert names == {"streaming_" + f.name for f in dataclasses.fields(MoleGradConfig)}
+
+
+def test_layer_patterns():
+    words = ["--enable_streaming", "--streaming_target_layers=c_fc,attn"]
+    assert flags.parse(Example, words).streaming_config().target_layers == ("c_fc", "attn")
+
+
+def test_an_unknown_flag_is_an_error_with_a_suggestion(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        flags.parse(Example, ["--max-sequence-len", "3"])
+    assert stopped.value.code == 2
+    text = capsys.readouterr().err
+    assert "--max-sequence-len" in text and "--max-seq-len" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "phrase"),
+    [
+        (["--depth=0"], "depth must be at least 1, got 0"),
+        (["--depth=three"], "three"),
+        (["--compile=maybe"], "maybe"),
+        (["--enable_streaming", "--streaming_rank_k=0"], "rank_k must be at least 1, got 0"),
+    ],
+)
+def test_a_wrong_value_is_named(words, phrase, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        flags.parse(Example, words)
+    assert stopped.value.code == 2
+    assert phrase in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+def test_resolved_is_json_and_complete():
+    config = flags.parse(Example, ["--depth=7", "--streaming_target_layers=a,b"])
+    values = json.loads(json.dumps(flags.resolved(config)))
+    assert values["depth"] == 7 and values["where"] == "here"
+    assert set(values) == {f.name for f in dataclasses.fields(Example)}
+    assert "depth" in flags.show(config)
+    with pytest.raises(TypeError, match="dataclass instance"):
+        flags.resolved(Example)
