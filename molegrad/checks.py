@@ -1,0 +1,183 @@
+"""What the ops accept, in one place: used by the reference and by the fake (shape) kernels.
+
+Every failure is a RuntimeError that starts with "molegrad::<op>: " and names what was given.
+The native kernels make the same checks in C++ (csrc/checks.h) in the same words.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _shape(x: Tensor) -> str:
+    return "(" + ", ".join(str(s) for s in x.shape) + ")"
+
+
+def _require(condition: bool, op: str, message: str) -> None:
+    if not condition:
+        raise RuntimeError(f"molegrad::{op}: {message}")
+
+
+def floating(op: str, **tensors: Tensor | None) -> None:
+    """All tensors are floating point and on one device."""
+    given = {name: t for name, t in tensors.items() if t is not None}
+    for name, t in given.items():
+        _require(t.is_floating_point(), op, f"{name} must be floating point, got {t.dtype}")
+        _require(
+            t.dtype.itemsize >= 2, op, f"{name} must be floating point of 16 bits or more, "
+            f"got {t.dtype}: convert it first",
+        )  # fmt: skip
+    first_name, first = next(iter(given.items()))
+    for name, t in given.items():
+        _require(
+            t.device == first.device, op, f"expected {first_name} and {name} on the same device, "
+            f"got {first.device} and {t.device}",
+        )  # fmt: skip
+
+
+def matrix(op: str, name: str, x: Tensor) -> None:
+    _require(x.dim() == 2, op, f"{name} must be a matrix, got shape {_shape(x)}")
+
+
+def tokens(op: str, a: Tensor, b: Tensor) -> None:
+    """a (…, T, n) and b (…, T, m): same dtype and leading dimensions."""
+    _require(
+        a.dim() >= 2 and b.dim() >= 2, op,
+        f"a and b need at least two dimensions (…, T, features), got a {_shape(a)} and b {_shape(b)}",
+    )  # fmt: skip
+    _require(
+        a.shape[:-1] == b.shape[:-1], op,
+        "expected a and b to agree in every dimension but the last, "
+        f"got a {_shape(a)} and b {_shape(b)}",
+    )  # fmt: skip
+    _require(
+        a.dtype == b.dtype, op, f"expected a and b of the same dtype, got {a.dtype} and {b.dtype}"
+    )
+
+
+def basis(op: str, name: str, x: Tensor, rows: int, rank_max: int | None = None) -> None:
+    """x (rows, k) with k >= 1, and k <= rank_max where columns must be orthonormal."""
+    matrix(op, name, x)
+    _require(
+        x.shape[0] == rows, op, f"expected {name} with {rows} rows, got shape {_shape(x)}"
+    )
+    k = x.shape[1]
+    _require(k >= 1, op, f"rank k={k} of {name} must be at least 1")
+    if rank_max is not None:
+        _require(
+            k <= rank_max, op, f"rank k={k} of {name} exceeds {rank_max}: choose a smaller rank"
+        )
+
+
+def cond(op: str, cond_max: float) -> None:
+    _require(cond_max >= 1.0, op, f"cond_max must be at least 1, got {cond_max}")
+
+
+def lowrank_grad(a, b, v, power_iters=1, probes=None, cond_max=1e3) -> None:
+    op = "lowrank_grad"
+    floating(op, a=a, b=b, v=v, probes=probes)
+    tokens(op, a, b)
+    n, m = a.shape[-1], b.shape[-1]
+    basis(op, "v", v, n, min(m, n))
+    if probes is not None:
+        basis(op, "probes", probes, n)
+    _require(power_iters >= 0, op, f"power_iters must be >= 0, got {power_iters}")
+    cond(op, cond_max)
+
+
+def sketch(a, b, u, v, op: str = "sketch") -> None:
+    floating(op, a=a, b=b, u=u, v=v)
+    tokens(op, a, b)
+    basis(op, "u", u, b.shape[-1])
+    basis(op, "v", v, a.shape[-1])
+
+
+def sketch_accumulate_(y, w, a, b, u, v) -> None:
+    op = "sketch_accumulate_"
+    sketch(a, b, u, v, op)
+    floating(op, a=a, y=y, w=w)
+    dtype = torch.float64 if a.dtype == torch.float64 else torch.float32
+    for name, x, shape in (
+        ("y", y, (b.shape[-1], v.shape[1])),
+        ("w", w, (a.shape[-1], u.shape[1])),
+    ):
+        _require(
+            tuple(x.shape) == shape and x.dtype == dtype and x.is_contiguous(), op,
+            f"expected {name} contiguous of shape {shape} and {dtype}, "
+            f"got {_shape(x)}, {x.dtype}, strides {tuple(x.stride())}",
+        )  # fmt: skip
+
+
+def orthonormalize(y, cond_max=1e3) -> None:
+    op = "orthonormalize"
+    floating(op, y=y)
+    _require(y.dim() >= 2, op, f"y needs at least two dimensions (…, m, k), got {_shape(y)}")
+    m, k = y.shape[-2:]
+    _require(1 <= k <= m, op, f"rank k={k} must lie between 1 and m={m}, got y {_shape(y)}")
+    cond(op, cond_max)
+
+
+def tangent_factors(u, v, y, w, cond_max=1e3) -> None:
+    op = "tangent_factors"
+    floating(op, u=u, v=v, y=y, w=w)
+    matrix(op, "u", u)
+    matrix(op, "v", v)
+    m, n, k = u.shape[0], v.shape[0], u.shape[1]
+    _require(
+        k >= 1 and 2 * k <= m, op,
+        f"rank k={k} needs 1 <= 2k <= m={m}: the tangent estimate has rank 2k",
+    )  # fmt: skip
+    for name, x, shape in (("v", v, (n, k)), ("y", y, (m, k)), ("w", w, (n, k))):
+        _require(tuple(x.shape) == shape, op, f"expected {name} {shape}, got {_shape(x)}")
+    for name, x in (("v", v), ("y", y), ("w", w)):
+        _require(
+            x.dtype == u.dtype, op, f"expected u and {name} of the same dtype, "
+            f"got {u.dtype} and {x.dtype}",
+        )  # fmt: skip
+    cond(op, cond_max)
+
+
+def polar_factor(w) -> None:
+    op = "polar_factor"
+    floating(op, w=w)
+    _require(w.dim() >= 2, op, f"w needs at least two dimensions (…, n, k), got {_shape(w)}")
+    n, k = w.shape[-2:]
+    _require(1 <= k <= n, op, f"rank k={k} must lie between 1 and n={n}, got w {_shape(w)}")
+
+
+def lowrank_update_(weight, u, w, alpha=-1.0, decay=0.0) -> None:
+    op = "lowrank_update_"
+    floating(op, weight=weight, u=u, w=w)
+    matrix(op, "weight", weight)
+    basis(op, "u", u, weight.shape[0])
+    basis(op, "w", w, weight.shape[1])
+    _require(
+        u.shape[1] == w.shape[1], op, f"expected u and w of one rank k, got {_shape(u)} and {_shape(w)}"
+    )
+
+
+def linear(op: str, x, weight, bias, basis_u, basis_v, rank_k) -> None:
+    floating(op, x=x, weight=weight, bias=bias)
+    floating(op, x=x, basis_u=basis_u, basis_v=basis_v)
+    matrix(op, "weight", weight)
+    m, n = weight.shape
+    _require(
+        x.dim() >= 1 and x.shape[-1] == n, op,
+        f"expected x with {n} features in its last dimension, got x {_shape(x)}",
+    )  # fmt: skip
+    _require(
+        x.dtype == weight.dtype, op, f"expected x and weight of the same dtype, got {x.dtype} and "
+        f"{weight.dtype}: convert one or use torch.autocast",
+    )  # fmt: skip
+    if bias is not None:
+        _require(
+            tuple(bias.shape) == (m,) and bias.dtype == weight.dtype, op,
+            f"expected bias ({m},) of {weight.dtype}, got {_shape(bias)} of {bias.dtype}",
+        )  # fmt: skip
+    basis(op, "basis_u", basis_u, m)
+    basis(op, "basis_v", basis_v, n)
+    _require(
+        1 <= rank_k <= min(m, n, basis_v.shape[1]), op,
+        f"rank k={rank_k} must lie between 1 and {min(m, n, basis_v.shape[1])}",
+    )  # fmt: skip

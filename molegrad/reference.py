@@ -1,0 +1,190 @@
+"""The mathematics of MoleGrad in plain torch: one function per op, written like the formulas.
+
+These functions define what `torch.ops.molegrad.*` compute. They run on every device torch runs
+on, serve where no native kernel is built, and are what every native kernel is tested against.
+They expect checked arguments (`molegrad.checks`).
+
+Notation: T tokens, n in_features, m out_features, A (T, n) a layer's input, B (T, m) the gradient
+of its output, G = BᵀA (m, n) the weight gradient, which none of them forms, k the rank, U (m, k)
+the left basis, V (n, k) the right basis, Y = G V (m, k), W = Gᵀ U (n, k).
+
+Sources: randomised subspace iteration, Halko, Martinsson, Tropp, "Finding structure with
+randomness" (2011); CholeskyQR2, Yamamoto et al. (2015); Hutch++, Meyer et al. (2021); the tangent
+space of the rank-k manifold, Koch and Lubich (2007); Muon's polar factor, Jordan et al. (2024).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+SAFE, ILL_CONDITIONED, RANK_DEFICIENT, NON_FINITE = 0, 1, 2, 3
+TOKEN_CHUNK = 8192
+ROW_CHUNK = 1024
+
+
+def acc_dtype(dtype: torch.dtype) -> torch.dtype:
+    """dtype of sums and results: float64 for float64, float32 for everything narrower."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _tokens(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _chunks(a: Tensor, b: Tensor):
+    """Token chunks of A and B in the accumulation dtype, so that a conversion stays small."""
+    dtype = acc_dtype(a.dtype)
+    pairs = zip(_tokens(a).split(TOKEN_CHUNK), _tokens(b).split(TOKEN_CHUNK), strict=True)
+    for a_chunk, b_chunk in pairs:
+        yield a_chunk.to(dtype), b_chunk.to(dtype)
+
+
+def _left_product(a: Tensor, b: Tensor, v: Tensor) -> Tensor:
+    """Y = Bᵀ(A V)."""
+    y = v.new_zeros(b.shape[-1], v.shape[1])
+    for a_t, b_t in _chunks(a, b):
+        y.addmm_(b_t.mT, a_t @ v)
+    return y
+
+
+def sketch_accumulate_(y: Tensor, w: Tensor, a: Tensor, b: Tensor, u: Tensor, v: Tensor) -> None:
+    """Y += Bᵀ(A V), W += Aᵀ(B U), reading A and B once."""
+    u, v = u.to(y.dtype), v.to(y.dtype)
+    for a_t, b_t in _chunks(a, b):
+        y.addmm_(b_t.mT, a_t @ v)
+        w.addmm_(a_t.mT, b_t @ u)
+
+
+def sketch(a: Tensor, b: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Y = Bᵀ(A V) and W = Aᵀ(B U)."""
+    dtype = acc_dtype(a.dtype)
+    y = torch.zeros(b.shape[-1], v.shape[1], dtype=dtype, device=a.device)
+    w = torch.zeros(a.shape[-1], u.shape[1], dtype=dtype, device=a.device)
+    sketch_accumulate_(y, w, a, b, u, v)
+    return y, w
+
+
+def lowrank_grad(
+    a: Tensor,
+    b: Tensor,
+    v: Tensor,
+    power_iters: int = 1,
+    probes: Tensor | None = None,
+    cond_max: float = 1e3,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Block power method: U with orthonormal columns and W = GᵀU, so that Ĝ = U Wᵀ."""
+    v = v.to(acc_dtype(a.dtype))
+    k = v.shape[1]
+    start = v if probes is None else torch.cat([v, probes.to(v.dtype)], dim=1)
+    y, g_probes = _left_product(a, b, start).split([k, start.shape[1] - k], dim=1)
+
+    norm_sq = None
+    if probes is not None:  # Hutch++: ‖G‖² = ‖GV‖² + E ‖G (I − VVᵀ) ω‖²
+        residual = g_probes - y @ (v.mT @ probes.to(v.dtype))
+        norm_sq = y.square().sum() + residual.square().sum() / probes.shape[1]
+
+    u, r, status = orthonormalize(y, cond_max)
+    if power_iters == 0:
+        w = v @ r.mT
+    for i in range(power_iters):
+        w = _left_product(b, a, u)  # Aᵀ(B U)
+        if i + 1 < power_iters:
+            y = _left_product(a, b, orthonormalize(w, cond_max)[0])
+            u, _, new_status = orthonormalize(y, cond_max)
+            status = torch.maximum(status, new_status)
+    if norm_sq is None:
+        norm_sq = w.square().sum()
+    return u, w, norm_sq, status
+
+
+def orthonormalize(y: Tensor, cond_max: float = 1e3) -> tuple[Tensor, Tensor, Tensor]:
+    """Y = Q R, Q orthonormal for every Y: CholeskyQR2 where it is safe, Householder elsewhere."""
+    y = y.to(acc_dtype(y.dtype))
+    m, k = y.shape[-2:]
+    eps = torch.finfo(y.dtype).eps
+    eye = torch.eye(m, k, dtype=y.dtype, device=y.device)
+
+    finite = y.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
+    z = torch.where(finite, y, eye)
+    scale = _positive(z.abs().amax(-2, keepdim=True))  # first by the largest entry: no overflow
+    z = z / scale
+    norm = _positive(torch.linalg.vector_norm(z, dim=-2, keepdim=True))
+    z = z / norm
+    scale = scale * norm
+
+    q, r, cond = _cholesky_qr2(z)
+    safe = (cond <= cond_max)[..., None, None]  # False for NaN too
+    status = torch.zeros(y.shape[:-2], dtype=torch.int32, device=y.device)
+    # On the CPU a branch costs nothing; elsewhere it would make the host wait for the device.
+    if y.device.type != "cpu" or not bool(safe.all()):
+        q_house, r_house = torch.linalg.qr(z)
+        diagonal = r_house.diagonal(dim1=-2, dim2=-1)
+        sign = torch.where(diagonal < 0, -1.0, 1.0).to(z.dtype)
+        q = torch.where(safe, q, q_house * sign.unsqueeze(-2))
+        r = torch.where(safe, r, r_house * sign.unsqueeze(-1))
+        deficient = diagonal.abs().amin(-1) <= 8 * eps * k**0.5
+        fallback = torch.where(deficient, RANK_DEFICIENT, ILL_CONDITIONED).to(torch.int32)
+        status = torch.where(safe[..., 0, 0], status, fallback)
+    status = torch.where(finite[..., 0, 0], status, NON_FINITE).to(torch.int32)
+    r = torch.where(finite, r * scale, torch.nan)
+    return q.contiguous(), r.contiguous(), status
+
+
+def _positive(x: Tensor) -> Tensor:
+    return torch.where(x > 0, x, 1.0)
+
+
+def _cholesky_qr2(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Two rounds of R = chol(ZᵀZ)ᵀ, Q = Z R⁻¹; the condition is read off the first diagonal."""
+    lower, _ = torch.linalg.cholesky_ex(z.mT @ z)
+    diagonal = lower.diagonal(dim1=-2, dim2=-1)
+    cond = diagonal.amax(-1) / diagonal.amin(-1)
+    q = torch.linalg.solve_triangular(lower.mT, z, upper=True, left=False)
+    lower2, _ = torch.linalg.cholesky_ex(q.mT @ q)
+    q = torch.linalg.solve_triangular(lower2.mT, q, upper=True, left=False)
+    return q, lower2.mT @ lower.mT, cond
+
+
+def tangent_factors(
+    u: Tensor, v: Tensor, y: Tensor, w: Tensor, cond_max: float = 1e3
+) -> tuple[Tensor, Tensor]:
+    """Factors of Ĝ = U Wᵀ + (I − UUᵀ) Y Vᵀ, the projection of G on the tangent space at (U, V)."""
+    dtype = acc_dtype(y.dtype)
+    u, v, y, w = (x.to(dtype) for x in (u, v, y, w))
+    k = u.shape[1]
+    y_perp = y - u @ (u.mT @ y)
+    y_perp = y_perp - u @ (u.mT @ y_perp)  # twice is enough (Kahan, Parlett)
+    left, r, _ = orthonormalize(torch.cat([u, y_perp], dim=1), cond_max)
+    # U = L R₁ and Y⊥ = L R₂ exactly, also where U is orthonormal to rounding only.
+    return left, torch.cat([w, v], dim=1) @ r.mT
+
+
+def polar_factor(w: Tensor) -> Tensor:
+    """P = W (WᵀW)^(−1/2) in k×k work: the polar factor of Ĝ = U Wᵀ is U Pᵀ. Zero modes stay 0."""
+    dtype = acc_dtype(w.dtype)
+    k = w.shape[-1]
+    scale = _positive(w.to(dtype).abs().amax((-2, -1), keepdim=True))
+    w = w.to(dtype) / scale
+    finite = w.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
+    gram = torch.where(finite, w, 0.0).double()
+    eigenvalues, basis = torch.linalg.eigh(gram.mT @ gram)
+    # Below the rounding of W (or of its Gram matrix in float64) a mode has no direction.
+    tolerance = max(8 * k**0.5 * torch.finfo(dtype).eps, 1e-7) ** 2
+    kept = eigenvalues > tolerance * eigenvalues[..., -1:]
+    inverse = torch.where(kept, eigenvalues, 1.0).rsqrt() * kept
+    root = (basis * inverse.unsqueeze(-2)) @ basis.mT
+    return torch.where(finite, w @ root.to(dtype), torch.nan)
+
+
+def lowrank_update_(
+    weight: Tensor, u: Tensor, w: Tensor, alpha: float = -1.0, decay: float = 0.0
+) -> None:
+    """weight ← (1 − decay) weight + alpha U Wᵀ, in blocks of rows."""
+    dtype = acc_dtype(weight.dtype)
+    u, w = u.to(dtype), w.to(dtype)
+    for rows, u_rows in zip(weight.split(ROW_CHUNK), u.split(ROW_CHUNK), strict=True):
+        if weight.dtype == dtype:
+            rows.addmm_(u_rows, w.mT, beta=1.0 - decay, alpha=alpha)
+        else:
+            rows.copy_(torch.addmm(rows.to(dtype), u_rows, w.mT, beta=1.0 - decay, alpha=alpha))
