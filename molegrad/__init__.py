@@ -1,1 +1,29 @@
-"""Low-rank weight gradients for training language models on one GPU."""
+"""Low-rank weight gradients for training language models on one GPU.
+
+    import molegrad
+    model = molegrad.convert(model, molegrad.MoleGradConfig(rank_k=32))
+
+`torch.ops.molegrad.*` (documented in `molegrad.ops`) are the ops; `MoleLinear` is the layer,
+`molegrad.optim` the optimizers, `molegrad.gpt` a complete training pipeline.
+"""
+
+from molegrad import ops  # noqa: I001  (registers torch.ops.molegrad before anything uses it)
+from molegrad._native import build_info
+from molegrad.clip import clip_grad_norm_
+from molegrad.config import MoleGradConfig
+from molegrad.convert import ConversionPlan, convert, plan, revert
+from molegrad.linear import MoleLinear, bases_state_dict, load_bases_state_dict
+
+__all__ = [
+    "ConversionPlan",
+    "MoleGradConfig",
+    "MoleLinear",
+    "bases_state_dict",
+    "build_info",
+    "clip_grad_norm_",
+    "convert",
+    "load_bases_state_dict",
+    "ops",
+    "plan",
+    "revert",
+]

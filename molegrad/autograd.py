@@ -1,0 +1,188 @@
+"""Backward formulas of the ops that have one.
+
+`linear_dense` and `linear_factored` compute the plain linear layer y = x Wᵀ + bias; they differ
+from it, and from each other, only in what the backward pass makes of the weight gradient:
+
+- dense: `weight.grad` receives the low-rank estimate Ĝ as a matrix, and the bases, which are
+  buffers, move on in place (autograd and torch.compile allow a backward pass to change a buffer).
+- factored: the weight receives nothing; the two small bases receive the sketches
+  Y = G V (m, k) and W = Gᵀ U (n, k) as their gradients. These are the exact gradients of
+  L(weight + U Vᵀ) with respect to U and V at a point where that product is left out.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from molegrad import bases
+
+# What a layer's `stats` buffer holds, in this order.
+STATS = (
+    "gradient_norm_sq",
+    "captured_norm_sq",
+    "trust_factor",
+    "condition_number",
+    "subspace_drift",
+    "orth_status",
+)
+
+
+def _tokens(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def sketch_setup(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def sketch_backward(ctx, grad_y: Tensor, grad_w: Tensor):
+    """Y = Bᵀ(A V) and W = Aᵀ(B U) are linear in each argument."""
+    a, b, u, v = ctx.saved_tensors
+    need_a, need_b, need_u, need_v = ctx.needs_input_grad
+    dtype = grad_y.dtype
+    a_t, b_t = _tokens(a).to(dtype), _tokens(b).to(dtype)
+    grad_a = grad_b = grad_u = grad_v = None
+    if need_a:
+        grad_a = (b_t @ grad_y) @ v.to(dtype).mT + (b_t @ u.to(dtype)) @ grad_w.mT
+        grad_a = grad_a.to(a.dtype).view(a.shape)
+    if need_b:
+        grad_b = (a_t @ v.to(dtype)) @ grad_y.mT + (a_t @ grad_w) @ u.to(dtype).mT
+        grad_b = grad_b.to(b.dtype).view(b.shape)
+    if need_u or need_v:  # the same op once more: Bᵀ(A grad_W) and Aᵀ(B grad_Y)
+        grad_u, grad_v = torch.ops.molegrad.sketch(a, b, grad_y, grad_w)
+        grad_u = grad_u.to(u.dtype) if need_u else None
+        grad_v = grad_v.to(v.dtype) if need_v else None
+    return grad_a, grad_b, grad_u, grad_v
+
+
+def hutch_norm_sq(y: Tensor, g_probes: Tensor, v: Tensor, probes: Tensor) -> Tensor:
+    """‖G‖²_F ≈ ‖G V‖² + ‖G (I − VVᵀ) Ω‖² / r (Hutch++, Meyer et al. 2021); batched."""
+    residual = g_probes - y @ (v.mT @ probes)
+    return y.square().sum((-2, -1)) + residual.square().sum((-2, -1)) / probes.shape[-1]
+
+
+def trust_factor(norm_sq: Tensor, captured_sq: Tensor, trust_max: float) -> Tensor:
+    """‖G‖ / ‖Ĝ‖ within [1, trust_max]; 1 where the estimate is zero."""
+    ratio = torch.where(captured_sq > 0, norm_sq / captured_sq, 1.0)
+    return ratio.sqrt().clamp(1.0, trust_max)
+
+
+def dense_estimate(
+    a: Tensor,
+    b: Tensor,
+    basis_u: Tensor,
+    basis_v: Tensor,
+    counter: Tensor,
+    stats: Tensor,
+    method: str,
+    power_iters: int,
+    probes: int,
+    trust_max: float,
+    explored: int,
+    seed: int,
+    cond_max: float,
+) -> Tensor:
+    """Ĝ (m, n) in the accumulation dtype; moves bases, counter and stats on in place.
+
+    `trust_max` 0 leaves the norm of the estimate alone.
+    """
+    ops = torch.ops.molegrad
+    n, k = basis_v.shape
+    omega = bases.rademacher(n, probes, counter, seed, basis_v.dtype) if probes else None
+    if method == "power":
+        left, right, norm_sq, status = ops.lowrank_grad(
+            a, b, basis_v, power_iters, omega, cond_max
+        )
+        w, y = right, None
+        captured_sq = w.square().sum()
+    else:
+        start = basis_v if omega is None else torch.cat([basis_v, omega], dim=1)
+        y_omega, w = ops.sketch(a, b, basis_u, start)
+        y = y_omega[:, :k].contiguous()
+        y_perp = y - basis_u @ (basis_u.mT @ y)
+        left, right = torch.cat([basis_u, y_perp], dim=1), torch.cat([w, basis_v], dim=1)
+        captured_sq = w.square().sum() + y_perp.square().sum()
+        norm_sq = captured_sq
+        if omega is not None:
+            norm_sq = hutch_norm_sq(y, y_omega[:, k:], basis_v, omega)
+        status = torch.zeros((), dtype=torch.int32, device=a.device)
+    trust = torch.ones_like(captured_sq)
+    if trust_max > 0:
+        trust = trust_factor(norm_sq, captured_sq, trust_max)
+        right = right * trust
+    estimate = left @ right.mT
+
+    new_v, condition, orth_status = bases.refresh(
+        basis_v, w, counter, explored, seed + 1, cond_max
+    )
+    drift = bases.drift(basis_v, new_v)
+    if y is not None:
+        new_u, _, status = bases.refresh(basis_u, y, counter, explored, seed + 2, cond_max)
+        basis_u.copy_(new_u)
+    basis_v.copy_(new_v)
+    counter.add_(1)
+    status = torch.maximum(status, orth_status)
+    values = [norm_sq, captured_sq, trust, condition, drift, status]
+    stats.copy_(torch.stack([value.to(stats.dtype) for value in values]))
+    return estimate
+
+
+def linear_setup(ctx, inputs, output) -> None:
+    x, weight, bias, basis_u, basis_v, *rest = inputs
+    ctx.save_for_backward(x, weight)
+    # Not save_for_backward: a layer used twice in one pass moves its own basis between the uses.
+    ctx.basis_u, ctx.basis_v, ctx.rest = basis_u, basis_v, rest
+
+
+def _grad_x_and_bias(ctx, grad: Tensor, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    grad_x = grad @ weight if ctx.needs_input_grad[0] else None
+    grad_bias = _tokens(grad).sum(0) if ctx.needs_input_grad[2] else None
+    return grad_x, grad_bias
+
+
+def linear_dense_backward(ctx, grad: Tensor):
+    x, weight = ctx.saved_tensors
+    counter, stats, *settings = ctx.rest
+    grad_x, grad_bias = _grad_x_and_bias(ctx, grad, weight)
+    grad_weight = None
+    if ctx.needs_input_grad[1]:
+        grad_weight = dense_estimate(
+            _tokens(x), _tokens(grad), ctx.basis_u, ctx.basis_v, counter, stats, *settings
+        ).to(weight.dtype)
+    return grad_x, grad_weight, grad_bias, *[None] * 11
+
+
+def linear_factored_backward(ctx, grad: Tensor):
+    x, weight = ctx.saved_tensors
+    stats, method, rank_k, power_iters, cond_max = ctx.rest
+    basis_u, basis_v = ctx.basis_u.detach(), ctx.basis_v.detach()
+    grad_x, grad_bias = _grad_x_and_bias(ctx, grad, weight)
+    grad_u = grad_v = None
+    if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
+        a, b = _tokens(x), _tokens(grad)
+        if method == "tangent":
+            grad_u, grad_v = torch.ops.molegrad.sketch(a, b, basis_u, basis_v)
+        else:
+            v, probes = basis_v[:, :rank_k], basis_v[:, rank_k:]
+            grad_u, grad_v, norm_sq, status = torch.ops.molegrad.lowrank_grad(
+                a, b, v, power_iters, probes if probes.shape[1] else None, cond_max
+            )
+            stats[0].copy_(norm_sq)
+            stats[5].copy_(status)
+            pad = basis_v.shape[1] - rank_k
+            grad_u = torch.nn.functional.pad(grad_u, (0, pad))
+            grad_v = torch.nn.functional.pad(grad_v, (0, pad))
+    return grad_x, None, grad_bias, grad_u, grad_v, *[None] * 5
+
+
+def refuse(name: str):
+    """A backward that says clearly that there is none."""
+
+    def backward(ctx, *grads):
+        raise RuntimeError(
+            f"molegrad::{name} is not differentiable: call it under torch.no_grad() or on detached "
+            "tensors"
+        )
+
+    return backward

@@ -1,0 +1,265 @@
+"""MoleLinear: nn.Linear with a low-rank estimate of its weight gradient.
+
+The forward pass, the parameters' names and the state_dict are nn.Linear's. What differs is the
+backward pass, by `config.gradient_mode`:
+
+- "dense": `weight.grad` is the estimate Ĝ as a matrix, and the warm-started bases are buffers that
+  move with every backward pass. Any optimizer works.
+- "factored": no matrix of the weight's size is built. The weight has requires_grad=False and gets
+  no gradient; the parameters `basis_u` (m, k + probes) and `basis_v` (n, k + probes) receive the
+  sketches as theirs, and `molegrad.optim.Muon` turns them into an update.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from molegrad import bases
+from molegrad.autograd import STATS
+from molegrad.config import MoleGradConfig
+from molegrad.reference import acc_dtype
+
+_DENSE_STATE = ("basis_u", "basis_v", "counter", "stats")
+
+
+class MoleLinear(nn.Linear):
+    """Drop-in for nn.Linear: x (…, in_features) to (…, out_features).
+
+    Args:
+        in_features, out_features, bias, device, dtype: as nn.Linear takes them.
+        config: the estimator; `config.target_layers` has no meaning here.
+        name: the layer's name in its model; with `config.seed` it seeds the layer's bases.
+
+    Raises:
+        ValueError: the rank does not fit the layer.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device=None,
+        dtype=None,
+        *,
+        config: MoleGradConfig | None = None,
+        name: str = "",
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self._equip(config or MoleGradConfig(), name)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, config: MoleGradConfig, name: str = "") -> MoleLinear:
+        """A MoleLinear that takes over the very parameters, hooks and mode of `linear`."""
+        layer = cls.__new__(cls)
+        layer.__dict__.update(_own_containers(linear))
+        layer._equip(config, name)
+        return layer
+
+    def to_linear(self) -> nn.Linear:
+        """The nn.Linear with this layer's parameters, hooks and mode; gradients are not kept."""
+        linear = nn.Linear.__new__(nn.Linear)
+        linear.__dict__.update(_own_containers(self))
+        for attribute in ("config", "name", "_seed", "_guard"):
+            linear.__dict__.pop(attribute, None)
+        for key in _DENSE_STATE:
+            linear._buffers.pop(key, None)
+            linear._parameters.pop(key, None)
+            linear._non_persistent_buffers_set.discard(key)
+        linear.weight.requires_grad_(self.trains)
+        return linear
+
+    def _equip(self, config: MoleGradConfig, name: str) -> None:
+        smallest, k = min(self.in_features, self.out_features), config.rank_k
+        needed = 2 * k if config.method == "tangent" else k
+        if needed > smallest:
+            raise ValueError(
+                f"rank_k={k} with method={config.method!r} needs a layer of at least {needed} "
+                f"features on both sides, this one is {self.in_features} -> {self.out_features}: "
+                "lower rank_k or leave the layer dense"
+            )
+        self.config, self.name = config, name
+        self._seed = (config.seed * 1_000_003 + zlib.crc32(name.encode())) % 2**62
+        trains = self.weight.requires_grad
+        factored = config.gradient_mode == "factored"
+        width = k + config.probes if factored else k
+        dtype, device = acc_dtype(self.weight.dtype), self.weight.device
+        for key, rows in (("basis_u", self.out_features), ("basis_v", self.in_features)):
+            basis = torch.empty(rows, width, dtype=dtype, device=device)
+            if factored:
+                self.register_parameter(key, nn.Parameter(basis, requires_grad=trains))
+            else:
+                self.register_buffer(key, basis, persistent=False)
+        counter = torch.zeros((), dtype=torch.int64, device=device)
+        self.register_buffer("counter", counter, persistent=False)
+        stats = torch.full((len(STATS),), math.nan, device=device)
+        self.register_buffer("stats", stats, persistent=False)
+        if factored:
+            self.weight.requires_grad_(False)
+        self._guard_accumulation()
+        self.reset_bases()
+
+    @property
+    def trains(self) -> bool:
+        """Whether the weight is trained (in factored mode its bases carry that mark)."""
+        factored = self.config.gradient_mode == "factored"
+        return self.basis_v.requires_grad if factored else self.weight.requires_grad
+
+    @torch.no_grad()
+    def reset_bases(self) -> None:
+        """Draw both bases anew from the seed, as a fresh layer has them."""
+        k = self.config.rank_k
+        for stream, basis in enumerate((self.basis_u, self.basis_v)):
+            if basis.is_meta:
+                continue
+            rows, width = basis.shape
+            seed = self._seed + 101 * (stream + 1)
+            options = {"device": basis.device, "dtype": basis.dtype}
+            basis[:, :k] = bases.initial_basis(rows, k, seed, **options)
+            if width > k:
+                basis[:, k:] = bases.rademacher(
+                    rows, width - k, torch.zeros_like(self.counter), seed + 1, basis.dtype
+                )
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not (torch.is_grad_enabled() and self.trains):
+            return F.linear(input, self.weight, self.bias)
+        c = self.config
+        if c.gradient_mode == "dense":
+            return torch.ops.molegrad.linear_dense(
+                input, self.weight, self.bias, self.basis_u, self.basis_v, self.counter,
+                self.stats, c.method, c.power_iters, c.probes,
+                c.trust_max if c.trust_scaling else 0.0, c.explored, self._seed, c.cond_max,
+            )  # fmt: skip
+        return torch.ops.molegrad.linear_factored(
+            input, self.weight, self.bias, self.basis_u, self.basis_v, self.stats,
+            c.method, c.rank_k, c.power_iters, c.cond_max,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        c = self.config
+        return (
+            f"{super().extra_repr()}, rank_k={c.rank_k}, method={c.method}, "
+            f"gradient_mode={c.gradient_mode}"
+        )
+
+    # Bases are working state, not weights: the state_dict stays nn.Linear's in both directions.
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for key in ("basis_u", "basis_v"):
+            destination.pop(prefix + key, None)
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ) -> None:
+        super()._load_from_state_dict(
+            state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        ours = {prefix + "basis_u", prefix + "basis_v"}
+        missing_keys[:] = [key for key in missing_keys if key not in ours]
+
+    def _apply(self, fn, recurse=True):
+        """Follow the weight to another device or dtype, but keep the bases in full precision."""
+        state = {key: getattr(self, key) for key in ("basis_u", "basis_v", "stats")}
+        before = {key: tensor.detach() for key, tensor in state.items()}
+        super()._apply(fn, recurse)
+        dtype = acc_dtype(self.weight.dtype)
+        for key, old in before.items():
+            now = getattr(self, key)
+            wanted = torch.float32 if key == "stats" else dtype
+            if old.is_meta and not now.is_meta:
+                now.data = torch.zeros_like(now, dtype=wanted)
+            elif now.dtype != wanted:
+                now.data = old.to(device=now.device, dtype=wanted)
+        if before["basis_v"].is_meta and not self.basis_v.is_meta:
+            self.counter.zero_()
+            self.reset_bases()
+        return self
+
+    # Sketches of the power method are not linear in the gradient: a second backward pass before
+    # the optimizer's step would add bases to one another. Hooks see that without a device sync.
+
+    def _guard_accumulation(self) -> None:
+        self._guard = None
+        power = self.config.gradient_mode == "factored" and self.config.method == "power"
+        if power and self.basis_v.requires_grad:
+            self._guard = _SinglePassGuard(self.name)
+            self.basis_v.register_post_accumulate_grad_hook(self._guard)
+
+    def __setstate__(self, state) -> None:
+        super().__setstate__(state)
+        self._guard_accumulation()
+
+
+class _SinglePassGuard:
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.seen: Tensor | None = None
+
+    def __call__(self, basis: Tensor) -> None:
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if distributed and torch.distributed.get_world_size() > 1:
+            reason = "and here several processes would average it"
+        elif self.seen is not None and basis.grad is self.seen:
+            reason = "and here a second backward pass came before zero_grad(set_to_none=True)"
+        else:
+            self.seen = basis.grad
+            return
+        raise RuntimeError(
+            f"layer {self.name or 'MoleLinear'}: method='power' in factored mode is not linear in "
+            f"the gradient, {reason}. Use method='tangent', which is exact under accumulation and "
+            "data parallelism, or gradient_mode='dense'"
+        )
+
+
+def _own_containers(module: nn.Module) -> dict:
+    """A module's attributes with its dictionaries copied, so that two modules can share tensors."""
+    return {
+        key: value.copy() if isinstance(value, (dict, set)) else value
+        for key, value in module.__dict__.items()
+    }
+
+
+def bases_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """What an exact resume needs beside the state_dicts of model and optimizer.
+
+    That is the bases, counters and statistics of the layers in dense mode; in factored mode the
+    optimizer's state_dict holds the bases, and only counter and statistics are found here.
+    """
+    return {
+        f"{name}.{key}": layer._buffers[key]
+        for name, layer in model.named_modules()
+        if isinstance(layer, MoleLinear)
+        for key in _DENSE_STATE
+        if key in layer._buffers
+    }
+
+
+@torch.no_grad()
+def load_bases_state_dict(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Restore what `bases_state_dict` returned, into a model converted with the same config.
+
+    Raises:
+        RuntimeError: names or shapes differ; the message lists them.
+    """
+    own = bases_state_dict(model)
+    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    if missing or unexpected:
+        raise RuntimeError(
+            f"bases do not fit this model: missing {missing}, unexpected {unexpected}; convert it "
+            "with the configuration the bases were saved under"
+        )
+    for key, tensor in own.items():
+        if tensor.shape != state[key].shape:
+            raise RuntimeError(
+                f"bases do not fit this model: {key} is {tuple(state[key].shape)}, expected "
+                f"{tuple(tensor.shape)} (was rank_k or probes changed?)"
+            )
+    for key, tensor in own.items():
+        tensor.copy_(state[key])

@@ -1,0 +1,324 @@
+"""The ops of MoleGrad: one table, from which everything under `torch.ops.molegrad` is registered.
+
+Each entry names, in this order, an op's schema, its reference (`molegrad.reference`), its argument
+check (`molegrad.checks`), its fake kernel and its autograd formula (`molegrad.autograd`). The
+reference is registered for every device; native kernels of the same name (csrc/cpu, csrc/cuda)
+take precedence where they are built. To add an op, add a row here, its functions of the same name
+in those modules, a native kernel if it pays, and its samples in tests/samples.py.
+
+The functions at the end are typed wrappers; `torch.ops.molegrad.<name>` is the same thing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from molegrad import _native, autograd, checks, reference
+from molegrad.reference import acc_dtype
+
+_LINEAR = "Tensor x, Tensor weight, Tensor? bias, Tensor basis_u, Tensor basis_v, "
+
+
+@dataclass(frozen=True)
+class Op:
+    schema: str
+    reference: Callable
+    check: Callable
+    fake: Callable
+    backward: Callable | None = None  # None: mutates its arguments, has no gradient
+    setup: Callable | None = None
+
+
+def _fake_lowrank_grad(a, b, v, power_iters=1, probes=None, cond_max=1e3):
+    dtype = acc_dtype(a.dtype)
+    k = v.shape[1]
+    return (
+        a.new_empty((b.shape[-1], k), dtype=dtype),
+        a.new_empty((a.shape[-1], k), dtype=dtype),
+        a.new_empty((), dtype=dtype),
+        a.new_empty((), dtype=torch.int32),
+    )
+
+
+def _fake_sketch(a, b, u, v):
+    dtype = acc_dtype(a.dtype)
+    return (
+        a.new_empty((b.shape[-1], v.shape[1]), dtype=dtype),
+        a.new_empty((a.shape[-1], u.shape[1]), dtype=dtype),
+    )
+
+
+def _fake_orthonormalize(y, cond_max=1e3):
+    dtype, batch, (m, k) = acc_dtype(y.dtype), y.shape[:-2], y.shape[-2:]
+    return (
+        y.new_empty((*batch, m, k), dtype=dtype),
+        y.new_empty((*batch, k, k), dtype=dtype),
+        y.new_empty(batch, dtype=torch.int32),
+    )
+
+
+def _fake_tangent_factors(u, v, y, w, cond_max=1e3):
+    (m, k), n = u.shape, v.shape[0]
+    dtype = acc_dtype(y.dtype)
+    return u.new_empty((m, 2 * k), dtype=dtype), u.new_empty((n, 2 * k), dtype=dtype)
+
+
+def _linear(x, weight, bias, *rest):
+    return F.linear(x, weight, bias)
+
+
+def _fake_linear(x, weight, bias, *rest):
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _check_linear_dense(x, weight, bias, basis_u, basis_v, *rest):
+    checks.linear("linear_dense", x, weight, bias, basis_u, basis_v, basis_v.shape[1])
+
+
+def _check_linear_factored(x, weight, bias, basis_u, basis_v, stats, method, rank_k, *rest):
+    checks.linear("linear_factored", x, weight, bias, basis_u, basis_v, rank_k)
+
+
+def _nothing(*args):
+    return None
+
+
+OPS: dict[str, Op] = {
+    "lowrank_grad": Op(
+        "(Tensor a, Tensor b, Tensor v, int power_iters=1, Tensor? probes=None, "
+        "float cond_max=1e3) -> (Tensor u, Tensor w, Tensor norm_sq, Tensor status)",
+        reference.lowrank_grad,
+        checks.lowrank_grad,
+        _fake_lowrank_grad,
+        autograd.refuse("lowrank_grad"),
+    ),
+    "sketch": Op(
+        "(Tensor a, Tensor b, Tensor u, Tensor v) -> (Tensor y, Tensor w)",
+        reference.sketch,
+        checks.sketch,
+        _fake_sketch,
+        autograd.sketch_backward,
+        autograd.sketch_setup,
+    ),
+    "sketch_accumulate_": Op(
+        "(Tensor(a!) y, Tensor(b!) w, Tensor a, Tensor b, Tensor u, Tensor v) -> ()",
+        reference.sketch_accumulate_,
+        checks.sketch_accumulate_,
+        _nothing,
+    ),
+    "tangent_factors": Op(
+        "(Tensor u, Tensor v, Tensor y, Tensor w, float cond_max=1e3) "
+        "-> (Tensor left, Tensor right)",
+        reference.tangent_factors,
+        checks.tangent_factors,
+        _fake_tangent_factors,
+        autograd.refuse("tangent_factors"),
+    ),
+    "orthonormalize": Op(
+        "(Tensor y, float cond_max=1e3) -> (Tensor q, Tensor r, Tensor status)",
+        reference.orthonormalize,
+        checks.orthonormalize,
+        _fake_orthonormalize,
+        autograd.refuse("orthonormalize"),
+    ),
+    "polar_factor": Op(
+        "(Tensor w) -> Tensor",
+        reference.polar_factor,
+        checks.polar_factor,
+        lambda w: w.new_empty(w.shape, dtype=acc_dtype(w.dtype)),
+        autograd.refuse("polar_factor"),
+    ),
+    "lowrank_update_": Op(
+        "(Tensor(a!) weight, Tensor u, Tensor w, float alpha=-1.0, float decay=0.0) -> ()",
+        reference.lowrank_update_,
+        checks.lowrank_update_,
+        _nothing,
+    ),
+    "linear_dense": Op(
+        f"({_LINEAR} Tensor counter, Tensor stats, str method, int power_iters, int probes, "
+        "float trust_max, int explored, int seed, float cond_max) -> Tensor",
+        _linear,
+        _check_linear_dense,
+        _fake_linear,
+        autograd.linear_dense_backward,
+        autograd.linear_setup,
+    ),
+    "linear_factored": Op(
+        f"({_LINEAR} Tensor stats, str method, int rank_k, int power_iters, float cond_max) "
+        "-> Tensor",
+        _linear,
+        _check_linear_factored,
+        _fake_linear,
+        autograd.linear_factored_backward,
+        autograd.linear_setup,
+    ),
+}
+
+# torch.library objects must stay alive as long as their registrations are wanted.
+_LIBRARY = torch.library.Library("molegrad", "DEF")
+
+
+def _checked(op: Op, kernel: Callable) -> Callable:
+    def run(*args, **kwargs):
+        op.check(*args, **kwargs)
+        return kernel(*args, **kwargs)
+
+    return run
+
+
+def _autocast(name: str, device_type: str) -> Callable:
+    """x, weight and bias in autocast's dtype, as torch does for its own linear; bases stay float32."""
+
+    def run(x, weight, bias, *rest):
+        dtype = torch.get_autocast_dtype(device_type)
+        x, weight, bias = (
+            t.to(dtype) if t is not None and t.dtype in (torch.float32, torch.float16, torch.bfloat16)
+            else t
+            for t in (x, weight, bias)
+        )  # fmt: skip
+        key = torch._C._dispatch_key_parse(f"Autocast{device_type.upper()}")
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+            return getattr(torch.ops.molegrad, name)(x, weight, bias, *rest)
+
+    return run
+
+
+def _register(name: str, op: Op) -> None:
+    tags = (torch.Tag.pt2_compliant_tag,)
+    _LIBRARY.define(name + op.schema, tags=tags)
+    _LIBRARY.impl(name, _checked(op, op.reference), "CompositeExplicitAutograd")
+    qualified = f"molegrad::{name}"
+    torch.library.register_fake(qualified, _checked(op, op.fake), lib=_LIBRARY)
+    if op.backward is not None:
+        torch.library.register_autograd(
+            qualified, op.backward, setup_context=op.setup, lib=_LIBRARY
+        )
+    if name.startswith("linear"):
+        _LIBRARY.impl(name, _autocast(name, "cpu"), "AutocastCPU")
+        _LIBRARY.impl(name, _autocast(name, "cuda"), "AutocastCUDA")
+
+
+for _name, _op in OPS.items():
+    _register(_name, _op)
+_native.load()
+
+
+def lowrank_grad(
+    a: Tensor,
+    b: Tensor,
+    v: Tensor,
+    power_iters: int = 1,
+    probes: Tensor | None = None,
+    cond_max: float = 1e3,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Top-k modes of G = BᵀA by the warm-started block power method, without forming G.
+
+    Args:
+        a: activations A, (…, T, n), float16, bfloat16, float32 or float64.
+        b: output gradients B, (…, T, m), dtype and leading dimensions of `a`.
+        v: right basis V, (n, k) with orthonormal columns, any floating dtype; k <= min(m, n).
+        power_iters: iterations Y = G V, U = orth(Y), W = GᵀU, V = orth(W). 0 makes one pass over A
+            and B only and projects on the given basis: U Wᵀ = G V Vᵀ.
+        probes: Rademacher columns Ω, (n, r), appended to the first product for the norm estimate.
+        cond_max: see `orthonormalize`.
+
+    Returns:
+        `u` (m, k) with orthonormal columns; `w` (n, k), equal to GᵀU for power_iters >= 1, so that
+        Ĝ = U Wᵀ = UUᵀG; `norm_sq`, the Hutch++ estimate of ‖G‖²_F (without probes the lower bound
+        ‖Ĝ‖²_F), and `status`, int32, the worst `orthonormalize` status met. All but the status are
+        in float32, or float64 for float64 inputs.
+
+    Raises:
+        RuntimeError: shapes, dtypes, devices or the rank do not fit; the message says which.
+
+    Source: Halko, Martinsson, Tropp (2011), algorithm 4.4; Meyer et al. (2021) for the norm.
+    """
+    return torch.ops.molegrad.lowrank_grad(a, b, v, power_iters, probes, cond_max)
+
+
+def sketch(a: Tensor, b: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Y = Bᵀ(A V) (m, k_v) and W = Aᵀ(B U) (n, k_u) in one pass over A and B.
+
+    Args:
+        a, b: as in `lowrank_grad`. u: (m, k_u). v: (n, k_v), any floating dtype.
+
+    Returns:
+        y, w in float32, or float64 for float64 inputs. Differentiable in all four arguments.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices do not fit.
+    """
+    return torch.ops.molegrad.sketch(a, b, u, v)
+
+
+def sketch_accumulate_(
+    y: Tensor, w: Tensor, a: Tensor, b: Tensor, u: Tensor, v: Tensor
+) -> None:
+    """Y += Bᵀ(A V) and W += Aᵀ(B U) in place: call it per token chunk, the sum is exact.
+
+    `y` (m, k_v) and `w` (n, k_u) are contiguous and float32 (float64 for float64 inputs).
+    """
+    torch.ops.molegrad.sketch_accumulate_(y, w, a, b, u, v)
+
+
+def tangent_factors(
+    u: Tensor, v: Tensor, y: Tensor, w: Tensor, cond_max: float = 1e3
+) -> tuple[Tensor, Tensor]:
+    """Factors of the tangent estimate Ĝ = U Wᵀ + (I − UUᵀ) Y Vᵀ.
+
+    Args:
+        u: (m, k), v: (n, k), orthonormal columns; y = G V (m, k), w = GᵀU (n, k); 2k <= m.
+
+    Returns:
+        left (m, 2k) with orthonormal columns and right (n, 2k); left rightᵀ = Ĝ.
+
+    Source: projection on the tangent space of rank-k matrices, Koch and Lubich (2007).
+    """
+    return torch.ops.molegrad.tangent_factors(u, v, y, w, cond_max)
+
+
+def orthonormalize(y: Tensor, cond_max: float = 1e3) -> tuple[Tensor, Tensor, Tensor]:
+    """Y = Q R with orthonormal Q for every Y, the method chosen on the device.
+
+    Args:
+        y: (…, m, k), k <= m.
+        cond_max: largest condition number of the column-normalised block for CholeskyQR2.
+
+    Returns:
+        q (…, m, k) with orthonormal columns, r (…, k, k) upper triangular with diagonal >= 0, and
+        status (…) int32: 0 CholeskyQR2 was safe; 1 ill-conditioned, Householder QR; 2 numerically
+        rank-deficient (a zero block too), the missing columns completed; 3 NaN or Inf in the
+        block: q is the first k columns of the identity and r is NaN.
+
+    Source: Yamamoto et al. (2015).
+    """
+    return torch.ops.molegrad.orthonormalize(y, cond_max)
+
+
+def polar_factor(w: Tensor) -> Tensor:
+    """P = W (WᵀW)^(−1/2): with orthonormal U, the polar factor of U Wᵀ is U Pᵀ, exactly.
+
+    Args:
+        w: (…, n, k), k <= n.
+
+    Returns:
+        (…, n, k). Modes below the rounding of W are zero; NaN or Inf gives NaN.
+    """
+    return torch.ops.molegrad.polar_factor(w)
+
+
+def lowrank_update_(
+    weight: Tensor, u: Tensor, w: Tensor, alpha: float = -1.0, decay: float = 0.0
+) -> None:
+    """weight ← (1 − decay) weight + alpha U Wᵀ in place, without an (m, n) temporary.
+
+    Args:
+        weight: (m, n), any floating dtype. u: (m, k). w: (n, k).
+    """
+    with torch.no_grad():
+        torch.ops.molegrad.lowrank_update_(weight, u, w, alpha, decay)

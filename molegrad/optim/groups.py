@@ -1,0 +1,64 @@
+"""Which parameter goes to which optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from molegrad.linear import MoleLinear
+
+
+def matrix_param_groups(*modules: nn.Module, exclude: Iterable[nn.Module] = ()) -> list[dict]:
+    """Parameter groups for `Muon` with the weight of every linear layer inside `modules`.
+
+    Args:
+        modules: usually the transformer blocks; embeddings and the output head are no matrices in
+            Muon's sense and must not be among them.
+        exclude: linear layers to leave out (they then belong to `other_params`).
+
+    Returns:
+        one group of kind "dense" (plain layers and those in dense mode) and one of kind "factored"
+        for each configuration, whose params are weight, basis_u, basis_v of each layer in turn.
+    """
+    excluded = {id(m) for root in exclude for m in root.modules()}
+    dense: list[nn.Parameter] = []
+    factored: dict[tuple, dict[str, Any]] = {}
+    seen: set[int] = set()
+    for layer in (m for root in modules for m in root.modules() if isinstance(m, nn.Linear)):
+        if id(layer) in excluded or id(layer.weight) in seen:
+            continue
+        seen.add(id(layer.weight))
+        if not (isinstance(layer, MoleLinear) and layer.config.gradient_mode == "factored"):
+            if layer.weight.requires_grad:
+                dense.append(layer.weight)
+            continue
+        if not layer.trains:
+            continue
+        c = layer.config
+        key = (c.rank_k, c.method, c.explored, c.probes, c.trust_scaling, c.trust_max, c.cond_max)
+        group = factored.setdefault(
+            key,
+            {
+                "kind": "factored",
+                "params": [],
+                "rank_k": c.rank_k,
+                "method": c.method,
+                "explored": c.explored,
+                "trust_max": c.trust_max if c.trust_scaling else 0.0,
+                "cond_max": c.cond_max,
+                "seed": c.seed,
+            },
+        )
+        group["params"] += [layer.weight, layer.basis_u, layer.basis_v]
+    groups = list(factored.values())
+    if dense:
+        groups.insert(0, {"kind": "dense", "params": dense})
+    return groups
+
+
+def other_params(model: nn.Module, groups: Iterable[dict]) -> list[nn.Parameter]:
+    """The trainable parameters of `model` that are in none of `groups`."""
+    taken = {id(p) for group in groups for p in group["params"]}
+    return [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
