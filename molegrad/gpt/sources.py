@@ -133,9 +133,9 @@ def _read_text(part: Part) -> Iterator[str]:
                 continue
             lines.append(line)
             chars += len(line)
-            if (blank and chars >= DOC_CHARS) or chars >= MAX_DOC_CHARS:
-                if text := flush():
-                    yield text
+            full = (blank and chars >= DOC_CHARS) or chars >= MAX_DOC_CHARS
+            if full and (text := flush()):
+                yield text
         if text := flush():
             yield text
 
