@@ -1,0 +1,158 @@
+"""Cross-entropy of the output head, one chunk of tokens at a time.
+
+What: `linear_cross_entropy(hidden, weight, targets)` is the head's matrix product, the tanh
+softcap and the cross-entropy as one differentiable function. The logits of `chunk` tokens exist at
+a time, in the forward and in the backward pass.
+
+Why: at a vocabulary of 32768 the logits of 32 x 2048 tokens take 8 GiB in float32, more than all
+the weights. The gradient with respect to `hidden` and `weight` is linear in the gradient of the
+scalar loss, so both are computed while the chunk's logits are there (three matrix products, none
+repeated) and only scaled in the backward pass.
+
+Mathematics, for one token with logits x = W h, z = c·tanh(x/c), target y, weight s:
+    loss = s (log Σ exp(z) − z_y)      dz = s (softmax(z) − e_y)      dx = dz (1 − tanh²(x/c))
+As |z| <= c, exp(z) cannot overflow for c <= 80 and no maximum is subtracted.
+"""
+
+import torch
+from torch import Tensor
+
+REDUCTIONS = ("mean", "sum", "none")
+_SAFE_CAP = 80.0  # exp(80) = 5.5e34; times any vocabulary it stays below float32's 3.4e38
+
+
+def softcap(logits: Tensor, cap: float) -> Tensor:
+    """cap·tanh(logits/cap), or the logits where cap is 0."""
+    return cap * torch.tanh(logits / cap) if cap > 0 else logits
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    cap: float = 15.0,
+    chunk: int = 1024,
+    reduction: str = "mean",
+) -> Tensor:
+    """Cross-entropy of `softcap(hidden @ weightᵀ)` against `targets`, in nats.
+
+    The result is float32, or float64 where `hidden` is.
+
+    Args:
+        hidden: (..., C) floating point; under autocast computed in autocast's dtype.
+        weight: (V, C), the head's weight.
+        targets: (...) int64 in [0, V), or -1 for a position that does not count.
+        cap: bound of the logits; 0 for none.
+        chunk: tokens whose (chunk, V) logits exist at a time.
+        reduction: "mean" over the targets that count (0 with zero gradients where none counts),
+            "sum", or "none": (...) losses, 0 where the target is -1.
+
+    Raises:
+        ValueError: shapes or reduction are wrong.
+    """
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}")
+    if hidden.shape[:-1] != targets.shape or hidden.shape[-1] != weight.shape[-1]:
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)} and targets "
+            f"{tuple(targets.shape)} do not fit: expected (..., C), (V, C) and (...)"
+        )
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1 token, got {chunk}")
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    flat, wanted = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    count = (wanted >= 0).sum()
+    scale = (wanted >= 0) / count.clamp(min=1) if reduction == "mean" else (wanted >= 0).float()
+    scale = scale.double() if dtype == torch.float64 else scale
+    losses = _LinearCrossEntropy.apply(flat, weight, wanted, scale, cap, chunk, dtype, reduction)
+    return losses.reshape(targets.shape) if reduction == "none" else losses
+
+
+def _chunk_loss(h: Tensor, weight: Tensor, targets: Tensor, cap: float):
+    """Losses (t,) and what the gradient needs: softmax numerators, their sums, tanh or None.
+
+    h (t, C) must be divided by cap already where cap > 0.
+    """
+    bounded = h @ weight.t()  # (t, V)
+    bounded = bounded if bounded.dtype == torch.float64 else bounded.float()
+    if cap > 0:
+        bounded = bounded.tanh_()
+        z = bounded * cap
+        shift = None if cap <= _SAFE_CAP else z.amax(-1, keepdim=True)
+    else:
+        z, bounded = bounded, None
+        shift = z.amax(-1, keepdim=True)
+    at_target = z.gather(1, targets.clamp(min=0)[:, None]).squeeze(1)
+    if shift is not None:
+        z = z.sub_(shift)
+    numerator = z.exp_()
+    total = numerator.sum(-1)
+    log_total = total.log() if shift is None else total.log() + shift.squeeze(1)
+    return log_total - at_target, numerator, total, bounded
+
+
+def _chunk_gradient(numerator, total, bounded, targets, scale):
+    """d(Σ scale·loss)/d(h @ weightᵀ), (t, V) float32; overwrites its arguments."""
+    dz = numerator.mul_((scale / total)[:, None])
+    dz = dz.scatter_add_(1, targets.clamp(min=0)[:, None], -scale[:, None])
+    return dz if bounded is None else torch.addcmul(dz, dz, bounded.square_(), value=-1.0)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Gradients are made in forward; backward scales them (reduction "none" recomputes)."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, scale, cap, chunk, dtype, reduction):
+        now = reduction != "none" and any(ctx.needs_input_grad[:2])
+        need_h, need_w = ctx.needs_input_grad[:2]
+        loss, grad_h, grad_w = _all_chunks(
+            hidden, weight, targets, scale, cap, chunk, dtype, now and need_h, now and need_w
+        )
+        ctx.options = (cap, chunk, dtype, reduction)
+        if reduction == "none":
+            ctx.save_for_backward(hidden, weight, targets, scale)
+            return loss
+        ctx.save_for_backward(grad_h, grad_w)
+        return loss.sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        cap, chunk, dtype, reduction = ctx.options
+        if reduction == "none":
+            hidden, weight, targets, scale = ctx.saved_tensors
+            need_h, need_w = ctx.needs_input_grad[:2]
+            _, grad_h, grad_w = _all_chunks(
+                hidden, weight, targets, scale * grad, cap, chunk, dtype, need_h, need_w
+            )
+        else:
+            grad_h, grad_w = ctx.saved_tensors
+            grad_h = None if grad_h is None else grad_h * grad.to(grad_h.dtype)
+            grad_w = None if grad_w is None else grad_w * grad.to(grad_w.dtype)
+        return grad_h, grad_w, None, None, None, None, None, None
+
+
+def _all_chunks(hidden, weight, targets, scale, cap, chunk, dtype, need_h, need_w):
+    """Losses (T,) times scale, and the gradients of their sum that are asked for."""
+    compute_w = weight.to(dtype)
+    losses = []
+    grad_h = torch.empty_like(hidden) if need_h else None
+    grad_w = torch.zeros_like(weight) if need_w else None
+    inverse_cap = 1.0 / cap if cap > 0 else 1.0
+    for start in range(0, hidden.size(0), chunk):
+        part = slice(start, start + chunk)
+        h = hidden[part].to(dtype) * inverse_cap
+        loss, *state = _chunk_loss(h, compute_w, targets[part], cap)
+        losses.append(loss * scale[part])
+        if need_h or need_w:
+            dx = _chunk_gradient(*state, targets[part], scale[part]).to(dtype)
+            if need_h:
+                grad_h[part] = dx @ compute_w
+            if need_w:  # h carries the 1/cap already, dx does not: undo it once at the end
+                if grad_w.dtype == dtype:
+                    grad_w.addmm_(dx.t(), h)
+                else:
+                    grad_w += dx.t() @ h
+    if need_w and cap > 0:
+        grad_w *= cap
+    return torch.cat(losses) if losses else scale, grad_h, grad_w
