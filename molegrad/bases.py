@@ -10,31 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# The finaliser of splitmix64 (Steele, Lea, Flood 2014), its constants as signed 64-bit integers.
-_WEYL = -7046029254386353131
-_MIX_1 = -4658895280553007687
-_MIX_2 = -7723592293110705685
-_STREAM = 2862933555777941757
-
-
-def _mix(x: Tensor) -> Tensor:
-    """splitmix64's finaliser; the masks make arithmetic right shifts logical ones."""
-    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * _MIX_1
-    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * _MIX_2
-    return x ^ ((x >> 31) & 0x1FFFFFFFF)
-
-
 def rademacher(rows: int, cols: int, counter: Tensor, seed: int, dtype: torch.dtype) -> Tensor:
-    """Random signs ±1 of shape (rows, cols) on the counter's device, a pure function of its arguments.
-
-    Args:
-        counter: integer scalar tensor, usually the step.
-        seed: distinguishes streams; any non-negative integer below 2**63.
-    """
-    index = torch.arange(rows * cols, device=counter.device, dtype=torch.int64)
-    stream = _mix(counter.to(torch.int64) * _STREAM + seed)
-    bits = (_mix(stream + (index + 1) * _WEYL) >> 40) & 1
-    return (1 - 2 * bits).to(dtype).view(rows, cols)
+    """Random signs (rows, cols) in `dtype` on the counter's device; see `ops.rademacher`."""
+    return torch.ops.molegrad.rademacher(rows, cols, counter, seed).to(dtype)
 
 
 def initial_basis(

@@ -157,6 +157,15 @@ def lowrank_update_(weight, u, w, alpha=-1.0, decay=0.0) -> None:
     )
 
 
+def rademacher(rows, cols, counter, seed=0) -> None:
+    op = "rademacher"
+    _require(rows >= 0 and cols >= 0, op, f"rows and cols must be >= 0, got {rows} and {cols}")
+    _require(
+        counter.dtype == torch.int64 and counter.dim() == 0, op,
+        f"expected counter as an int64 scalar tensor, got {_shape(counter)} of {counter.dtype}",
+    )  # fmt: skip
+
+
 def linear(op: str, x, weight, bias, basis_u, basis_v, rank_k) -> None:
     floating(op, x=x, weight=weight, bias=bias)
     floating(op, x=x, basis_u=basis_u, basis_v=basis_v)

@@ -30,7 +30,7 @@ class Op:
     reference: Callable
     check: Callable
     fake: Callable
-    backward: Callable | None = None  # None: mutates its arguments, has no gradient
+    backward: Callable | None = None  # None: there is nothing to differentiate
     setup: Callable | None = None
 
 
@@ -138,6 +138,12 @@ OPS: dict[str, Op] = {
         reference.lowrank_update_,
         checks.lowrank_update_,
         _nothing,
+    ),
+    "rademacher": Op(
+        "(SymInt rows, SymInt cols, Tensor counter, int seed=0) -> Tensor",
+        reference.rademacher,
+        checks.rademacher,
+        lambda rows, cols, counter, seed=0: counter.new_empty((rows, cols), dtype=torch.float32),
     ),
     "linear_dense": Op(
         f"({_LINEAR} Tensor counter, Tensor stats, str method, int power_iters, int probes, "
@@ -310,6 +316,18 @@ def polar_factor(w: Tensor) -> Tensor:
         (…, n, k). Modes below the rounding of W are zero; NaN or Inf gives NaN.
     """
     return torch.ops.molegrad.polar_factor(w)
+
+
+def rademacher(rows: int, cols: int, counter: Tensor, seed: int = 0) -> Tensor:
+    """Random signs ±1 (rows, cols), float32: a pure function of its arguments on every device.
+
+    Args:
+        counter: int64 scalar tensor, usually the step; the result lies on its device.
+        seed: distinguishes streams; any integer of 64 bits.
+
+    Source: splitmix64, Steele, Lea, Flood (2014).
+    """
+    return torch.ops.molegrad.rademacher(rows, cols, counter, seed)
 
 
 def lowrank_update_(

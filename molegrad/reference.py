@@ -188,3 +188,25 @@ def lowrank_update_(
             rows.addmm_(u_rows, w.mT, beta=1.0 - decay, alpha=alpha)
         else:
             rows.copy_(torch.addmm(rows.to(dtype), u_rows, w.mT, beta=1.0 - decay, alpha=alpha))
+
+
+# splitmix64 (Steele, Lea, Flood 2014), its constants as signed 64-bit integers.
+_WEYL = -7046029254386353131
+_MIX_1 = -4658895280553007687
+_MIX_2 = -7723592293110705685
+_STREAM = 2862933555777941757
+
+
+def _mix(x: Tensor) -> Tensor:
+    """splitmix64's finaliser; the masks make arithmetic right shifts logical ones."""
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * _MIX_1
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * _MIX_2
+    return x ^ ((x >> 31) & 0x1FFFFFFFF)
+
+
+def rademacher(rows: int, cols: int, counter: Tensor, seed: int = 0) -> Tensor:
+    """Signs from a hash of (seed, counter, position), bit for bit the same on every device."""
+    index = torch.arange(1, rows * cols + 1, device=counter.device, dtype=torch.int64)
+    stream = _mix(counter.to(torch.int64) * _STREAM + seed)
+    bits = (_mix(stream + index * _WEYL) >> 40) & 1
+    return (1 - 2 * bits).to(torch.float32).view(rows, cols)
