@@ -18,6 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# What `orthonormalize` says of a block.
 SAFE, ILL_CONDITIONED, RANK_DEFICIENT, NON_FINITE = 0, 1, 2, 3
 TOKEN_CHUNK = 8192
 ROW_CHUNK = 1024
@@ -136,10 +137,10 @@ def _positive(x: Tensor) -> Tensor:
 
 
 def _cholesky_qr2(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Two rounds of R = chol(ZᵀZ)ᵀ, Q = Z R⁻¹; the condition is read off the first diagonal."""
-    lower, _ = torch.linalg.cholesky_ex(z.mT @ z)
-    diagonal = lower.diagonal(dim1=-2, dim2=-1)
-    cond = diagonal.amax(-1) / diagonal.amin(-1)
+    """Two rounds of R = chol(ZᵀZ)ᵀ, Q = Z R⁻¹, and the condition number's estimate ‖R⁻¹‖_F."""
+    lower, info = torch.linalg.cholesky_ex(z.mT @ z)
+    inverse = torch.linalg.solve_triangular(lower, torch.eye(z.shape[-1]).to(z), upper=False)
+    cond = torch.where(info == 0, torch.linalg.matrix_norm(inverse), torch.inf)
     q = torch.linalg.solve_triangular(lower.mT, z, upper=True, left=False)
     lower2, _ = torch.linalg.cholesky_ex(q.mT @ q)
     q = torch.linalg.solve_triangular(lower2.mT, q, upper=True, left=False)

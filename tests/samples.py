@@ -1,0 +1,78 @@
+"""One set of inputs for every op, used by the tests of correctness, opcheck and the fake kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def orthonormal(rows: int, k: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.linalg.qr(randn(rows, k, seed=seed, dtype=torch.float64))[0].to(dtype).contiguous()
+
+
+def tokens(
+    t: int, n: int, m: int, dtype: torch.dtype = torch.float32, rank: int = 6, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """A (t, n) and B (t, m) whose product has a few strong modes over noise, as gradients have."""
+    signal = randn(t, rank, seed=seed, dtype=torch.float64)
+    a = signal @ randn(rank, n, seed=seed + 1, dtype=torch.float64)
+    b = signal @ randn(rank, m, seed=seed + 2, dtype=torch.float64)
+    a = a + 0.5 * randn(t, n, seed=seed + 3, dtype=torch.float64)
+    b = b + 0.5 * randn(t, m, seed=seed + 4, dtype=torch.float64)
+    return a.to(dtype), b.to(dtype)
+
+
+def linear_state(m: int, n: int, k: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    return {
+        "basis_u": orthonormal(m, k, 1, dtype),
+        "basis_v": orthonormal(n, k, 2, dtype),
+        "counter": torch.zeros((), dtype=torch.int64),
+        "stats": torch.zeros(6),
+    }
+
+
+def sample_inputs(name: str, requires_grad: bool = False) -> list[tuple]:
+    """Argument tuples for `torch.ops.molegrad.<name>`."""
+    a, b = tokens(19, 11, 13)
+    a, b = a.requires_grad_(requires_grad), b.requires_grad_(requires_grad)
+    u, v = orthonormal(13, 4, 1), orthonormal(11, 4, 2)
+    a3, b3 = a.detach().view(1, 19, 11), b.detach().view(1, 19, 13)
+    weight, bias = randn(13, 11), randn(13)
+    state = linear_state(13, 11, 4)
+    counter, stats = state["counter"], state["stats"]
+    x = randn(2, 5, 11).requires_grad_(requires_grad)
+    linear = (x, weight, bias, u, v)
+    return {
+        "lowrank_grad": [
+            (a.detach(), b.detach(), v),
+            (a3, b3, v, 2, torch.ops.molegrad.rademacher(11, 3, counter, 1)),
+            (a3.to(torch.bfloat16), b3.to(torch.bfloat16), v, 0),
+        ],
+        "sketch": [(a, b, u, v), (a3, b3, u[:, :2], v)],
+        "sketch_accumulate_": [
+            (randn(13, 4), randn(11, 4), a.detach(), b.detach(), u, v),
+        ],
+        "tangent_factors": [(u, v, randn(13, 4, seed=5), randn(11, 4, seed=6))],
+        "orthonormalize": [(randn(9, 4),), (randn(3, 9, 4), 10.0)],
+        "polar_factor": [(randn(9, 4),), (randn(3, 9, 4),)],
+        "lowrank_update_": [
+            (weight.clone(), u, v, -0.1, 0.01),
+            (weight.to(torch.bfloat16), u, v, 0.5),
+        ],
+        "rademacher": [(5, 3, counter, 7)],
+        "linear_dense": [
+            (*linear, counter, stats, method, 1, probes, trust, 1, 3, 1e3)
+            for method, probes, trust in (("power", 2, 0.0), ("tangent", 0, 0.0), ("tangent", 3, 2.0))
+        ],
+        "linear_factored": [
+            (*linear[:3], u_, v_, stats, method, 3, 1, 1e3)
+            for method in ("tangent", "power")
+            for u_, v_ in ((u.clone().requires_grad_(requires_grad),
+                            v.clone().requires_grad_(requires_grad)),)
+        ],
+    }[name]  # fmt: skip
