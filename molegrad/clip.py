@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from molegrad.linear import MoleLinear
+from molegrad.reference import acc_dtype
 
 
 def factored_norm_sq(layer: MoleLinear) -> Tensor:
@@ -50,11 +51,13 @@ def clip_grad_norm_(
         if p.grad is not None:
             grads.append(p.grad)
             if id(p) not in bases:
-                squares.append(torch.linalg.vector_norm(p.grad, dtype=torch.float32).square())
+                dtype = acc_dtype(p.grad.dtype)
+                squares.append(torch.linalg.vector_norm(p.grad, dtype=dtype).square())
     if not squares:
         return torch.zeros(())
     device = squares[0].device
-    total = torch.stack([s.to(device).float() for s in squares]).sum().sqrt()
+    total = torch.stack([s.to(device, torch.float64) for s in squares]).sum().sqrt()
+    total = total.to(squares[0].dtype)
     if error_if_nonfinite and not bool(total.isfinite()):
         raise RuntimeError(
             f"the gradient norm is {total.item()}, so the gradients cannot be clipped; find the "

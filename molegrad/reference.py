@@ -139,7 +139,8 @@ def _positive(x: Tensor) -> Tensor:
 def _cholesky_qr2(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Two rounds of R = chol(ZᵀZ)ᵀ, Q = Z R⁻¹, and the condition number's estimate ‖R⁻¹‖_F."""
     lower, info = torch.linalg.cholesky_ex(z.mT @ z)
-    inverse = torch.linalg.solve_triangular(lower, torch.eye(z.shape[-1]).to(z), upper=False)
+    eye = torch.eye(z.shape[-1], dtype=z.dtype, device=z.device)
+    inverse = torch.linalg.solve_triangular(lower, eye, upper=False)
     cond = torch.where(info == 0, torch.linalg.matrix_norm(inverse), torch.inf)
     q = torch.linalg.solve_triangular(lower.mT, z, upper=True, left=False)
     lower2, _ = torch.linalg.cholesky_ex(q.mT @ q)

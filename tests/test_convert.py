@@ -1,0 +1,143 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from molegrad import MoleGradConfig, MoleLinear, convert, plan, revert
+from molegrad.convert import layer_role
+from tests.models import SMALL, TinyGPT
+
+ROLES = {
+    # nanochat and GPT-2
+    "transformer.h.0.mlp.c_fc": "ffn",
+    "transformer.h.11.mlp.c_proj": "ffn",
+    "transformer.h.0.attn.c_q": "attention",
+    "transformer.h.0.attn.c_proj": "attention",
+    "h.0.attn.c_attn": "attention",
+    "lm_head": "head",
+    # Llama, Mistral, Qwen, Gemma
+    "model.layers.0.mlp.gate_proj": "ffn",
+    "model.layers.0.mlp.up_proj": "ffn",
+    "model.layers.0.mlp.down_proj": "ffn",
+    "model.layers.0.self_attn.q_proj": "attention",
+    "model.layers.0.self_attn.o_proj": "attention",
+    "model.layers.3.mlp.experts.5.w1": "ffn",
+    "model.layers.3.block_sparse_moe.experts.0.w2": "ffn",
+    # Phi, GPT-NeoX, Falcon, OPT, BLOOM
+    "model.layers.0.mlp.fc1": "ffn",
+    "model.layers.0.mlp.gate_up_proj": "ffn",
+    "gpt_neox.layers.0.mlp.dense_h_to_4h": "ffn",
+    "gpt_neox.layers.0.attention.query_key_value": "attention",
+    "gpt_neox.layers.0.attention.dense": "attention",
+    "transformer.h.0.self_attention.dense": "attention",
+    "model.decoder.layers.0.fc2": "ffn",
+    "model.decoder.layers.0.self_attn.out_proj": "attention",
+    "embed_out": "head",
+    # BERT, T5, DistilBERT, ViT, original Llama
+    "bert.encoder.layer.0.attention.self.query": "attention",
+    "bert.encoder.layer.0.attention.output.dense": "attention",
+    "bert.encoder.layer.0.intermediate.dense": "ffn",
+    "bert.encoder.layer.0.output.dense": "ffn",
+    "encoder.block.0.layer.1.DenseReluDense.wi_0": "ffn",
+    "encoder.block.0.layer.1.DenseReluDense.wo": "ffn",
+    "encoder.block.0.layer.0.SelfAttention.k": "attention",
+    "transformer.layer.0.ffn.lin1": "ffn",
+    "layers.0.feed_forward.w3": "ffn",
+    "layers.0.attention.wq": "attention",
+    "classifier": "head",
+    "model.embed_proj": "other",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "role"), ROLES.items())
+def test_layers_are_found_where_models_put_them(name, role):
+    assert layer_role(name) == role
+
+
+def taken(model, **fields):
+    return [layer.name for layer in plan(model, MoleGradConfig(rank_k=4, **fields)).taken]
+
+
+def test_groups_names_and_patterns():
+    model = TinyGPT(depth=1)
+    ffn = ["h.0.mlp.c_fc", "h.0.mlp.c_proj"]
+    attention = [f"h.0.attn.{c}" for c in ("c_q", "c_k", "c_v", "c_proj")]
+    assert taken(model) == ffn
+    assert taken(model, target_layers="attention_only") == attention
+    assert taken(model, target_layers="all") == attention + ffn
+    assert taken(model, target_layers=["c_fc"]) == ffn[:1]
+    assert taken(model, target_layers=["mlp"]) == ffn
+    assert taken(model, target_layers=["mlp.c_proj", "h.0.attn.c_q"]) == [attention[0], ffn[1]]
+    assert taken(model, target_layers=[r".*attn\.c_[kv]"]) == attention[1:3]
+    assert taken(model, target_layers=["lm_head"]) == ["lm_head"]
+
+
+def test_the_plan_says_why_a_layer_is_left():
+    model = TinyGPT(depth=1)
+    model.lm_head.weight = model.wte.weight
+    model.h[0].attn.c_q.weight.requires_grad_(False)
+    parametrizations.weight_norm(model.h[0].attn.c_k)
+
+    class Special(nn.Linear):
+        pass
+
+    model.h[0].attn.c_v = Special(32, 32)
+    model.h[0].attn.c_proj = nn.Linear(32, 6)
+    config = MoleGradConfig(rank_k=4, target_layers=[".*"], min_layer_utilization=0.7)
+    reasons = {layer.name.split(".")[-1]: layer.reason for layer in plan(model, config).left}
+    assert "tied" in reasons["lm_head"]
+    assert "frozen" in reasons["c_q"]
+    assert "parametrized" in reasons["c_k"]
+    assert "Special" in reasons["c_v"]
+    assert "too small for rank_k=4" in reasons["c_proj"]
+    small = plan(model, MoleGradConfig(rank_k=12, target_layers=["mlp"], min_layer_utilization=0.7))
+    assert "saves 44% of the dense gradient, less than min_layer_utilization=70%" in str(small)
+    assert "taken" in str(plan(model, config)) and "not a target of ffn_only (role: attention)" in str(
+        plan(TinyGPT(), MoleGradConfig(rank_k=4))
+    )
+
+
+def test_converting_nothing_is_an_error_that_shows_the_plan():
+    with pytest.raises(ValueError, match=r"no layer to convert:\n.*\n.*matches none of nothing"):
+        convert(TinyGPT(depth=1), SMALL, target_layers=["nothing"])
+
+
+@pytest.mark.parametrize("mode", ["dense", "factored"])
+def test_convert_and_back_keep_parameters_hooks_sharing_and_state(mode):
+    model = TinyGPT(depth=2)
+    model.h[1].mlp = model.h[0].mlp  # a shared module
+    calls = []
+    model.h[0].mlp.c_fc.register_forward_hook(lambda *args: calls.append(1))
+    weights = {name: p for name, p in model.named_parameters()}
+    reference = copy.deepcopy(model).eval()
+    model.eval()
+    idx = torch.randint(50, (2, 7))
+    assert convert(model, SMALL, gradient_mode=mode) is model
+    assert isinstance(model.h[0].mlp.c_fc, MoleLinear) and not model.h[0].mlp.c_fc.training
+    assert model.h[0].mlp is model.h[1].mlp
+    assert model.h[0].mlp.c_fc.weight is weights["h.0.mlp.c_fc.weight"]
+    assert model.state_dict().keys() == reference.state_dict().keys()
+    torch.testing.assert_close(model(idx), reference(idx))
+    assert len(calls) == 4  # twice each in the model and in the copy it is compared with
+    again = plan(model, SMALL)
+    assert not again.taken and "is converted already" in str(again)
+    revert(model)
+    assert not any(isinstance(m, MoleLinear) for m in model.modules())
+    assert {n: id(p) for n, p in model.named_parameters()} == {n: id(p) for n, p in weights.items()}
+    assert all(p.requires_grad for p in model.parameters())
+    assert not list(model.buffers())
+    torch.testing.assert_close(model(idx), reference(idx))
+
+
+def test_a_linear_itself_is_converted_too():
+    layer = nn.Linear(24, 40)
+    mole = convert(layer, SMALL, target_modules=[".*", ""])
+    assert isinstance(mole, MoleLinear) and mole.weight is layer.weight
+    assert type(revert(mole)) is nn.Linear
+
+
+def test_peft_spelling():
+    model = convert(TinyGPT(depth=1), rank_k=4, target_modules="all-linear")
+    assert sum(isinstance(m, MoleLinear) for m in model.modules()) == 6
