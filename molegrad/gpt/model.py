@@ -210,10 +210,16 @@ class GPT(nn.Module):
             }
         )
         self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
-        cos, sin = rotary_tables(config.max_seq_len, config.head_dim, config.rope_base)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
-        self.reset_parameters(seed)
+        self.reset_buffers()
+        if not self.lm_head.weight.is_meta:
+            self.reset_parameters(seed)
+
+    def reset_buffers(self) -> None:
+        """Make the rotary tables, on the weights' device."""
+        c = self.config
+        cos, sin = rotary_tables(c.max_seq_len, c.head_dim, c.rope_base)
+        self.register_buffer("cos", cos.to(self.device), persistent=False)
+        self.register_buffer("sin", sin.to(self.device), persistent=False)
 
     @torch.no_grad()
     def reset_parameters(self, seed: int) -> None:

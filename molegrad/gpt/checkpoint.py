@@ -1,0 +1,322 @@
+"""Checkpoints: safetensors for tensors, JSON for everything else, complete or absent.
+
+What: `save` writes a step folder; `load` reads it back; `latest` finds the newest one;
+`load_model` rebuilds the bare model for evaluation and chat.
+
+    FOLDER/step_000100/
+        model.safetensors       the weights under their state_dict names
+        optimizer.safetensors   every tensor of the optimizers' states
+        meta.json               step, configuration, sizes, the optimizers' other state
+        rank_0.safetensors      bases, counters, random states of process 0 (rank_1 ... likewise)
+        rank_0.json             its position in the data
+
+Why: no pickle, so that a checkpoint can be read anywhere and cannot run code. A folder is written
+under another name, flushed to the disk and renamed, so what has the name is complete. It holds
+everything that determines the next step: a resumed CPU run repeats the uninterrupted one bit for
+bit (tests/gpt/test_checkpoint.py).
+"""
+
+import json
+import os
+import re
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from molegrad import bases_state_dict, load_bases_state_dict
+from molegrad.gpt import paths
+from molegrad.gpt.model import GPT, GPTConfig
+
+FORMAT = 1
+_STEP = re.compile(r"step_(\d+)")
+
+
+@dataclass
+class Checkpoint:
+    """What a step folder holds; the tensors are on the CPU."""
+
+    folder: Path
+    step: int
+    config: dict  # the resolved configuration of the run
+    model_config: dict  # the arguments of GPTConfig
+    model: dict[str, Tensor]
+    optimizers: list[dict]
+    bases: dict[str, Tensor]
+    random: dict[str, Tensor]
+    loader: dict
+    extra: dict = field(default_factory=dict)  # anything JSON-able the caller gave
+
+
+def stage_dir(run: str, stage: str, model_tag: str = "") -> Path:
+    """Folder of one stage ("base", "sft") of a run: runs/RUN/STAGE, or runs/RUN/STAGE-TAG."""
+    name = stage + (f"-{paths.check_run_name(model_tag)}" if model_tag else "")
+    folder = paths.run_dir(run) / name
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def step_folders(folder: Path) -> list[Path]:
+    """The complete checkpoints in `folder`, oldest step first."""
+    found = [p for p in Path(folder).glob("step_*") if _STEP.fullmatch(p.name) and p.is_dir()]
+    complete = [p for p in found if (p / "meta.json").exists()]
+    return sorted(complete, key=lambda p: int(_STEP.fullmatch(p.name).group(1)))
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest complete checkpoint in `folder`, or None."""
+    folders = step_folders(folder)
+    return folders[-1] if folders else None
+
+
+def find(folder: Path, step: int = -1) -> Path:
+    """The checkpoint of `step`, or the newest one for -1.
+
+    Raises:
+        FileNotFoundError: there is none; the message lists those that are there.
+    """
+    folders = {int(_STEP.fullmatch(p.name).group(1)): p for p in step_folders(folder)}
+    if folders and step < 0:
+        return folders[max(folders)]
+    if step in folders:
+        return folders[step]
+    have = f"steps {', '.join(map(str, folders))}" if folders else "no checkpoint"
+    wanted = "a checkpoint" if step < 0 else f"a checkpoint of step {step}"
+    raise FileNotFoundError(f"{folder} has {have}, not {wanted}: train first or name another step")
+
+
+def save(
+    folder: Path,
+    step: int,
+    model: GPT,
+    optimizers=(),
+    config: dict | None = None,
+    loader: dict | None = None,
+    extra: dict | None = None,
+    keep_last: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Path:
+    """Write FOLDER/step_NNNNNN and return it; every rank must call this.
+
+    Args:
+        model: the bare GPT (not compiled, not wrapped).
+        optimizers: their state_dicts are kept in this order.
+        config: the run's resolved configuration, JSON-able.
+        loader: the data loader's state_dict, JSON-able; each rank's own.
+        extra: anything else JSON-able (the loop's counters).
+        keep_last: remove all but this many newest step folders; 0 keeps all.
+
+    Raises:
+        OSError: the disk is full or not writable; earlier checkpoints are untouched.
+    """
+    final = Path(folder) / f"step_{step:06d}"
+    temporary = final.with_name(final.name + ".tmp")
+    if rank == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    _barrier(world_size)
+    own = {"bases": bases_state_dict(model), "random": _random_states(model.device)}
+    tensors: dict[str, Tensor] = {}
+    tree = _flatten({**own, "loader": loader or {}}, tensors)
+    _write_tensors(temporary / f"rank_{rank}.safetensors", tensors)
+    _write_json(temporary / f"rank_{rank}.json", tree)
+    if rank == 0:
+        _write_tensors(temporary / "model.safetensors", model.state_dict())
+        tensors = {}
+        tree = _flatten([optimizer.state_dict() for optimizer in optimizers], tensors)
+        _write_tensors(temporary / "optimizer.safetensors", tensors)
+        meta = {
+            "format": FORMAT,
+            "step": step,
+            "world_size": world_size,
+            "torch": torch.__version__,
+            "model_config": asdict(model.config),
+            "config": config or {},
+            "extra": extra or {},
+            "optimizers": tree,
+        }
+        _write_json(temporary / "meta.json", meta)
+    _barrier(world_size)
+    if rank == 0:
+        _sync_folder(temporary)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(temporary, final)
+        _sync_folder(final.parent)
+        if keep_last > 0:
+            for old in step_folders(folder)[:-keep_last]:
+                shutil.rmtree(old, ignore_errors=True)
+    _barrier(world_size)
+    return final
+
+
+def load(folder: Path, rank: int = 0, world_size: int = 1) -> Checkpoint:
+    """Read a step folder.
+
+    Raises:
+        FileNotFoundError: it is not a complete checkpoint.
+        ValueError: it was written by another format or another number of processes.
+    """
+    folder = Path(folder)
+    meta = read_meta(folder)
+    if meta["world_size"] != world_size:
+        raise ValueError(
+            f"{folder} was written by {meta['world_size']} processes, this run has {world_size}: "
+            "resume with the same number, or start a new run from its model.safetensors"
+        )
+    own = _unflatten(
+        json.loads((folder / f"rank_{rank}.json").read_text()),
+        load_file(folder / f"rank_{rank}.safetensors"),
+    )
+    return Checkpoint(
+        folder=folder,
+        step=meta["step"],
+        config=meta["config"],
+        model_config=meta["model_config"],
+        model=load_file(folder / "model.safetensors"),
+        optimizers=_unflatten(meta["optimizers"], load_file(folder / "optimizer.safetensors")),
+        bases=own["bases"],
+        random=own["random"],
+        loader=own["loader"],
+        extra=meta["extra"],
+    )
+
+
+def read_meta(folder: Path) -> dict:
+    """meta.json of a step folder, checked."""
+    path = Path(folder) / "meta.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{folder} is no complete checkpoint: it has no meta.json")
+    meta = json.loads(path.read_text(encoding="utf-8"))
+    if meta.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} has format {meta.get('format')}, this version reads {FORMAT}: "
+            "use the version of molegrad that wrote it"
+        )
+    return meta
+
+
+def restore(checkpoint: Checkpoint, model: GPT, optimizers=(), loader=None) -> None:
+    """Put everything back: weights, bases, optimizers, data position, random states.
+
+    `model` must be converted, and the optimizers made, as they were when it was saved.
+
+    Raises:
+        RuntimeError, ValueError: something does not fit; the message names it.
+    """
+    model.load_state_dict(checkpoint.model)
+    load_bases_state_dict(model, checkpoint.bases)
+    if len(optimizers) != len(checkpoint.optimizers):
+        raise ValueError(
+            f"the checkpoint holds {len(checkpoint.optimizers)} optimizers, this run has "
+            f"{len(optimizers)}: resume with the same --optimizer"
+        )
+    for optimizer, state in zip(optimizers, checkpoint.optimizers, strict=True):
+        optimizer.load_state_dict(_on_device(state, model.device))
+    if loader is not None:
+        loader.load_state_dict(checkpoint.loader)
+    _set_random_states(checkpoint.random, model.device)
+
+
+def load_model(folder: Path, device: torch.device | str = "cpu") -> tuple[GPT, dict]:
+    """The bare model of a step folder in eval mode on `device`, and meta.json."""
+    meta = read_meta(folder)
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**meta["model_config"]))
+    model.to_empty(device="cpu")
+    model.reset_buffers()
+    model.load_state_dict(load_file(Path(folder) / "model.safetensors"), assign=True)
+    return model.to(device).eval(), meta
+
+
+def _flatten(value, tensors: dict[str, Tensor], path: str = ""):
+    """`value` with every tensor replaced by a reference; the tensors are put into `tensors`.
+
+    Keys that are no strings, and tuples, are marked, so that `_unflatten` gives them back.
+    """
+    if isinstance(value, Tensor):
+        tensors[path] = value.detach()
+        return {"$tensor": path, "device": value.device.type}
+    if isinstance(value, dict):
+        items = [[k, _flatten(v, tensors, f"{path}/{k}")] for k, v in value.items()]
+        return {"$dict": items}
+    if isinstance(value, (list, tuple)):
+        items = [_flatten(v, tensors, f"{path}/{i}") for i, v in enumerate(value)]
+        return {"$tuple": items} if isinstance(value, tuple) else items
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"{path} is a {type(value).__name__}, which a checkpoint cannot hold")
+
+
+def _unflatten(tree, tensors: dict[str, Tensor]):
+    if isinstance(tree, list):
+        return [_unflatten(item, tensors) for item in tree]
+    if not isinstance(tree, dict):
+        return tree
+    if "$tensor" in tree:
+        tensor = tensors[tree["$tensor"]]
+        tensor.saved_on = tree["device"]
+        return tensor
+    if "$tuple" in tree:
+        return tuple(_unflatten(item, tensors) for item in tree["$tuple"])
+    return {key: _unflatten(item, tensors) for key, item in tree["$dict"]}
+
+
+def _on_device(value, device: torch.device):
+    """Optimizer state where it was: tensors saved from an accelerator go to `device`. (torch's
+    load_state_dict leaves step counters where they are given.)"""
+    if isinstance(value, Tensor):
+        return value if getattr(value, "saved_on", "cpu") == "cpu" else value.to(device)
+    if isinstance(value, dict):
+        return {key: _on_device(item, device) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_on_device(item, device) for item in value]
+    return value
+
+
+def _random_states(device: torch.device) -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def _set_random_states(states: dict[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Copies are written: safetensors takes no views, and two names may share one tensor."""
+    copies = {k: t.detach().to("cpu", copy=True).contiguous() for k, t in tensors.items()}
+    save_file(copies, path)
+    _sync_file(path)
+
+
+def _write_json(path: Path, value) -> None:
+    path.write_text(json.dumps(value, indent=1, allow_nan=False), encoding="utf-8")
+    _sync_file(path)
+
+
+def _sync_file(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    if os.name == "nt":  # a folder cannot be opened there
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _barrier(world_size: int) -> None:
+    if world_size > 1:
+        torch.distributed.barrier()

@@ -1,0 +1,100 @@
+"""Non-finite numbers: found on the device at every step, reported where the loss is read anyway.
+
+What: `NonFiniteGuard.update` notes, per parameter, the first step whose gradient was not finite;
+`report` says which ones. Nothing waits for the device until `report`'s caller reads the loss.
+
+Why: a run that goes on after a NaN trains nothing for hours. The report names the layers in which
+it began, which by the next step can no longer be seen: then everything is NaN.
+"""
+
+import json
+import math
+from collections import deque
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+REPORT = "nan_report.json"
+
+
+class NonFiniteError(RuntimeError):
+    """Training stopped because the loss or a gradient is NaN or infinite."""
+
+
+class NonFiniteGuard:
+    """Watches the gradients of `model`; keeps the last losses for the report."""
+
+    def __init__(self, model: nn.Module, history: int = 20):
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self.names = [name for name, _ in named]
+        self._params = [p for _, p in named]
+        self._weights = dict(model.named_parameters())
+        device = self._params[0].device
+        self._first = torch.full((len(named),), -1, dtype=torch.int64, device=device)
+        self.losses: deque[tuple[int, float]] = deque(maxlen=history)
+
+    @torch.no_grad()
+    def update(self, step: int) -> Tensor:
+        """Look at the gradients of this step; a 0-dim bool on the device: all finite so far.
+
+        A norm that overflows float32 counts as not finite.
+        """
+        norms = torch._foreach_norm([g for g in (p.grad for p in self._params) if g is not None])
+        taken = iter(norms)
+        one = self._first.new_ones((), dtype=torch.float32)
+        values = torch.stack([one if p.grad is None else next(taken).float() for p in self._params])
+        bad = ~values.isfinite()
+        self._first = torch.where(bad & (self._first < 0), step, self._first)
+        return (self._first < 0).all()
+
+    def report(self, step: int, loss: float, learning_rates: dict[str, float]) -> dict:
+        """What is not finite, JSON-able; reads from the device."""
+        first = self._first.tolist()
+        steps = [s for s in first if s >= 0]
+        gradients = [
+            {"name": name, "first_step": s, **_count(p.grad)}
+            for name, s, p in zip(self.names, first, self._params, strict=True)
+            if s >= 0
+        ]
+        weights = [
+            {"name": name, **_count(p)}
+            for name, p in self._weights.items()
+            if not bool(p.isfinite().all())
+        ]
+        return {
+            "step": step,
+            "first_step": min(steps, default=step),
+            "loss": _text(loss),
+            "gradients": sorted(gradients, key=lambda entry: entry["first_step"]),
+            "weights": weights,
+            "learning_rates": learning_rates,
+            "last_losses": [[s, _text(value)] for s, value in self.losses],
+        }
+
+
+def stop(report: dict, folder: Path) -> None:
+    """Write nan_report.json into `folder` and raise `NonFiniteError` with the gist of it."""
+    path = Path(folder) / REPORT
+    path.write_text(json.dumps(report, indent=1, allow_nan=False), encoding="utf-8")
+    names = [entry["name"] for entry in report["gradients"]]
+    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    raise NonFiniteError(
+        f"step {report['step']}: loss {report['loss']}; gradients that are not finite: "
+        f"{shown or 'none'} (first at step {report['first_step']}). The report is in {path}. "
+        "Lower the learning rates, set --grad-clip=1, or resume from the last checkpoint"
+    )
+
+
+def _count(tensor: Tensor | None) -> dict[str, int]:
+    if tensor is None:
+        return {"nan": 0, "inf": 0, "numbers": 0}
+    return {
+        "nan": int(tensor.isnan().sum()),
+        "inf": int(tensor.isinf().sum()),
+        "numbers": tensor.numel(),
+    }
+
+
+def _text(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)

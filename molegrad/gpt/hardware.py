@@ -1,0 +1,199 @@
+"""The machine: which device, how fast it could be, what a token costs, how much memory was used.
+
+What: `pick_device`, `peak_flops`, `flops_per_token`, `memory_estimate`, `peak_memory_bytes`.
+
+Why: model FLOPs utilisation (MFU) is honest only if the floating-point operations are those that
+were done. A converted layer does fewer of them, so `flops_per_token` gives two figures: `actual`
+(the numerator of MFU) and `dense`, what the same model would cost without MoleGrad.
+
+How to run: `flops_per_token(model, seq_len)` after conversion; the layers say what they are.
+"""
+
+import ctypes
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from molegrad.linear import MoleLinear
+
+# Dense bf16 FLOP/s with float32 accumulation, from the makers' data sheets; the first name that
+# occurs in the device's name counts.
+PEAK_BF16 = {
+    "RTX 5090": 209.5e12,
+    "RTX 5080": 112.6e12,
+    "RTX 4090": 165.2e12,
+    "RTX 3090": 71.0e12,
+    "B200": 2250e12,
+    "H200": 989.4e12,
+    "H100 PCIe": 756.5e12,
+    "H100 NVL": 835.5e12,
+    "H100": 989.4e12,
+    "L40S": 362.0e12,
+    "A100": 312.0e12,
+}
+
+
+def pick_device(device_type: str = "") -> torch.device:
+    """The device named ("cuda", "cuda:1", "cpu", "mps"), or the best one there is for "".
+
+    Raises:
+        ValueError: there is no such device here.
+    """
+    available = ["cuda"] if torch.cuda.is_available() else []
+    available += ["mps"] if torch.backends.mps.is_available() else []
+    available += ["cpu"]
+    if not device_type:
+        return torch.device(available[0])
+    try:
+        device = torch.device(device_type)
+    except RuntimeError as error:
+        raise ValueError(f"device_type={device_type!r} is no device name: {error}") from None
+    if device.type not in available:
+        raise ValueError(
+            f"device_type={device_type!r} is not available here (there is: {', '.join(available)})"
+        )
+    return device
+
+
+def device_name(device: torch.device) -> str:
+    """The device as its driver calls it; for the CPU with the number of threads in use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        return f"CPU, {torch.get_num_threads()} threads"
+    return device.type
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[float, str]:
+    """FLOP/s the device can reach in `dtype`, and where the figure is from.
+
+    Known GPUs in bf16 have their data sheet's value. Everything else is measured with square
+    matrix products, the best of a quarter of a second.
+    """
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        name = torch.cuda.get_device_name(device)
+        for known, value in PEAK_BF16.items():
+            if known in name:
+                return value, f"data sheet of {known}, dense bf16"
+    return measured_flops(device, dtype), "measured with a matrix product"
+
+
+def measured_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.25) -> float:
+    """Best FLOP/s of square matrix products within about `seconds`."""
+    n = 1024 if device.type == "cpu" else 8192
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    out = a @ b
+    best, start = float("inf"), time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        begin = time.perf_counter()
+        torch.mm(a, b, out=out)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - begin)
+    return 2 * n**3 / best
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations per trained token, forward and backward."""
+
+    actual: float  # with the low-rank weight gradients of the converted layers
+    dense: float  # of the same model with dense weight gradients
+    weight_gradient: float  # the part of `actual` that is weight gradients
+
+    @property
+    def saving(self) -> float:
+        """Share of the dense operations that is not done."""
+        return 1.0 - self.actual / self.dense
+
+
+def flops_per_token(model: nn.Module, seq_len: int) -> Flops:
+    """Operations of one training token of a GPT.
+
+    A linear layer (m, n) costs 2mn forward, 2mn for the gradient of its input and 2mn for that of
+    its weight. A MoleLinear's weight gradient costs 4k(m + n) per pass instead (Bᵀ(AV) and
+    Aᵀ(BU)), plus 2r(m + n) for r probes; `power_iters=0` costs half a pass. Attention costs
+    12·H·D·T per layer with the full T x T square counted (the convention of PaLM, appendix B, and
+    nanochat), although a causal kernel may skip half. The embedding is a look-up and costs nothing.
+    """
+    common = weight_dense = weight_actual = 0.0
+    for module in model.modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        m, n = module.out_features, module.in_features
+        common += 4 * m * n
+        if not isinstance(module, MoleLinear):
+            trained = 2 * m * n if module.weight.requires_grad else 0
+            weight_dense += trained
+            weight_actual += trained
+        elif module.trains:
+            c = module.config
+            passes = 1.0 if c.method == "tangent" else max(c.power_iters, 0.5)
+            weight_dense += 2 * m * n
+            weight_actual += (4 * c.rank_k * passes + 2 * c.probes) * (m + n)
+    size = model.config
+    common += 12 * size.depth * size.n_head * size.head_dim * seq_len
+    return Flops(common + weight_actual, common + weight_dense, weight_actual)
+
+
+def memory_estimate(
+    model: nn.Module, optimizers, tokens: int, activation_bytes: int
+) -> dict[str, int]:
+    """Bytes a training step is expected to hold, by kind, and "total".
+
+    Weights are exact. Gradients: one number per parameter that takes one, in its own dtype.
+    Optimizer: two per AdamW parameter, one per dense Muon matrix, bases and core per factored one.
+    Activations: what the backward pass of one micro-batch of `tokens` keeps, about 22 numbers of
+    `activation_bytes` per token, block and unit of width. Logits: one chunk in float32, twice.
+    """
+    params = list(model.parameters())
+    state = 0
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            if isinstance(optimizer, torch.optim.AdamW):
+                state += sum(2 * p.numel() * p.element_size() for p in group["params"])
+            elif group.get("kind", "dense") == "factored":
+                state += 4 * sum(p.numel() for p in group["params"] if p.requires_grad)
+            else:
+                state += sum(p.numel() * p.element_size() for p in group["params"])
+    config = model.config
+    sizes = {
+        "weights": sum(p.numel() * p.element_size() for p in params),
+        "gradients": sum(p.numel() * p.element_size() for p in params if p.requires_grad),
+        "optimizer": state,
+        "activations": 22 * config.width * config.depth * tokens * activation_bytes,
+        "logits": 8 * min(tokens, config.loss_chunk) * config.vocab_size,
+    }
+    return {**sizes, "total": sum(sizes.values())}
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory used so far: torch's allocator on CUDA, the process's resident set elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # not a Unix
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def keep_freed_memory() -> bool:
+    """Tell glibc to keep freed memory for the next step; True where that was possible.
+
+    A CPU training step frees and allocates the same large blocks every time. By default glibc
+    returns them to the system, and every first touch of a page is a fault: 5 to 6% of a step at
+    depth 4 (half of all page faults are gone with this). The peak of resident memory is the same.
+    """
+    m_trim_threshold, m_mmap_threshold = -1, -3
+    try:
+        libc = ctypes.CDLL(None)
+        return bool(
+            libc.mallopt(m_mmap_threshold, 32 * 2**20) and libc.mallopt(m_trim_threshold, 2**31 - 1)
+        )
+    except (OSError, AttributeError, TypeError):
+        return False

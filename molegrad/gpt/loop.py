@@ -1,0 +1,346 @@
+"""The training loop: one for base training and fine-tuning.
+
+What: `Trainer` runs forward, backward, optimizer step, with gradient accumulation, schedules,
+evaluation, samples, checkpoints, a line per step, a stop on non-finite numbers and a clean end on
+Ctrl-C. What differs between stages (where batches come from, how to evaluate) is handed in.
+
+Why the host waits for the device once per `log_every` steps only: the loss and the check of the
+gradients stay on the device until a line is due. It is read before the optimizer's step, so that
+with log_every=1 a NaN never reaches a weight.
+
+How to run: see `molegrad.gpt.train.base_train`, which builds one and calls `run()`.
+"""
+
+import contextlib
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from molegrad import clip_grad_norm_
+from molegrad.gpt import checkpoint, guard
+from molegrad.gpt.hardware import Flops, flops_per_token, peak_flops, peak_memory_bytes
+from molegrad.gpt.logger import RunLogger
+from molegrad.gpt.schedule import lr_multiplier, momentum_at
+from molegrad.gpt.setup import Processes
+from molegrad.gpt.train_config import compute_dtype
+from molegrad.optim import Muon
+
+_SMOOTHING = 0.9  # of the printed loss, an exponential average without bias at the start
+
+
+@dataclass
+class Progress:
+    """The loop's own numbers that a resumed run goes on from."""
+
+    step: int = 0  # completed steps
+    seconds: float = 0.0  # spent training; evaluation, samples and checkpoints are not counted
+    flops: float = 0.0  # done, all devices
+    reads: int = 0  # of the loss
+    smooth: float = 0.0  # sum of the exponential average over the reads
+    best_bpb: float | None = None
+    last: dict = field(default_factory=dict)  # the newest metrics
+
+    @property
+    def loss(self) -> float:
+        """The smoothed loss; nan before the first step."""
+        return self.last.get("train/loss", math.nan)
+
+
+class Trainer:
+    """One training run.
+
+    Args:
+        config: a resolved `TrainFlags`.
+        model: the bare GPT, converted and on its device.
+        called: what forward is called on: `model` itself, compiled or data-parallel.
+        optimizers: from `molegrad.gpt.setup.build_optimizers`.
+        loader: has next_batch() -> (inputs, targets), state_dict, load_state_dict and epoch.
+        steps: the length of the run.
+        folder: of the stage; checkpoints and reports go there.
+        logger: receives the metrics.
+        evaluate: () -> metrics, such as {"val/bpb": 1.2}; called every `eval_every` steps.
+        sample: () -> texts; called every `sample_every` steps, on the first process alone.
+        monitor: () -> further metrics, read at every log line.
+        flops: operations per token, for MFU; counted where not given.
+        peak: FLOP/s of one device at its best; looked up or measured where not given.
+        processes: this process among its like.
+        saved_config: what is written into checkpoints.
+    """
+
+    def __init__(
+        self,
+        config,
+        model,
+        called,
+        optimizers: list[torch.optim.Optimizer],
+        loader,
+        steps: int,
+        folder: Path,
+        logger: RunLogger,
+        evaluate: Callable[[], dict] | None = None,
+        sample: Callable[[], list[str]] | None = None,
+        monitor: Callable[[], dict] | None = None,
+        flops: Flops | None = None,
+        peak: float | None = None,
+        processes: Processes | None = None,
+        saved_config: dict | None = None,
+    ):
+        self.config, self.model, self.called = config, model, called
+        self.optimizers, self.loader, self.steps = optimizers, loader, steps
+        self.folder, self.logger = Path(folder), logger
+        self.evaluate, self.sample, self.monitor = evaluate, sample, monitor
+        self.processes = processes or Processes()
+        self.saved_config = saved_config or {}
+        self.progress = Progress()
+        self.device, self.dtype = model.device, compute_dtype(config)
+        self.flops = flops or flops_per_token(model, config.max_seq_len)
+        self.peak = peak or peak_flops(self.device, self.dtype)[0]
+        micro = config.device_batch_size * config.max_seq_len * self.processes.world_size
+        self.accumulation = max(1, config.total_batch_size // micro)
+        self.guard = guard.NonFiniteGuard(model)
+        self.stop_signal = 0
+        self._batch: tuple[Tensor, Tensor] | None = None
+        self._position: dict = {}
+
+    def resume(self, saved: checkpoint.Checkpoint) -> None:
+        """Go on from a checkpoint: everything is put back, the data position included."""
+        checkpoint.restore(saved, self.model, self.optimizers, self.loader)
+        self.progress = Progress(**saved.extra["progress"])
+
+    def run(self) -> dict:
+        """Train to the end, or until a signal; returns the last metrics, "interrupted" among them.
+
+        Raises:
+            NonFiniteError: the loss or a gradient became NaN or infinite.
+        """
+        config, progress = self.config, self.progress
+        self.model.train()
+        with self._signals():
+            self._fetch()
+            mark = self._now()
+            since = progress.step
+            while progress.step < self.steps and not self.stop_signal:
+                due = (progress.step + 1) % config.log_every == 0 or (
+                    progress.step + 1 == self.steps
+                )
+                multiplier = self._set_schedules(progress.step)
+                loss = self._forward_backward()
+                finite = self.guard.update(progress.step)
+                if due:
+                    value = self._read(loss, finite, progress.step)
+                for optimizer in self.optimizers:
+                    optimizer.step()
+                for optimizer in self.optimizers:
+                    optimizer.zero_grad(set_to_none=True)
+                progress.step += 1
+                if due:
+                    now = self._now()
+                    self._log(value, multiplier, (now - mark) / (progress.step - since), since)
+                    mark, since = now, progress.step
+                if self._occasional():
+                    mark = self._now()
+        if progress.step < self.steps:
+            self._interrupted()
+        return {**progress.last, "interrupted": progress.step < self.steps}
+
+    # One step
+
+    def _fetch(self, position: bool = True) -> None:
+        """The next batch, with the loader's position before it: a checkpoint between two steps
+        must not count the batch that is already waiting."""
+        if position:
+            self._position = self.loader.state_dict()
+        self._batch = self.loader.next_batch()
+
+    def _set_schedules(self, step: int) -> float:
+        c = self.config
+        multiplier = lr_multiplier(
+            step, self.steps, c.warmup_steps, c.warmdown_ratio, c.final_lr_frac
+        )
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * multiplier
+                if isinstance(optimizer, Muon):
+                    group["momentum"] = momentum_at(
+                        step, c.momentum_start, c.momentum, c.momentum_warmup_steps
+                    )
+        return multiplier
+
+    def _forward_backward(self) -> Tensor:
+        """All micro-batches of a step; the mean loss, on the device."""
+        total = torch.zeros((), device=self.device)
+        for micro in range(self.accumulation):
+            inputs, targets = self._batch
+            last = micro == self.accumulation - 1
+            silent = self.processes.world_size > 1 and not last
+            with self.called.no_sync() if silent else contextlib.nullcontext():
+                with torch.autocast(
+                    self.device.type, self.dtype, enabled=self.dtype != torch.float32
+                ):
+                    loss = self.called(inputs, targets)
+                (loss / self.accumulation).backward()
+            total += loss.detach() / self.accumulation
+            self._fetch(position=last)  # while the device is busy
+        if self.config.grad_clip > 0:
+            clip_grad_norm_(self.model, self.config.grad_clip)
+        return total
+
+    def _read(self, loss: Tensor, finite: Tensor, step: int) -> float:
+        """The loss averaged over processes: the one place that waits for the device."""
+        row = torch.stack([loss.float(), finite.float(), loss.new_tensor(self.stop_signal)])
+        if self.processes.world_size > 1:  # a signal to one process stops all at the same step
+            torch.distributed.all_reduce(row)
+        total, finite_on, stopped = row.tolist()
+        count = self.processes.world_size
+        self.stop_signal = self.stop_signal or int(stopped)
+        value = total / count
+        self.guard.losses.append((step, value))
+        if finite_on < count or not math.isfinite(value):
+            report = self.guard.report(step, value, self._learning_rates())
+            guard.stop(report, self.folder)
+        return value
+
+    def _learning_rates(self) -> dict[str, float]:
+        return {g.get("name", "?"): g["lr"] for o in self.optimizers for g in o.param_groups}
+
+    # What is told, and done now and then
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def _log(self, value: float, multiplier: float, dt: float, since: int) -> None:
+        p, c = self.progress, self.config
+        done = p.step - since
+        p.seconds += dt * done
+        p.reads += 1
+        p.smooth = _SMOOTHING * p.smooth + (1 - _SMOOTHING) * value
+        smooth = p.smooth / (1 - _SMOOTHING**p.reads)
+        rate = c.total_batch_size / dt
+        top = self.peak * self.processes.world_size
+        p.flops += self.flops.actual * c.total_batch_size * done
+        memory = peak_memory_bytes(self.device)
+        p.last |= {
+            "step": p.step,
+            "total_training_time": p.seconds,
+            "total_training_flops": p.flops,
+            "train/loss": smooth,
+            "train/loss_raw": value,
+            "train/lrm": multiplier,
+            "train/dt": dt,
+            "train/tok_per_sec": rate,
+            "train/mfu": 100 * self.flops.actual * rate / top,
+            "train/mfu_dense_equivalent": 100 * self.flops.dense * rate / top,
+            "train/epoch": self.loader.epoch,
+            "train/peak_memory_bytes": memory,
+            "train/tokens": p.step * c.total_batch_size,
+        }
+        extra = self.monitor() if self.monitor else {}
+        fresh = {k: v for k, v in p.last.items() if not k.startswith("val/")}
+        self.logger.log({**fresh, **extra})
+        eta = (self.steps - p.step) * p.seconds / max(1, p.step)
+        self.processes.print(
+            f"step {p.step:05d}/{self.steps:05d} ({100 * p.step / self.steps:.1f}%) | "
+            f"loss {smooth:.4f} | lrm {multiplier:.2f} | dt {1e3 * dt:.0f} ms | "
+            f"tok/s {rate:,.0f} | mfu {p.last['train/mfu']:.1f}% | "
+            f"peak {memory / 2**20:,.0f} MiB | eta {_duration(eta)}"
+        )
+
+    def _occasional(self) -> bool:
+        """Evaluation, samples, checkpoint, where they are due; whether anything was done."""
+        c, p = self.config, self.progress
+        evaluate = self.evaluate is not None and self._due(c.eval_every)
+        sample = self.sample is not None and self._due(c.sample_every)
+        save = self._due(max(0, c.save_every))
+        if evaluate:
+            metrics = self.evaluate()
+            p.last |= metrics
+            bpb = metrics.get("val/bpb")
+            if bpb is not None and not (p.best_bpb is not None and p.best_bpb <= bpb):
+                p.best_bpb = bpb
+            self.logger.log(
+                {"step": p.step, "total_training_time": p.seconds, **metrics}
+                | {"total_training_flops": p.flops}
+            )
+            shown = " | ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+            self.processes.print(f"step {p.step:05d} | {shown}")
+        if sample and self.processes.first:
+            for text in self.sample():
+                self.processes.print(f"sample | {text!r}")
+        if save:
+            self.processes.print(f"saved {self.save()}")
+        return evaluate or sample or save
+
+    def _due(self, every: int) -> bool:
+        """every < 0: never; 0: at the end; otherwise also at multiples."""
+        step = self.progress.step
+        return every >= 0 and (step == self.steps or (every > 0 and step % every == 0))
+
+    def save(self) -> Path:
+        """A checkpoint of this moment, between two steps."""
+        progress = {name: getattr(self.progress, name) for name in Progress.__dataclass_fields__}
+        progress["last"] = {k: v for k, v in self.progress.last.items() if _finite(v)}
+        return checkpoint.save(
+            self.folder,
+            self.progress.step,
+            self.model,
+            self.optimizers,
+            config=self.saved_config,
+            loader=self._position,
+            extra={"progress": progress, "steps": self.steps},
+            keep_last=self.config.keep_last,
+            rank=self.processes.rank,
+            world_size=self.processes.world_size,
+        )
+
+    # Signals
+
+    @contextlib.contextmanager
+    def _signals(self):
+        """SIGINT and SIGTERM end the run after the step; a second one has its usual effect."""
+        if threading.current_thread() is not threading.main_thread():
+            yield  # only the main thread may set handlers
+            return
+
+        def note(number, frame):
+            self.stop_signal = number
+            for each, handler in before.items():
+                signal.signal(each, handler)
+            name = signal.Signals(number).name
+            self.processes.print(f"{name}: finishing this step, then saving (again to quit)")
+
+        before = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, note)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _interrupted(self) -> None:
+        folder = self.save()
+        self.processes.print(
+            f"stopped after step {self.progress.step} of {self.steps}; saved {folder}\n"
+            f"To go on: the same command with --resume (or --resume-from-step="
+            f"{self.progress.step})"
+        )
+
+
+def _finite(value) -> bool:
+    """Whether JSON can hold the value."""
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.2f} h"

@@ -1,0 +1,146 @@
+"""Setting a training run up: processes, model, conversion, optimizers.
+
+| parameters | optimizer | learning rate |
+|---|---|---|
+| block matrices (dense, or factored by MoleGrad) | Muon (or AdamW) | matrix_lr |
+| embedding | AdamW | embedding_lr · (width / 768)^-½ |
+| output head | AdamW | unembedding_lr · (width / 768)^-½ |
+| anything else | AdamW | scalar_lr |
+
+The factor (width / 768)^-½ on the AdamW parts is nanochat's: its learning rates were tuned at
+width 768. Muon needs no such factor, as its update has a norm of its own.
+"""
+
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from molegrad import ConversionPlan, convert, plan
+from molegrad.gpt.model import GPT
+from molegrad.gpt.train_config import compute_dtype
+from molegrad.optim import Muon, matrix_param_groups
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those that torchrun started; (0, 0, 1) without torchrun."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+
+    @classmethod
+    def from_environment(cls) -> "Processes":
+        """Read RANK, LOCAL_RANK and WORLD_SIZE."""
+        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+        if not all(name in os.environ for name in names):
+            return cls()
+        return cls(*(int(os.environ[name]) for name in names))
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def start(self, device: torch.device) -> None:
+        """Join the process group (nccl on CUDA, gloo elsewhere) where there are several."""
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        if self.world_size > 1 and not torch.distributed.is_initialized():
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            torch.distributed.init_process_group(backend)
+
+    def end(self) -> None:
+        """Leave the process group."""
+        if self.world_size > 1 and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+    def print(self, *words) -> None:
+        """print on the first process alone."""
+        if self.first:
+            print(*words, flush=True)
+
+
+def place(model: GPT, config, device: torch.device) -> GPT:
+    """`model` on `device` in the weights' dtype; under bfloat16 the embedding is bfloat16."""
+    low = config.weight_dtype == "bfloat16"
+    model.to(device=device, dtype=torch.bfloat16 if low else torch.float32)
+    model.reset_buffers()  # the rotary tables stay float32
+    if compute_dtype(config) == torch.bfloat16:
+        model.transformer["wte"].to(torch.bfloat16)
+    return model
+
+
+def equip(model: GPT, config) -> ConversionPlan | None:
+    """Convert the layers that the streaming flags name, in place; the plan, or None if off."""
+    streaming = config.streaming_config()
+    if streaming is None:
+        return None
+    planned = plan(model, streaming)
+    if not planned.taken:
+        raise ValueError(
+            f"--enable_streaming=True takes no layer of this model:\n{planned}\n"
+            "Lower --streaming_rank_k or --streaming_min_layer_utilization, or name other layers"
+        )
+    convert(model, streaming)
+    return planned
+
+
+def build_optimizers(model: GPT, config) -> list[torch.optim.Optimizer]:
+    """The optimizers of a (converted) model, see the table above; "initial_lr" and "name" are set
+    in every group."""
+    groups = model.parameter_groups()
+    scale = (model.config.width / 768) ** -0.5
+    adam = [
+        _adam_group("embedding", groups["embedding"], config.embedding_lr * scale),
+        _adam_group("head", groups["head"], config.unembedding_lr * scale),
+        _adam_group("scalar", groups["scalar"], config.scalar_lr),
+    ]
+    optimizers = []
+    if config.optimizer == "adamw":
+        matrices = _adam_group("matrix", groups["matrix"], config.matrix_lr)
+        adam.append({**matrices, "weight_decay": config.weight_decay})
+    else:
+        matrices = matrix_param_groups(model.transformer["h"])
+        for group in matrices:
+            group["name"] = f"matrix_{group['kind']}"
+        if matrices:
+            muon = Muon(
+                matrices,
+                lr=config.matrix_lr,
+                momentum=config.momentum,
+                weight_decay=config.weight_decay,
+                adjust_lr=config.muon_adjust_lr,
+            )
+            optimizers.append(muon)
+    adam = [group for group in adam if group["params"]]
+    adamw = torch.optim.AdamW(
+        adam,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=1e-10,
+        weight_decay=0.0,
+        fused=model.device.type in ("cuda", "cpu"),
+    )
+    optimizers.insert(0, adamw)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+    return optimizers
+
+
+def wrap(model: GPT, config, processes: Processes) -> nn.Module:
+    """`model` as it is called in training: compiled and data-parallel where that is asked for."""
+    called: nn.Module = model
+    if config.compile:
+        called = torch.compile(called, dynamic=False)
+    if processes.world_size > 1:
+        ids = [processes.local_rank] if model.device.type == "cuda" else None
+        called = nn.parallel.DistributedDataParallel(
+            called, device_ids=ids, broadcast_buffers=False
+        )
+    return called
+
+
+def _adam_group(name: str, params: list[nn.Parameter], lr: float) -> dict:
+    return {"name": name, "params": [p for p in params if p.requires_grad], "lr": lr}

@@ -1,0 +1,259 @@
+"""Base training: a GPT from scratch on text, from flags to the last checkpoint.
+
+What: `base_train(config)` reads the data, builds the model, converts it where --enable_streaming
+asks for that, trains it with `molegrad.gpt.loop.Trainer` and leaves under
+$MOLEGRAD_HOME/runs/RUN/base the configuration, the metrics, the tokenizer and the checkpoints.
+
+How to run:
+
+    python -m scripts.base_train --run=first --depth=4 --num-iterations=200
+    torchrun --nproc-per-node=2 -m scripts.base_train --depth=12
+    python -m scripts.base_train --run=first --depth=4 --num-iterations=200 --resume
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+
+from molegrad import build_info
+from molegrad.gpt import checkpoint, flags, hardware, paths, schedule, setup
+from molegrad.gpt.bpb import bits_per_byte
+from molegrad.gpt.corpus import open_corpus
+from molegrad.gpt.engine import generate
+from molegrad.gpt.loader import PackedLoader, validation_batches
+from molegrad.gpt.logger import RunLogger
+from molegrad.gpt.loop import Trainer
+from molegrad.gpt.model import GPT, GPTConfig
+from molegrad.gpt.tokenizer import Tokenizer
+from molegrad.gpt.tokens import CorpusTokens
+from molegrad.gpt.train_config import BaseTrainConfig, compute_dtype, device_of, resolve
+
+PROMPTS = (
+    "Return a new array",
+    "The function computes",
+    "If the value is negative,",
+    "The capital of France is",
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command: 0 when training reached its end, 130 when a signal ended it earlier."""
+    config = flags.parse(BaseTrainConfig, argv, prog="python -m scripts.base_train")
+    return 130 if base_train(config)["interrupted"] else 0
+
+
+def base_train(config: BaseTrainConfig) -> dict:
+    """Train; returns the last metrics, with "interrupted", "folder" and "best_bpb".
+
+    Raises:
+        ValueError, FileNotFoundError: flags or data do not fit; the message names the remedy.
+        molegrad.gpt.guard.NonFiniteError: the loss or a gradient became NaN or infinite.
+    """
+    processes = setup.Processes.from_environment()
+    device = device_of(config, processes.local_rank)
+    config = resolve(config, device, processes.world_size)
+    prepare_device(config, device)
+    folder = checkpoint.stage_dir(config.run, "base", config.model_tag)
+    saved_folder = find_start(config, folder)
+    processes.start(device)
+    try:
+        return _train(config, processes, device, folder, saved_folder)
+    finally:
+        processes.end()
+
+
+def _train(config, processes, device, folder: Path, saved_folder: Path | None) -> dict:
+    if config.overwrite and processes.first:
+        clear(folder)
+    tokenizer = Tokenizer.load(paths.tokenizer_dir())
+    corpus = open_corpus(config.data, config.val_data, config.data_max_bytes)
+    rows, length, world = config.device_batch_size, config.max_seq_len, processes.world_size
+    loader = PackedLoader(
+        CorpusTokens(corpus, "train", tokenizer),
+        rows,
+        length,
+        device,
+        processes.rank,
+        world,
+        config.seed,
+    )
+    val_source = CorpusTokens(corpus, "val", tokenizer)
+
+    model = GPT(model_config(config, tokenizer.vocab_size), seed=config.seed)
+    setup.place(model, config, device)
+    planned = setup.equip(model, config)
+    optimizers = setup.build_optimizers(model, config)
+    counts = model.count_parameters()
+    steps = schedule.total_steps(
+        config.total_batch_size,
+        config.num_iterations,
+        config.max_train_tokens,
+        config.target_param_data_ratio,
+        counts["matrix"] + counts["head"],
+    )
+    costs = hardware.flops_per_token(model, length)
+    peak, peak_source = hardware.peak_flops(device, compute_dtype(config))
+    saved_config = {**flags.resolved(config), "tokenizer": tokenizer.fingerprint}
+    processes.print(
+        describe(config, model, planned, optimizers, costs, steps, device, (peak, peak_source))
+    )
+    saved = None
+    if saved_folder is not None:
+        saved = checkpoint.load(saved_folder, processes.rank, world)
+        check_same_model(saved, model, tokenizer)
+    if processes.first:
+        tokenizer.save(folder / "tokenizer")
+        record = {**saved_config, "steps": steps, "parameters": counts, "corpus": corpus.manifest}
+        (folder / "config.json").write_text(json.dumps(record, indent=1, default=str))
+
+    token_bytes = tokenizer.token_bytes()
+    eval_steps = max(1, config.eval_tokens // (rows * length * world))
+
+    def evaluate() -> dict:
+        batches = validation_batches(
+            val_source, rows, length, eval_steps, device, processes.rank, world
+        )
+        bpb = bits_per_byte(model, batches, token_bytes, compute_dtype(config), world)
+        return {"val/bpb": bpb}
+
+    def sample() -> list[str]:
+        return sample_texts(model, tokenizer, compute_dtype(config))
+
+    with RunLogger(
+        folder,
+        name=config.run,
+        config=saved_config,
+        wandb=config.wandb,
+        resume_step=None if saved is None else saved.step,
+        active=processes.first,
+    ) as logger:
+        trainer = Trainer(
+            config,
+            model,
+            setup.wrap(model, config, processes),
+            optimizers,
+            loader,
+            steps,
+            folder,
+            logger,
+            evaluate=evaluate,
+            sample=sample,
+            flops=costs,
+            peak=peak,
+            processes=processes,
+            saved_config=saved_config,
+        )
+        if saved is not None:
+            trainer.resume(saved)
+            processes.print(f"resumed {saved.folder} at step {saved.step}")
+        result = trainer.run()
+    return {**result, "folder": str(folder), "best_bpb": trainer.progress.best_bpb}
+
+
+def prepare_device(config, device: torch.device) -> None:
+    """Process-wide settings of a training process."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    if device.type == "cpu":
+        hardware.keep_freed_memory()
+    else:
+        torch.set_float32_matmul_precision("high")  # TF32 where a product stays in float32
+
+
+def model_config(config: BaseTrainConfig, vocab_size: int) -> GPTConfig:
+    """The sizes that the flags and the tokenizer ask for."""
+    return GPTConfig(
+        depth=config.depth,
+        aspect_ratio=config.aspect_ratio,
+        head_dim=config.head_dim,
+        kv_groups=config.kv_groups,
+        vocab_size=vocab_size,
+        max_seq_len=config.max_seq_len,
+        loss_chunk=config.loss_chunk,
+    )
+
+
+def find_start(config, folder: Path) -> Path | None:
+    """The checkpoint to go on from, or None for a new run.
+
+    Raises:
+        FileNotFoundError: --resume-from-step names a step that was not saved.
+        ValueError: a new run would mix with the checkpoints of an earlier one.
+    """
+    if config.resume_from_step >= 0:
+        return checkpoint.find(folder, config.resume_from_step)
+    newest = checkpoint.latest(folder)
+    if config.resume or newest is None or config.overwrite:
+        return newest if config.resume else None
+    raise ValueError(
+        f"{folder} has a checkpoint of an earlier run ({newest.name}): --resume goes on from it, "
+        "--overwrite deletes it, --run=NAME starts another run"
+    )
+
+
+def clear(folder: Path) -> None:
+    """Delete the checkpoints of an earlier run."""
+    for old in checkpoint.step_folders(folder):
+        shutil.rmtree(old)
+
+
+def check_same_model(saved: checkpoint.Checkpoint, model: GPT, tokenizer: Tokenizer) -> None:
+    """ValueError where a checkpoint is of a model of other sizes, or of another tokenizer."""
+    now = vars(model.config)
+    differ = [
+        f"{name}={saved.model_config[name]} (now {now[name]})"
+        for name in now
+        if name != "loss_chunk" and saved.model_config.get(name) != now[name]
+    ]
+    if differ:
+        raise ValueError(f"{saved.folder} was saved with {', '.join(differ)}: use the same flags")
+    if saved.config.get("tokenizer") != tokenizer.fingerprint:
+        raise ValueError(
+            f"{saved.folder} was trained with another tokenizer than the one in "
+            f"{paths.tokenizer_dir()}; a copy of its own is in {saved.folder.parent / 'tokenizer'}"
+        )
+
+
+def sample_texts(model: GPT, tokenizer: Tokenizer, dtype: torch.dtype, tokens: int = 24):
+    """Greedy continuations of `PROMPTS`, as text."""
+    was_training = model.training
+    model.eval()
+    texts = []
+    with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
+        for prompt in PROMPTS:
+            ids = [tokenizer.bos, *tokenizer.encode(prompt)][-model.config.max_seq_len :]
+            stop = [tokenizer.bos]
+            answer = generate(model, ids, tokens, temperature=0.0, stop_tokens=stop)
+            texts.append(tokenizer.decode([*ids[1:], *answer]))
+    model.train(was_training)
+    return texts
+
+
+def describe(config, model, planned, optimizers, costs, steps: int, device, peak) -> str:
+    """Everything that was decided, as the text at the start of a run's log."""
+    tokens = config.device_batch_size * config.max_seq_len
+    activation_bytes = 2 if compute_dtype(config) == torch.bfloat16 else 4
+    memory = hardware.memory_estimate(model, optimizers, tokens, activation_bytes)
+    sizes = model.config
+    counts = ", ".join(f"{k} {v:,}" for k, v in model.count_parameters().items())
+    native = build_info()
+    total = config.total_batch_size * steps
+    groups = [g for o in optimizers for g in o.param_groups]
+    rates = ", ".join(f"{g['name']} {g['lr']:.3g}" for g in groups)
+    low_rank = f", {100 * costs.saving:.1f}% fewer than dense" if planned else ""
+    lines = [
+        flags.show(config),
+        f"device: {hardware.device_name(device)}, peak {peak[0] / 1e12:.3g} TFLOP/s ({peak[1]}); "
+        f"native kernels: {'yes' if native['native'] else 'no, plain torch'}",
+        f"model: {sizes.depth} blocks, width {sizes.width}, {sizes.n_head} heads of "
+        f"{sizes.head_dim}, vocabulary {sizes.vocab_size}, context {sizes.max_seq_len}",
+        f"parameters: {counts}",
+        str(planned) if planned else "MoleGrad: off (dense weight gradients)",
+        f"learning rates: {rates}",
+        f"training: {steps:,} steps of {config.total_batch_size:,} tokens, {total:,} tokens",
+        f"FLOPs per token: {costs.actual:.4g}{low_rank}; in all {costs.actual * total:.4g}",
+        "memory estimate: " + ", ".join(f"{k} {v / 2**20:,.0f} MiB" for k, v in memory.items()),
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,200 @@
+"""The flags of training: those every stage shares (`TrainFlags`) and base training's own.
+
+What: frozen dataclasses whose fields are the command line (`molegrad.gpt.flags`), named as in
+nanochat. `resolve` fills in what depends on the device, so that the configuration which is printed
+and saved holds no "auto".
+
+Why: base training and fine-tuning use one loop (`molegrad.gpt.loop`) and hence one set of flags; a
+stage adds its own by inheriting `TrainFlags`.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+
+from molegrad.gpt.flags import StreamingFields
+from molegrad.gpt.hardware import pick_device
+
+
+def _flag(default, help: str):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class TrainFlags(StreamingFields):
+    """Flags of every training stage.
+
+    Raises:
+        ValueError: a value is out of range or two values contradict; the message names them.
+    """
+
+    run: str = _flag("dummy", "name of the run: everything lies under runs/NAME")
+    model_tag: str = _flag("", "suffix of the stage's folder, to keep several models in one run")
+    device_type: str = _flag("", "cuda, cpu or mps; empty takes the best there is")
+    dtype: Literal["auto", "float32", "bfloat16"] = _flag(
+        "auto", "dtype of the matrix products (autocast); auto is bfloat16 on CUDA, else float32"
+    )
+    weight_dtype: Literal["auto", "float32", "bfloat16"] = _flag(
+        "auto", "dtype of the weights; auto is float32, with a bfloat16 embedding under bfloat16"
+    )
+    compile: bool | None = _flag(None, "torch.compile the model; None compiles on CUDA only")
+    seed: int = _flag(0, "seed of the start weights and of the data order")
+    threads: int = _flag(0, "CPU threads of torch; 0 leaves torch's choice")
+    wandb: bool = _flag(True, "write a wandb run too (offline unless WANDB_MODE says otherwise)")
+
+    max_seq_len: int = _flag(0, "tokens per sequence; 0 takes 2048 on CUDA, 256 elsewhere")
+    device_batch_size: int = _flag(
+        0, "sequences per micro-batch and device; 0 takes 32 on CUDA, 16 elsewhere"
+    )
+    total_batch_size: int = _flag(
+        0,
+        "tokens per step over all devices, reached by gradient accumulation; 0 takes 524288 on "
+        "CUDA and one micro-batch elsewhere",
+    )
+    num_iterations: int = _flag(-1, "number of steps; -1 derives it from the flags below")
+    max_train_tokens: int = _flag(-1, "train on this many tokens; -1 is no limit of this kind")
+
+    optimizer: Literal["muon", "adamw"] = _flag("muon", "optimizer of the block matrices")
+    matrix_lr: float = _flag(
+        0.0, "learning rate of the block matrices; 0 takes 0.02 for muon and 0.002 for adamw"
+    )
+    embedding_lr: float = _flag(0.2, "learning rate of the embedding (AdamW)")
+    unembedding_lr: float = _flag(0.004, "learning rate of the output head (AdamW)")
+    scalar_lr: float = _flag(0.01, "learning rate of parameters that are no matrices (AdamW)")
+    weight_decay: float = _flag(0.0, "decoupled weight decay of the block matrices")
+    adam_beta1: float = _flag(0.8, "AdamW's beta1")
+    adam_beta2: float = _flag(0.95, "AdamW's beta2")
+    muon_adjust_lr: Literal["original", "spectral", "match_rms_adamw", "none"] = _flag(
+        "original", "how Muon's learning rate follows a matrix's shape; see molegrad.optim.muon"
+    )
+    momentum: float = _flag(0.95, "Muon's momentum after its warm-up")
+    momentum_start: float = _flag(0.85, "Muon's momentum at the first step")
+    momentum_warmup_steps: int = _flag(300, "steps of Muon's momentum warm-up")
+    warmup_steps: int = _flag(0, "steps of linear learning-rate warm-up")
+    warmdown_ratio: float = _flag(0.4, "last share of the run, of linear warm-down")
+    final_lr_frac: float = _flag(0.0, "learning rate at the end, as a share of the full one")
+    grad_clip: float = _flag(0.0, "clip the gradient's norm to this; 0 is off")
+
+    log_every: int = _flag(1, "steps between log lines; the loss is read back only then")
+    eval_every: int = _flag(250, "steps between evaluations of val/bpb; 0: at the end only; -1: no")
+    eval_tokens: int = _flag(0, "tokens per evaluation; 0 takes 10485760 on CUDA, 65536 elsewhere")
+    sample_every: int = _flag(2000, "steps between samples; 0: at the end only; -1: no")
+    save_every: int = _flag(-1, "steps between checkpoints; -1 or 0: at the end only")
+    keep_last: int = _flag(2, "checkpoints to keep; 0 keeps all")
+    resume: bool = _flag(False, "go on from the newest checkpoint of this run, if there is one")
+    resume_from_step: int = _flag(-1, "go on from the checkpoint of this step; -1 is off")
+    overwrite: bool = _flag(False, "delete the checkpoints of an earlier run of this name")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        non_negative = (
+            "threads max_seq_len device_batch_size total_batch_size matrix_lr embedding_lr "
+            "unembedding_lr scalar_lr weight_decay momentum_warmup_steps warmup_steps grad_clip "
+            "eval_tokens keep_last seed"
+        )
+        for name in non_negative.split():
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("warmdown_ratio", "final_lr_frac"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
+        for name in ("momentum", "momentum_start", "adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
+        if self.log_every < 1:
+            raise ValueError(f"log_every must be at least 1, got {self.log_every}")
+        if self.num_iterations == 0 or self.max_train_tokens == 0:
+            raise ValueError("num_iterations and max_train_tokens must be positive, or -1 for off")
+        if self.resuming and self.overwrite:
+            raise ValueError("overwrite deletes what resume would go on from: give one of them")
+        streaming = self.streaming_config()
+        factored = streaming is not None and streaming.gradient_mode == "factored"
+        if factored and self.optimizer != "muon":
+            raise ValueError(
+                f"streaming_gradient_mode='factored' needs --optimizer=muon, got {self.optimizer}: "
+                "with another optimizer use --streaming_gradient_mode=dense"
+            )
+
+    @property
+    def resuming(self) -> bool:
+        return self.resume or self.resume_from_step >= 0
+
+
+@dataclass(frozen=True)
+class BaseTrainConfig(TrainFlags):
+    """Train a GPT from scratch on text.
+
+    One dial, --depth, sets the model's size. Everything is written under
+    $MOLEGRAD_HOME/runs/RUN/base.
+    """
+
+    depth: int = _flag(12, "number of transformer blocks; the width is aspect_ratio * depth")
+    aspect_ratio: int = _flag(64, "width per block")
+    head_dim: int = _flag(0, "numbers per attention head; 0 takes 128, or less for narrow models")
+    kv_groups: int = _flag(1, "query heads that share one key/value head")
+    loss_chunk: int = _flag(0, "tokens whose logits exist at a time; 0 picks about 2^20 logits")
+    target_param_data_ratio: float = _flag(
+        12.0, "tokens per parameter (block matrices and head) where no number of steps is given"
+    )
+    data: str = _flag(
+        "embedded", "corpus: embedded, a file or folder of text, or NAME:SHARDS to download"
+    )
+    val_data: str = _flag("", "validation text for local data; empty splits some off")
+    data_max_bytes: int = _flag(0, "use only this much of the corpus; 0 is all")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_iterations < 0 and self.max_train_tokens < 0:
+            ratio = self.target_param_data_ratio
+            if ratio <= 0:
+                raise ValueError(
+                    f"target_param_data_ratio must be positive, got {ratio}, where neither "
+                    "num_iterations nor max_train_tokens is given"
+                )
+
+
+def resolve(config, device: torch.device, world_size: int = 1):
+    """`config` with every "auto" replaced by its value on `device`.
+
+    Raises:
+        ValueError: total_batch_size is no multiple of one micro-batch of all devices.
+    """
+    gpu = device.type == "cuda"
+    values = {"device_type": device.type}
+    if config.dtype == "auto":
+        values["dtype"] = "bfloat16" if gpu else "float32"
+    if config.weight_dtype == "auto":
+        values["weight_dtype"] = "float32"
+    if config.compile is None:
+        values["compile"] = gpu
+    if config.matrix_lr == 0:
+        values["matrix_lr"] = 0.02 if config.optimizer == "muon" else 0.002
+    length = config.max_seq_len or (2048 if gpu else 256)
+    rows = config.device_batch_size or (32 if gpu else 16)
+    micro = length * rows * world_size
+    total = config.total_batch_size or (max(1, 524288 // micro) * micro if gpu else micro)
+    if total % micro:
+        below, above = total // micro * micro, (total // micro + 1) * micro
+        raise ValueError(
+            f"total_batch_size={total} is no multiple of one micro-batch of all devices, "
+            f"{rows} x {length} x {world_size} = {micro} tokens: take "
+            f"{f'{below} or ' if below else ''}{above}, or another device_batch_size"
+        )
+    values |= {"max_seq_len": length, "device_batch_size": rows, "total_batch_size": total}
+    if config.eval_tokens == 0:
+        values["eval_tokens"] = 20 * 524288 if gpu else 65536
+    return replace(config, **values)
+
+
+def compute_dtype(config) -> torch.dtype:
+    """The dtype of the matrix products of a resolved configuration."""
+    return torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+
+
+def device_of(config, local_rank: int = 0) -> torch.device:
+    """The device of this process; with several on one machine each takes its own GPU."""
+    device = pick_device(config.device_type)
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", local_rank)
+    return device
