@@ -1,0 +1,5 @@
+"""Seeing what the low-rank gradient does: metrics per layer, aggregated, and memory measured."""
+
+from molegrad.monitor.metrics import aggregate, layer_metrics, memory_bytes
+
+__all__ = ["aggregate", "layer_metrics", "memory_bytes"]
