@@ -1,0 +1,201 @@
+// What the ops accept, in the words of molegrad/checks.py. Every failure is a RuntimeError that
+// starts with "molegrad::<op>: " and names what was given.
+#pragma once
+
+#include <torch/csrc/stable/macros.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+namespace molegrad {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// STD_TORCH_CHECK without its source location, which would come before the op's name.
+template <typename... Parts>
+void require(bool condition, const char* op, const Parts&... parts) {
+  if (condition) return;
+  std::ostringstream message;
+  message << "molegrad::" << op << ": ";
+  ((message << parts), ...);
+  throw std::runtime_error(message.str());
+}
+
+inline std::string shape(const Tensor& x) {
+  std::string text = "(";
+  for (int64_t i = 0; i < x.dim(); ++i) text += (i ? ", " : "") + std::to_string(x.size(i));
+  return text + ")";
+}
+
+inline std::string dtype_name(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return "torch.float32";
+    case ScalarType::Double:
+      return "torch.float64";
+    case ScalarType::BFloat16:
+      return "torch.bfloat16";
+    case ScalarType::Half:
+      return "torch.float16";
+    default: {
+      std::ostringstream name;
+      name << "torch." << dtype;
+      return name.str();
+    }
+  }
+}
+
+inline ScalarType acc_dtype(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline void check_floating(const char* op, const char* name, const Tensor& x) {
+  const ScalarType dtype = x.scalar_type();
+  require(dtype == ScalarType::Float || dtype == ScalarType::Double ||
+              dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
+          op, name, " must be floating point of 16 bits or more, got ", dtype_name(dtype),
+          ": convert it first");
+}
+
+inline void check_cpu(const char* op, const char* name, const Tensor& x) {
+  require(x.is_cpu(), op, "expected all tensors on the same device, got ", name,
+          " on another device than the CPU");
+}
+
+inline void check_input(const char* op, const char* name, const Tensor& x) {
+  check_floating(op, name, x);
+  check_cpu(op, name, x);
+}
+
+inline void check_matrix(const char* op, const char* name, const Tensor& x) {
+  require(x.dim() == 2, op, name, " must be a matrix, got shape ", shape(x));
+}
+
+inline void check_tokens(const char* op, const Tensor& a, const Tensor& b) {
+  require(a.dim() >= 2 && b.dim() >= 2, op,
+          "a and b need at least two dimensions (…, T, features), got a ", shape(a), " and b ",
+          shape(b));
+  bool agree = a.dim() == b.dim();
+  for (int64_t i = 0; agree && i + 1 < a.dim(); ++i) agree = a.size(i) == b.size(i);
+  require(agree, op, "expected a and b to agree in every dimension but the last, got a ", shape(a),
+          " and b ", shape(b));
+  require(a.scalar_type() == b.scalar_type(), op, "expected a and b of the same dtype, got ",
+          dtype_name(a.scalar_type()), " and ", dtype_name(b.scalar_type()));
+}
+
+inline void check_basis(const char* op, const char* name, const Tensor& x, int64_t rows,
+                        int64_t rank_max = INT64_MAX) {
+  check_matrix(op, name, x);
+  require(x.size(0) == rows, op, "expected ", name, " with ", rows, " rows, got shape ", shape(x));
+  const int64_t k = x.size(1);
+  require(k >= 1, op, "rank k=", k, " of ", name, " must be at least 1");
+  require(k <= rank_max, op, "rank k=", k, " of ", name, " exceeds ", rank_max,
+          ": choose a smaller rank");
+}
+
+inline void check_cond(const char* op, double cond_max) {
+  require(cond_max >= 1.0, op, "cond_max must be at least 1, got ", cond_max);
+}
+
+inline void check_lowrank_grad(const Tensor& a, const Tensor& b, const Tensor& v,
+                               int64_t power_iters, const std::optional<Tensor>& probes,
+                               double cond_max) {
+  const char* op = "lowrank_grad";
+  check_input(op, "a", a);
+  check_input(op, "b", b);
+  check_input(op, "v", v);
+  check_tokens(op, a, b);
+  const int64_t n = a.size(a.dim() - 1), m = b.size(b.dim() - 1);
+  check_basis(op, "v", v, n, n < m ? n : m);
+  if (probes.has_value()) {
+    check_input(op, "probes", *probes);
+    check_basis(op, "probes", *probes, n);
+  }
+  require(power_iters >= 0, op, "power_iters must be >= 0, got ", power_iters);
+  check_cond(op, cond_max);
+}
+
+inline void check_sketch(const char* op, const Tensor& a, const Tensor& b, const Tensor& u,
+                         const Tensor& v) {
+  check_input(op, "a", a);
+  check_input(op, "b", b);
+  check_input(op, "u", u);
+  check_input(op, "v", v);
+  check_tokens(op, a, b);
+  check_basis(op, "u", u, b.size(b.dim() - 1));
+  check_basis(op, "v", v, a.size(a.dim() - 1));
+}
+
+inline void check_sum(const char* op, const char* name, const Tensor& x, int64_t rows, int64_t cols,
+                      ScalarType dtype) {
+  check_cpu(op, name, x);
+  require(x.dim() == 2 && x.size(0) == rows && x.size(1) == cols && x.scalar_type() == dtype &&
+              x.is_contiguous(),
+          op, "expected ", name, " contiguous of shape (", rows, ", ", cols, ") and ",
+          dtype_name(dtype), ", got ", shape(x), ", ", dtype_name(x.scalar_type()),
+          x.is_contiguous() ? "" : ", not contiguous");
+}
+
+inline void check_orthonormalize(const Tensor& y, double cond_max) {
+  const char* op = "orthonormalize";
+  check_input(op, "y", y);
+  require(y.dim() >= 2, op, "y needs at least two dimensions (…, m, k), got ", shape(y));
+  const int64_t m = y.size(y.dim() - 2), k = y.size(y.dim() - 1);
+  require(1 <= k && k <= m, op, "rank k=", k, " must lie between 1 and m=", m, ", got y ",
+          shape(y));
+  check_cond(op, cond_max);
+}
+
+inline void check_factor(const char* op, const char* name, const Tensor& x, int64_t rows,
+                         int64_t cols, ScalarType dtype) {
+  require(x.dim() == 2 && x.size(0) == rows && x.size(1) == cols, op, "expected ", name, " (", rows,
+          ", ", cols, "), got ", shape(x));
+  require(x.scalar_type() == dtype, op, "expected u and ", name, " of the same dtype, got ",
+          dtype_name(dtype), " and ", dtype_name(x.scalar_type()));
+}
+
+inline void check_tangent_factors(const Tensor& u, const Tensor& v, const Tensor& y,
+                                  const Tensor& w, double cond_max) {
+  const char* op = "tangent_factors";
+  check_input(op, "u", u);
+  check_input(op, "v", v);
+  check_input(op, "y", y);
+  check_input(op, "w", w);
+  check_matrix(op, "u", u);
+  check_matrix(op, "v", v);
+  const int64_t m = u.size(0), n = v.size(0), k = u.size(1);
+  require(k >= 1 && 2 * k <= m, op, "rank k=", k, " needs 1 <= 2k <= m=", m,
+          ": the tangent estimate has rank 2k");
+  check_factor(op, "v", v, n, k, u.scalar_type());
+  check_factor(op, "y", y, m, k, u.scalar_type());
+  check_factor(op, "w", w, n, k, u.scalar_type());
+  check_cond(op, cond_max);
+}
+
+inline void check_polar_factor(const Tensor& w) {
+  const char* op = "polar_factor";
+  check_input(op, "w", w);
+  require(w.dim() >= 2, op, "w needs at least two dimensions (…, n, k), got ", shape(w));
+  const int64_t n = w.size(w.dim() - 2), k = w.size(w.dim() - 1);
+  require(1 <= k && k <= n, op, "rank k=", k, " must lie between 1 and n=", n, ", got w ",
+          shape(w));
+}
+
+inline void check_lowrank_update(const Tensor& weight, const Tensor& u, const Tensor& w) {
+  const char* op = "lowrank_update_";
+  check_input(op, "weight", weight);
+  check_input(op, "u", u);
+  check_input(op, "w", w);
+  check_matrix(op, "weight", weight);
+  check_basis(op, "u", u, weight.size(0));
+  check_basis(op, "w", w, weight.size(1));
+  require(u.size(1) == w.size(1), op, "expected u and w of one rank k, got ", shape(u), " and ",
+          shape(w));
+}
+
+}  // namespace molegrad

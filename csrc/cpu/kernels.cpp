@@ -1,0 +1,518 @@
+// The arithmetic of every CPU op. CMake compiles this file once per instruction set, with
+// MOLEGRAD_CAPABILITY naming the namespace and MOLEGRAD_VECTOR_BYTES the register width.
+//
+// A and B (tokens x features) are read from memory once: a block of kBlockColumns columns of a
+// token chunk is copied into L1 (converted to the compute type on the way; a copy, because rows of
+// a power-of-two width would all fall into the same cache sets), and register tiles then contract
+// it over features (P += block * V) and over tokens (Y += blockᵀ * P).
+#include "kernels.h"
+
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
+
+namespace molegrad::cpu::MOLEGRAD_CAPABILITY {
+namespace {
+
+#if MOLEGRAD_VECTOR_BYTES == 64 || defined(__aarch64__)
+constexpr int kRegisters = 32;
+#else
+constexpr int kRegisters = 16;
+#endif
+
+template <typename C>
+struct Simd {
+  typedef C Vec __attribute__((vector_size(MOLEGRAD_VECTOR_BYTES)));
+  static constexpr int kLanes = MOLEGRAD_VECTOR_BYTES / sizeof(C);
+};
+
+// Rows of a register tile that is NV vectors wide: accumulators + NV operands + 1 broadcast fit
+// the register file, and the count divides kRowUnit.
+template <int NV>
+constexpr int tile_rows() {
+  if (NV == 1) return 12;
+  if (kRegisters == 32) return NV == 2 ? 12 : 8;
+  return NV == 2 ? 6 : 4;
+}
+
+inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// acc[r] += sum_i a[r * row + i * step] * s[i]: both contractions in one shape. Over features
+// row = block stride, step = 1; over tokens row = 1, step = block stride.
+template <typename C, int NV, bool kOverTokens>
+inline __attribute__((always_inline)) void tile(const C* __restrict a, int64_t lda,
+                                                const C* __restrict s, int64_t count,
+                                                C* __restrict out) {
+  using Vec = typename Simd<C>::Vec;
+  constexpr int kRows = tile_rows<NV>();
+  const int64_t row = kOverTokens ? 1 : lda, step = kOverTokens ? lda : 1;
+  Vec* o = reinterpret_cast<Vec*>(out);
+  const Vec* operand = reinterpret_cast<const Vec*>(s);
+  Vec acc[kRows][NV];
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) acc[r][j] = o[r * NV + j];
+  for (int64_t i = 0; i < count; ++i) {
+    Vec x[NV];
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) x[j] = operand[i * NV + j];
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      const Vec value = a[r * row + i * step] - Vec{};
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; ++j) acc[r][j] += value * x[j];
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) o[r * NV + j] = acc[r][j];
+}
+
+// out (rows, panel) += block (rows, count) * s (count, panel)
+template <typename C, int NV>
+void over_features(const C* block, int64_t lda, int64_t rows, const C* s, int64_t count, C* out) {
+  constexpr int kRows = tile_rows<NV>();
+  for (int64_t r = 0; r < rows; r += kRows)
+    tile<C, NV, false>(block + r * lda, lda, s, count, out + r * NV * Simd<C>::kLanes);
+}
+
+// out (columns, panel) += block (count, columns)ᵀ * s (count, panel)
+template <typename C, int NV>
+void over_tokens(const C* block, int64_t lda, int64_t columns, const C* s, int64_t count, C* out) {
+  constexpr int kRows = tile_rows<NV>();
+  for (int64_t c = 0; c < columns; c += kRows)
+    tile<C, NV, true>(block + c, lda, s, count, out + c * NV * Simd<C>::kLanes);
+}
+
+template <typename C>
+void features(int64_t nv, const C* block, int64_t lda, int64_t rows, const C* s, int64_t count,
+              C* out) {
+  if (nv == 1) return over_features<C, 1>(block, lda, rows, s, count, out);
+  if (nv == 2) return over_features<C, 2>(block, lda, rows, s, count, out);
+  return over_features<C, 3>(block, lda, rows, s, count, out);
+}
+
+template <typename C>
+void tokens(int64_t nv, const C* block, int64_t lda, int64_t columns, const C* s, int64_t count,
+            C* out) {
+  if (nv == 1) return over_tokens<C, 1>(block, lda, columns, s, count, out);
+  if (nv == 2) return over_tokens<C, 2>(block, lda, columns, s, count, out);
+  return over_tokens<C, 3>(block, lda, columns, s, count, out);
+}
+
+// ---- element conversion -------------------------------------------------------------------------
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+inline float from_bits(uint32_t bits) {
+  float value;
+  __builtin_memcpy(&value, &bits, 4);
+  return value;
+}
+inline uint32_t to_bits(float value) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, 4);
+  return bits;
+}
+
+inline float widen(float x) { return x; }
+inline double widen(double x) { return x; }
+inline float widen(BFloat16 x) { return from_bits(static_cast<uint32_t>(x.bits) << 16); }
+inline float widen(Float16 x) {
+#ifdef __F16C__
+  return _cvtsh_ss(x.bits);
+#else
+  // Shift exponent and mantissa into place and rescale by 2^112: exact, subnormals included.
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
+  const uint32_t rest = x.bits & 0x7fffu;
+  if (rest >= 0x7c00u) return from_bits(sign | 0x7f800000u | (rest & 0x3ffu) << 13);
+  return from_bits(sign | to_bits(from_bits(rest << 13) * from_bits(0x77800000u)));
+#endif
+}
+
+inline void narrow(float x, float& out) { out = x; }
+inline void narrow(double x, float& out) { out = static_cast<float>(x); }
+inline void narrow(double x, double& out) { out = x; }
+inline void narrow(float x, BFloat16& out) {  // to nearest, ties to even
+  const uint32_t bits = to_bits(x);
+  if ((bits & 0x7fffffffu) > 0x7f800000u)
+    out.bits = static_cast<uint16_t>(bits >> 16 | 0x40u);
+  else
+    out.bits = static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+inline void narrow(float x, Float16& out) {  // to nearest, ties to even
+  const uint32_t bits = to_bits(x);
+  const uint32_t sign = bits >> 16 & 0x8000u;
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  uint32_t half;
+  if (magnitude > 0x7f800000u) {
+    half = 0x7e00u;
+  } else if (magnitude >= 0x477ff000u) {  // rounds to 65536 or more
+    half = 0x7c00u;
+  } else if (magnitude < 0x38800000u) {  // subnormal: let the adder round at 2^-24
+    half = to_bits(from_bits(magnitude) + 0.5f) - to_bits(0.5f);
+  } else {
+    half = (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
+  }
+  out.bits = static_cast<uint16_t>(sign | half);
+}
+
+template <typename C, typename S>
+inline void load_row(const S* __restrict src, int64_t n, C* __restrict dst) {
+  for (int64_t i = 0; i < n; ++i) dst[i] = static_cast<C>(widen(src[i]));
+}
+
+#ifdef __F16C__
+template <typename C>
+inline void load_row(const Float16* __restrict src, int64_t n, C* __restrict dst) {
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    float values[8];
+    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(src + i));
+    _mm256_storeu_ps(values, _mm256_cvtph_ps(half));
+    for (int l = 0; l < 8; ++l) dst[i + l] = static_cast<C>(values[l]);
+  }
+  for (; i < n; ++i) dst[i] = static_cast<C>(widen(src[i]));
+}
+#endif
+
+// fn(typed pointer to element (row, column) of a view)
+template <typename F>
+inline void with_elements(const void* data, DType dtype, int64_t offset, const F& fn) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return fn(static_cast<const float*>(data) + offset);
+    case DType::kFloat64:
+      return fn(static_cast<const double*>(data) + offset);
+    case DType::kBFloat16:
+      return fn(static_cast<const BFloat16*>(data) + offset);
+    case DType::kFloat16:
+      return fn(static_cast<const Float16*>(data) + offset);
+  }
+}
+
+template <typename T>
+inline T* writable(const T* p) {
+  return const_cast<T*>(p);
+}
+
+// Rows [row, row + rows) and columns [column, column + columns) of `src` into `dst` with stride
+// kBlockColumns; the tile's padding (up to `padded_rows`, and up to a whole kRowUnit of columns)
+// is zero, so that padding never computes on stale memory.
+template <typename C>
+void load_block(const View& src, int64_t row, int64_t rows, int64_t padded_rows, int64_t column,
+                int64_t columns, C* dst) {
+  const int64_t padded = round_up(columns, kRowUnit);
+  with_elements(src.data, src.dtype, row * src.ld + column, [&](const auto* from) {
+    for (int64_t r = 0; r < rows; ++r) {
+      C* to = dst + r * kBlockColumns;
+      if (columns == kBlockColumns) {
+        load_row(from + r * src.ld, kBlockColumns, to);
+      } else {
+        load_row(from + r * src.ld, columns, to);
+        for (int64_t c = columns; c < padded; ++c) to[c] = 0;
+      }
+    }
+  });
+  for (int64_t i = rows * kBlockColumns; i < padded_rows * kBlockColumns; ++i) dst[i] = 0;
+}
+
+int64_t element_size(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
+
+// Ask for a block of the source before it is copied: the rows are far apart, which hardware
+// prefetchers follow badly.
+void prefetch_block(const View& src, int64_t row, int64_t rows, int64_t column, int64_t columns) {
+  if (column >= src.cols) return;
+  const int64_t size = element_size(src.dtype);
+  const int64_t bytes = min64(columns, src.cols - column) * size;
+  const char* base = static_cast<const char*>(src.data) + (row * src.ld + column) * size;
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t byte = 0; byte < bytes; byte += 64)
+      __builtin_prefetch(base + r * src.ld * size + byte, 0, 2);
+}
+
+template <typename C>
+void pack(const View& src, int64_t rows, int64_t begin, int64_t end, C* dst) {
+  const Panels panels(Simd<C>::kLanes, rows, src.cols);
+  for (int64_t p = 0; p < panels.count(); ++p) {
+    const int64_t first = p * 2 * panels.lanes, width = panels.panel_vectors(p) * panels.lanes;
+    const int64_t columns = min64(width, src.cols - first);
+    with_elements(src.data, src.dtype, first, [&](const auto* from) {
+      for (int64_t r = begin; r < end; ++r) {
+        C* to = dst + panels.offset(p) + r * width;
+        load_row(from + r * src.ld, columns, to);
+        for (int64_t c = columns; c < width; ++c) to[c] = 0;
+      }
+    });
+  }
+}
+
+// ---- one-pass sketch ----------------------------------------------------------------------------
+
+int64_t blocks(int64_t columns) { return (columns + kBlockColumns - 1) / kBlockColumns; }
+
+template <typename C>
+int64_t sketch_scratch(const SketchJob<C>& job) {
+  constexpr int64_t kLanes = Simd<C>::kLanes;
+  const int64_t kept = job.u != nullptr ? blocks(job.a.cols) : 1;
+  return (kept + 1) * job.chunk * kBlockColumns + Panels(kLanes, job.chunk, job.kv).size() +
+         Panels(kLanes, job.chunk, job.ku).size();
+}
+
+template <typename C>
+void sketch(const SketchJob<C>& job, int64_t begin, int64_t end, C* y, C* w, C* scratch) {
+  constexpr int64_t kLanes = Simd<C>::kLanes;
+  const bool two_sided = job.u != nullptr;
+  const int64_t n = job.a.cols, m = job.b.cols, block_size = job.chunk * kBlockColumns;
+  const Panels p_panels(kLanes, job.chunk, job.kv), r_panels(kLanes, job.chunk, job.ku);
+  const Panels v_panels(kLanes, n, job.kv), u_panels(kLanes, m, job.ku);
+  const Panels y_panels(kLanes, m, job.kv), w_panels(kLanes, n, job.ku);
+  C* p = scratch;
+  C* r = p + p_panels.size();
+  C* b_block = r + r_panels.size();
+  C* a_blocks = b_block + block_size;
+
+  // Even chunks rather than full ones and a short rest.
+  const int64_t count = (end - begin + job.chunk - 1) / job.chunk;
+  for (int64_t chunk = 0; chunk < count; ++chunk) {
+    const int64_t first = begin + (end - begin) * chunk / count;
+    const int64_t rows = begin + (end - begin) * (chunk + 1) / count - first;
+    const int64_t padded = round_up(rows, kRowUnit);
+
+    if (job.v == nullptr) {
+      View part = job.p;
+      part.data =
+          static_cast<const char*>(part.data) + first * part.ld * element_size(part.dtype);
+      pack<C>(part, job.chunk, 0, rows, p);
+    } else {
+      for (int64_t i = 0; i < p_panels.size(); ++i) p[i] = 0;
+      for (int64_t c = 0; c < n; c += kBlockColumns) {
+        const int64_t columns = min64(kBlockColumns, n - c);
+        C* block = two_sided ? a_blocks + c / kBlockColumns * block_size : a_blocks;
+        load_block<C>(job.a, first, rows, padded, c, columns, block);
+        prefetch_block(job.a, first, rows, c + kBlockColumns, kBlockColumns);
+        for (int64_t q = 0; q < p_panels.count(); ++q) {
+          const int64_t nv = p_panels.panel_vectors(q);
+          features<C>(nv, block, kBlockColumns, padded,
+                      job.v + v_panels.offset(q) + c * nv * kLanes, columns,
+                      p + p_panels.offset(q));
+        }
+      }
+    }
+    if (two_sided)
+      for (int64_t i = 0; i < r_panels.size(); ++i) r[i] = 0;
+    for (int64_t c = 0; c < m; c += kBlockColumns) {
+      const int64_t columns = min64(kBlockColumns, m - c);
+      load_block<C>(job.b, first, rows, padded, c, columns, b_block);
+      prefetch_block(job.b, first, rows, c + kBlockColumns, kBlockColumns);
+      if (two_sided)
+        for (int64_t q = 0; q < r_panels.count(); ++q) {
+          const int64_t nv = r_panels.panel_vectors(q);
+          features<C>(nv, b_block, kBlockColumns, padded,
+                      job.u + u_panels.offset(q) + c * nv * kLanes, columns,
+                      r + r_panels.offset(q));
+        }
+      for (int64_t q = 0; q < p_panels.count(); ++q) {
+        const int64_t nv = p_panels.panel_vectors(q);
+        tokens<C>(nv, b_block, kBlockColumns, columns, p + p_panels.offset(q), rows,
+                  y + y_panels.offset(q) + c * nv * kLanes);
+      }
+    }
+    if (two_sided)
+      for (int64_t c = 0; c < n; c += kBlockColumns)
+        for (int64_t q = 0; q < r_panels.count(); ++q) {
+          const int64_t nv = r_panels.panel_vectors(q);
+          tokens<C>(nv, a_blocks + c / kBlockColumns * block_size, kBlockColumns,
+                    min64(kBlockColumns, n - c), r + r_panels.offset(q), rows,
+                    w + w_panels.offset(q) + c * nv * kLanes);
+        }
+  }
+}
+
+// ---- tall matrix times small matrix -------------------------------------------------------------
+
+template <typename C>
+int64_t apply_scratch(const ApplyJob<C>& job) {
+  return job.chunk * kBlockColumns + Panels(Simd<C>::kLanes, job.chunk, job.k).size();
+}
+
+template <typename C>
+void apply(const ApplyJob<C>& job, int64_t begin, int64_t end, C* scratch) {
+  constexpr int64_t kLanes = Simd<C>::kLanes;
+  const Panels panels(kLanes, job.chunk, job.k), s_panels(kLanes, job.a.cols, job.k);
+  C* p = scratch;
+  C* block = p + panels.size();
+  for (int64_t first = begin; first < end; first += job.chunk) {
+    const int64_t rows = min64(job.chunk, end - first), padded = round_up(rows, kRowUnit);
+    for (int64_t i = 0; i < panels.size(); ++i) p[i] = 0;
+    for (int64_t c = 0; c < job.a.cols; c += kBlockColumns) {
+      const int64_t columns = min64(kBlockColumns, job.a.cols - c);
+      load_block<C>(job.a, first, rows, padded, c, columns, block);
+      for (int64_t q = 0; q < panels.count(); ++q) {
+        const int64_t nv = panels.panel_vectors(q);
+        features<C>(nv, block, kBlockColumns, padded,
+                    job.s + s_panels.offset(q) + c * nv * kLanes, columns, p + panels.offset(q));
+      }
+    }
+    for (int64_t q = 0; q < panels.count(); ++q) {
+      const int64_t column = q * 2 * kLanes, width = panels.panel_vectors(q) * kLanes;
+      const int64_t columns = min64(width, job.k - column);
+      with_elements(job.out.data, job.out.dtype, first * job.out.ld + column, [&](const auto* o) {
+        auto* out = writable(o);
+        for (int64_t r = 0; r < rows; ++r) {
+          const C* from = p + panels.offset(q) + r * width;
+          for (int64_t c = 0; c < columns; ++c) {
+            auto& slot = out[r * job.out.ld + c];
+            narrow(job.subtract ? widen(slot) - from[c] : from[c], slot);
+          }
+        }
+      });
+    }
+  }
+}
+
+template <typename C>
+void reduce(const C* src, int64_t stride, int64_t parts, int64_t rows, bool add,
+            const MutableView& dst, int64_t begin, int64_t end) {
+  const Panels panels(Simd<C>::kLanes, rows, dst.cols);
+  for (int64_t q = 0; q < panels.count(); ++q) {
+    const int64_t column = q * 2 * panels.lanes, width = panels.panel_vectors(q) * panels.lanes;
+    const int64_t columns = min64(width, dst.cols - column);
+    for (int64_t r = begin; r < end; ++r) {
+      const C* from = src + panels.offset(q) + r * width;
+      C* to = static_cast<C*>(dst.data) + r * dst.ld + column;
+      for (int64_t c = 0; c < columns; ++c) {
+        C sum = from[c];
+        for (int64_t part = 1; part < parts; ++part) sum += from[part * stride + c];
+        to[c] = add ? to[c] + sum : sum;
+      }
+    }
+  }
+}
+
+// ---- rank-k update of a weight ------------------------------------------------------------------
+
+constexpr int64_t kUpdateRows = 48;
+
+template <typename C>
+int64_t update_scratch(const UpdateJob<C>& job) {
+  return kUpdateRows * round_up(job.k, Simd<C>::kLanes) + kUpdateRows * 3 * Simd<C>::kLanes;
+}
+
+template <typename C>
+void update(const UpdateJob<C>& job, int64_t begin, int64_t end, C* scratch) {
+  constexpr int64_t kLanes = Simd<C>::kLanes;
+  const int64_t n = job.weight.cols, lda = round_up(job.k, kLanes);
+  const Panels panels(kLanes, job.k, n);
+  C* product = scratch;
+  C* u = product + kUpdateRows * 3 * kLanes;
+  for (int64_t first = begin; first < end; first += kUpdateRows) {
+    const int64_t rows = min64(kUpdateRows, end - first), padded = round_up(rows, kRowUnit);
+    with_elements(job.u.data, job.u.dtype, first * job.u.ld, [&](const auto* from) {
+      for (int64_t r = 0; r < rows; ++r) load_row(from + r * job.u.ld, job.k, u + r * lda);
+    });
+    for (int64_t i = rows * lda; i < padded * lda; ++i) u[i] = 0;
+    for (int64_t q = 0; q < panels.count(); ++q) {
+      const int64_t nv = panels.panel_vectors(q), width = nv * kLanes, column = q * 2 * kLanes;
+      const int64_t columns = min64(width, n - column);
+      for (int64_t i = 0; i < padded * width; ++i) product[i] = 0;
+      features<C>(nv, u, lda, padded, job.wt + panels.offset(q), job.k, product);
+      with_elements(job.weight.data, job.weight.dtype, first * job.weight.ld + column,
+                    [&](const auto* o) {
+                      auto* weight = writable(o);
+                      for (int64_t r = 0; r < rows; ++r)
+                        for (int64_t c = 0; c < columns; ++c) {
+                          auto& slot = weight[r * job.weight.ld + c];
+                          const C value = static_cast<C>(widen(slot));
+                          narrow(job.keep * value + job.alpha * product[r * width + c], slot);
+                        }
+                    });
+    }
+  }
+}
+
+// ---- vectors of the small dense algebra ---------------------------------------------------------
+
+typedef double DoubleVec __attribute__((vector_size(MOLEGRAD_VECTOR_BYTES)));
+// The same, loadable from any address.
+typedef double LooseVec __attribute__((vector_size(MOLEGRAD_VECTOR_BYTES), aligned(8)));
+
+inline const LooseVec* loose(const double* p) { return reinterpret_cast<const LooseVec*>(p); }
+inline LooseVec* loose(double* p) { return reinterpret_cast<LooseVec*>(p); }
+
+double dot(const double* x, const double* y, int64_t n) {
+  constexpr int kLanes = Simd<double>::kLanes;
+  DoubleVec sums[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes)
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) sums[j] += *loose(x + i + j * kLanes) * *loose(y + i + j * kLanes);
+  const DoubleVec sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  double total = 0;
+  for (int l = 0; l < kLanes; ++l) total += sum[l];
+  for (; i < n; ++i) total += x[i] * y[i];
+  return total;
+}
+
+void axpy(double alpha, const double* x, double* y, int64_t n) {
+  constexpr int kLanes = Simd<double>::kLanes;
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) *loose(y + i) += alpha * *loose(x + i);
+  for (; i < n; ++i) y[i] += alpha * x[i];
+}
+
+void rotate(double c, double s, double* x, double* y, int64_t n) {
+  constexpr int kLanes = Simd<double>::kLanes;
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const DoubleVec a = *loose(x + i), b = *loose(y + i);
+    *loose(x + i) = c * a - s * b;
+    *loose(y + i) = s * a + c * b;
+  }
+  for (; i < n; ++i) {
+    const double a = x[i], b = y[i];
+    x[i] = c * a - s * b;
+    y[i] = s * a + c * b;
+  }
+}
+
+// One step of the one-sided Jacobi method (Hestenes 1958).
+bool jacobi_rotate(double* x, double* y, double* p, double* q, int64_t n) {
+  constexpr double kOrthogonal = 4e-16;
+  const double xx = dot(x, x, n), yy = dot(y, y, n), xy = dot(x, y, n);
+  if (!(xy * xy > kOrthogonal * kOrthogonal * static_cast<double>(n) * xx * yy)) return false;
+  const double zeta = (yy - xx) / (2 * xy);
+  const double root = __builtin_fabs(zeta) + __builtin_sqrt(1 + zeta * zeta);
+  const double t = (zeta < 0 ? -1 : 1) / root;
+  const double c = 1 / __builtin_sqrt(1 + t * t);
+  rotate(c, c * t, x, y, n);
+  rotate(c, c * t, p, q, n);
+  return true;
+}
+
+template <typename C>
+KernelSet<C> make_set() {
+  return {Simd<C>::kLanes, sketch_scratch<C>, sketch<C>, apply_scratch<C>, apply<C>,
+          update_scratch<C>, update<C>, pack<C>, reduce<C>};
+}
+
+#define MOLEGRAD_STRING_(x) #x
+#define MOLEGRAD_STRING(x) MOLEGRAD_STRING_(x)
+
+}  // namespace
+
+const KernelTable& table() {
+  static const KernelTable instance = {MOLEGRAD_STRING(MOLEGRAD_CAPABILITY), dot, axpy, jacobi_rotate, make_set<float>(), make_set<double>()};
+  return instance;
+}
+
+}  // namespace molegrad::cpu::MOLEGRAD_CAPABILITY

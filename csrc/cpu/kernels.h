@@ -1,0 +1,132 @@
+// Interface between the capability-independent drivers (products.cpp) and kernels.cpp, which is
+// compiled once per instruction set. Only plain data crosses it: kernels.cpp must not instantiate
+// inline functions of other headers with its own machine flags (the linker keeps one copy of each).
+#pragma once
+
+#include <cstdint>
+
+namespace molegrad::cpu {
+
+enum class DType : int { kFloat32, kFloat64, kBFloat16, kFloat16 };
+
+// A row-major matrix in the caller's memory: unit column stride, `ld` elements from row to row.
+struct View {
+  const void* data = nullptr;
+  DType dtype = DType::kFloat32;
+  int64_t rows = 0, cols = 0, ld = 0;
+};
+
+struct MutableView {
+  void* data = nullptr;
+  DType dtype = DType::kFloat32;
+  int64_t rows = 0, cols = 0, ld = 0;
+};
+
+// Columns of A and B that are copied into L1 at a time, and the number every row tile divides.
+constexpr int64_t kBlockColumns = 48;
+constexpr int64_t kRowUnit = 24;
+
+constexpr int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
+
+// Storage of a (rows, k) matrix as panels of two vectors: panel p holds columns
+// [2 p lanes, 2 (p + 1) lanes) of all rows contiguously; an odd vector makes the last panel
+// three (or, alone, one) wide. Columns beyond k are zero.
+struct Panels {
+  int64_t lanes, rows, vectors;
+  Panels(int64_t lanes, int64_t rows, int64_t k)
+      : lanes(lanes), rows(round_up(rows, kRowUnit)), vectors((k + lanes - 1) / lanes) {}
+  int64_t count() const { return vectors == 0 ? 0 : vectors == 1 ? 1 : vectors / 2; }
+  int64_t panel_vectors(int64_t p) const { return p + 1 < count() ? 2 : vectors - 2 * p; }
+  int64_t offset(int64_t p) const { return p * 2 * lanes * rows; }
+  int64_t size() const { return vectors * lanes * rows; }
+};
+
+// One pass over tokens [begin, end):
+//   y += bᵀ P with P = a v          and, when `u` is set,   w += aᵀ R with R = b u;
+// with `v` null, P is `p` itself (columns kv): y += bᵀ p.
+// v, u, y, w are panel storage of the compute type; `scratch` holds scratch_size() elements.
+template <typename C>
+struct SketchJob {
+  View a, b, p;
+  const C *v = nullptr, *u = nullptr;
+  int64_t kv = 0, ku = 0;
+  int64_t chunk = 0;  // tokens per chunk, a multiple of kRowUnit
+};
+
+// out = a s (store) or out -= a s (subtract); s is panel storage with k columns.
+template <typename C>
+struct ApplyJob {
+  View a;
+  const C* s = nullptr;
+  int64_t k = 0;
+  int64_t chunk = 0;
+  MutableView out;
+  bool subtract = false;
+};
+
+// weight = keep * weight + alpha * u wᵀ for weight rows [begin, end).
+// wt: panel storage of wᵀ, i.e. (k, n) with the n columns in panels.
+template <typename C>
+struct UpdateJob {
+  MutableView weight;
+  View u;
+  const C* wt = nullptr;
+  int64_t k = 0;
+  C keep = 1, alpha = 1;
+};
+
+template <typename C>
+struct KernelSet {
+  int64_t lanes;  // elements of C per vector
+  int64_t (*sketch_scratch)(const SketchJob<C>&);
+  void (*sketch)(const SketchJob<C>&, int64_t begin, int64_t end, C* y, C* w, C* scratch);
+  int64_t (*apply_scratch)(const ApplyJob<C>&);
+  void (*apply)(const ApplyJob<C>&, int64_t begin, int64_t end, C* scratch);
+  int64_t (*update_scratch)(const UpdateJob<C>&);
+  void (*update)(const UpdateJob<C>&, int64_t begin, int64_t end, C* scratch);
+  // Rows [begin, end) of `src` into panel storage laid out for `rows` rows.
+  void (*pack)(const View& src, int64_t rows, int64_t begin, int64_t end, C* dst);
+  // dst rows [begin, end) = (add ? dst : 0) + sum over `parts` panel storages `stride` apart.
+  void (*reduce)(const C* src, int64_t stride, int64_t parts, int64_t rows, bool add,
+                 const MutableView& dst, int64_t begin, int64_t end);
+};
+
+struct KernelTable {
+  const char* name;
+  double (*dot)(const double* x, const double* y, int64_t n);
+  // y += alpha x
+  void (*axpy)(double alpha, const double* x, double* y, int64_t n);
+  // Rotates x and y into orthogonal vectors, and p and q with them; whether it had to.
+  bool (*jacobi_rotate)(double* x, double* y, double* p, double* q, int64_t n);
+  KernelSet<float> f32;
+  KernelSet<double> f64;
+};
+
+namespace baseline {
+const KernelTable& table();
+}
+#ifdef MOLEGRAD_X86_VARIANTS
+namespace avx2 {
+const KernelTable& table();
+}
+namespace avx512 {
+const KernelTable& table();
+}
+#endif
+
+// The widest set this processor runs, or the one the environment variable MOLEGRAD_CPU_CAPABILITY
+// (baseline, avx2, avx512) asks for.
+const KernelTable& kernels();
+
+template <typename C>
+const KernelSet<C>& kernel_set();
+template <>
+inline const KernelSet<float>& kernel_set<float>() {
+  return kernels().f32;
+}
+template <>
+inline const KernelSet<double>& kernel_set<double>() {
+  return kernels().f64;
+}
+
+}  // namespace molegrad::cpu

@@ -1,0 +1,341 @@
+// CholeskyQR2 (Yamamoto et al. 2015) on float64 Gram matrices, with twice-iterated Gram-Schmidt
+// where the block is too ill-conditioned for it, and the polar factor by one-sided Jacobi.
+#include "orth.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "products.h"
+
+namespace molegrad::cpu {
+namespace {
+
+using Matrix = std::vector<double>;  // row-major
+
+// Above this condition number the Gram matrix has lost too many of float64's digits.
+constexpr double kGramLimit = 1e6;
+// Up to this one a float64 CholeskyQR is orthonormal to 1e-10, enough for float32 results.
+constexpr double kOnePassLimit = 1e3;
+constexpr int kMaxSweeps = 40;
+
+View const_view(const Matrix& x, int64_t rows, int64_t cols) {
+  return view_of(x.data(), rows, cols);
+}
+MutableView mutable_view(Matrix& x, int64_t rows, int64_t cols) {
+  return view_of(x.data(), rows, cols);
+}
+
+// Any view as float64.
+void load(const View& src, double* dst) {
+  const KernelSet<double>& set = kernel_set<double>();
+  const Panels panels(set.lanes, src.rows, src.cols);
+  Buffer<double> packed(panels.size());
+  set.pack(src, src.rows, 0, src.rows, packed.data());
+  set.reduce(packed.data(), 0, 1, src.rows, false, view_of(dst, src.rows, src.cols), 0, src.rows);
+}
+
+template <typename C>
+void store(const double* src, const MutableView& dst) {
+  for (int64_t r = 0; r < dst.rows; ++r)
+    for (int64_t c = 0; c < dst.cols; ++c)
+      static_cast<C*>(dst.data)[r * dst.ld + c] = static_cast<C>(src[r * dst.cols + c]);
+}
+
+// Column-wise largest magnitudes; false where an entry is NaN or infinite.
+bool column_maxima(const Matrix& z, int64_t k, std::vector<double>& maxima) {
+  maxima.assign(k, 0.0);
+  bool finite = true;
+  for (size_t i = 0; i < z.size(); i += k)
+    for (int64_t j = 0; j < k; ++j) {
+      const double magnitude = std::fabs(z[i + j]);
+      finite &= magnitude <= std::numeric_limits<double>::max();
+      maxima[j] = std::max(maxima[j], magnitude);
+    }
+  return finite;
+}
+
+// The power of two next above x: dividing by it is exact.
+double power_of_two(double x) {
+  if (x == 0) return 1;
+  int exponent;
+  std::frexp(x, &exponent);
+  return std::ldexp(1.0, std::clamp(exponent, -1000, 1000));
+}
+
+// Upper R with RᵀR = g, in place over g; false where a pivot is not positive.
+bool cholesky(Matrix& g, int64_t k) {
+  for (int64_t i = 0; i < k; ++i) {
+    double* row = g.data() + i * k;
+    if (!(row[i] > 0)) return false;
+    const double pivot = std::sqrt(row[i]);
+    for (int64_t j = i; j < k; ++j) row[j] /= pivot;
+    for (int64_t l = i + 1; l < k; ++l)
+      for (int64_t j = l; j < k; ++j) g[l * k + j] -= row[l] * row[j];
+    for (int64_t j = 0; j < i; ++j) row[j] = 0;
+  }
+  return true;
+}
+
+// Inverse of an upper triangular matrix.
+Matrix upper_inverse(const Matrix& r, int64_t k) {
+  Matrix inverse(k * k, 0.0);
+  for (int64_t i = k - 1; i >= 0; --i) {
+    double* row = inverse.data() + i * k;
+    row[i] = 1;
+    for (int64_t l = i + 1; l < k; ++l)
+      for (int64_t j = l; j < k; ++j) row[j] -= r[i * k + l] * inverse[l * k + j];
+    for (int64_t j = i; j < k; ++j) row[j] /= r[i * k + i];
+  }
+  return inverse;
+}
+
+Matrix upper_product(const Matrix& a, const Matrix& b, int64_t k) {
+  Matrix c(k * k, 0.0);
+  for (int64_t i = 0; i < k; ++i)
+    for (int64_t l = i; l < k; ++l)
+      for (int64_t j = l; j < k; ++j) c[i * k + j] += a[i * k + l] * b[l * k + j];
+  return c;
+}
+
+// A block Z (m, k) on its way to an orthonormal one, optionally orthogonal to a basis U (m, p).
+struct Block {
+  Matrix& z;
+  int64_t m, k;
+  const Matrix* u;  // or null
+  int64_t p;
+  std::vector<double> reference;  // column norms before the projection against U
+};
+
+void project(const Block& block) {
+  if (block.u == nullptr) return;
+  Matrix h(block.p * block.k);
+  const View u = const_view(*block.u, block.m, block.p);
+  product_tn<double>(u, const_view(block.z, block.m, block.k),
+                     mutable_view(h, block.p, block.k));
+  product_nn<double>(u, const_view(h, block.p, block.k),
+                     mutable_view(block.z, block.m, block.k), true);
+}
+
+std::vector<double> column_norms(const Matrix& z, int64_t k) {
+  std::vector<double> norms(k, 0.0);
+  for (size_t i = 0; i < z.size(); i += k)
+    for (int64_t j = 0; j < k; ++j) norms[j] += z[i + j] * z[i + j];
+  for (double& norm : norms) norm = std::sqrt(norm);
+  return norms;
+}
+
+// One CholeskyQR: z <- Q, r <- R. Returns the condition estimate, the ratio of the diagonal of the
+// column-normalised Gram matrix's Cholesky factor, or 0 (nothing changed) where the block has to
+// go to Gram-Schmidt.
+double cholesky_qr(const Block& block, double tolerance, Matrix& r) {
+  const int64_t k = block.k;
+  Matrix gram(k * k);
+  const View z = const_view(block.z, block.m, k);
+  product_tn<double>(z, z, mutable_view(gram, k, k));
+  std::vector<double> norms(k);
+  for (int64_t j = 0; j < k; ++j) {
+    norms[j] = std::sqrt(gram[j * k + j]);
+    if (!(norms[j] > 0) || norms[j] <= tolerance * block.reference[j]) return 0;
+  }
+  for (int64_t i = 0; i < k; ++i)
+    for (int64_t j = 0; j < k; ++j) gram[i * k + j] /= norms[i] * norms[j];
+  if (!cholesky(gram, k)) return 0;
+  double low = gram[0], high = gram[0];
+  for (int64_t j = 0; j < k; ++j) {
+    low = std::min(low, gram[j * k + j]);
+    high = std::max(high, gram[j * k + j]);
+  }
+  if (low <= tolerance || high > kGramLimit * low) return 0;
+  Matrix inverse = upper_inverse(gram, k);
+  for (int64_t i = 0; i < k; ++i)
+    for (int64_t j = i; j < k; ++j) {
+      inverse[i * k + j] /= norms[i];
+      gram[i * k + j] *= norms[j];
+    }
+  product_nn<double>(z, const_view(inverse, k, k), mutable_view(block.z, block.m, k));
+  r = gram;
+  return high / low;
+}
+
+// Twice-iterated Gram-Schmidt; dependent columns are completed by the unit vector farthest from
+// the span so far. Whether there was one.
+bool gram_schmidt(const Block& block, double tolerance, Matrix& r) {
+  const KernelTable& table = kernels();
+  const int64_t m = block.m, k = block.k, p = block.p;
+  Matrix columns((p + k) * m);  // columns of U, then of Z, each contiguous
+  std::vector<double> covered(m, 0.0);  // squared row norms of the basis so far
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t j = 0; j < p; ++j) {
+      const double value = (*block.u)[i * p + j];
+      columns[j * m + i] = value;
+      covered[i] += value * value;
+    }
+    for (int64_t j = 0; j < k; ++j) columns[(p + j) * m + i] = block.z[i * k + j];
+  }
+  r.assign(k * k, 0.0);
+  // Subtracts from column j what lies in the span so far; its coefficients go to R.
+  const auto clean = [&](int64_t j, bool record) {
+    double* column = columns.data() + (p + j) * m;
+    for (int64_t i = 0; i < p + j; ++i) {
+      const double h = table.dot(columns.data() + i * m, column, m);
+      table.axpy(-h, columns.data() + i * m, column, m);
+      if (record && i >= p) r[(i - p) * k + j] += h;
+    }
+    return std::sqrt(table.dot(column, column, m));
+  };
+  bool deficient = false;
+  for (int64_t j = 0; j < k; ++j) {
+    double* column = columns.data() + (p + j) * m;
+    double norm = 0;
+    if (block.reference[j] > 0) {
+      clean(j, true);
+      norm = clean(j, true);
+    }
+    if (!(norm > tolerance * block.reference[j])) {
+      deficient = true;
+      std::fill_n(column, m, 0.0);
+      column[std::min_element(covered.begin(), covered.end()) - covered.begin()] = 1;
+      clean(j, false);
+      clean(j, false);
+      norm = clean(j, false);
+    } else {
+      r[j * k + j] = norm;
+    }
+    for (int64_t i = 0; i < m; ++i) {
+      column[i] /= norm;
+      covered[i] += column[i] * column[i];
+    }
+  }
+  for (int64_t i = 0; i < m; ++i)
+    for (int64_t j = 0; j < k; ++j) block.z[i * k + j] = columns[(p + j) * m + i];
+  return deficient;
+}
+
+// z <- Q, r <- R for a finite block whose columns cannot overflow a float64 Gram matrix. `eps` is
+// the rounding of the dtype that Z came from.
+OrthStatus factor(Block block, double cond_max, double eps, Matrix& r) {
+  const double tolerance = 8 * eps * std::sqrt(static_cast<double>(block.k));
+  const bool is_double = eps < 1e-12;
+  const double cond = cholesky_qr(block, tolerance, r);
+  if (cond == 0) return gram_schmidt(block, tolerance, r) ? kRankDeficient : kIllConditioned;
+  if (is_double || cond > kOnePassLimit || block.u != nullptr) {
+    project(block);
+    std::fill(block.reference.begin(), block.reference.end(), 1.0);
+    Matrix again;
+    if (cholesky_qr(block, tolerance, again) != 0) r = upper_product(again, r, block.k);
+  }
+  return cond <= cond_max ? kSafe : kIllConditioned;
+}
+
+void set_identity(Matrix& z, int64_t k) {
+  std::fill(z.begin(), z.end(), 0.0);
+  for (int64_t j = 0; j < k; ++j) z[j * k + j] = 1;
+}
+
+// Y = Q R, against U where it is given.
+template <typename C>
+OrthStatus orthonormalize_any(const View* u, const View& y, double cond_max, const MutableView& q,
+                              const MutableView& r) {
+  const int64_t m = y.rows, k = y.cols;
+  Matrix z(m * k), basis, triangle(k * k, 0.0);
+  load(y, z.data());
+  if (u != nullptr) {
+    basis.resize(m * u->cols);
+    load(*u, basis.data());
+  }
+  std::vector<double> scale;
+  const bool finite = column_maxima(z, k, scale);
+  OrthStatus status = kNonFinite;
+  if (!finite && u == nullptr) {
+    set_identity(z, k);
+  } else {
+    if (!finite) std::fill(z.begin(), z.end(), 0.0);  // the basis is then a completion of U
+    for (double& s : scale) s = finite ? power_of_two(s) : 1;
+    for (size_t i = 0; i < z.size(); i += k)
+      for (int64_t j = 0; j < k; ++j) z[i + j] /= scale[j];
+    Block block{z, m, k, u == nullptr ? nullptr : &basis, u == nullptr ? 0 : u->cols,
+                column_norms(z, k)};
+    project(block);
+    project(block);
+    const OrthStatus found = factor(block, cond_max, std::numeric_limits<C>::epsilon(), triangle);
+    if (finite) status = found;
+    for (int64_t i = 0; i < k; ++i)
+      for (int64_t j = i; j < k; ++j) triangle[i * k + j] *= scale[j];
+  }
+  if (!finite) std::fill(triangle.begin(), triangle.end(), std::nan(""));
+  store<C>(z.data(), q);
+  store<C>(triangle.data(), r);
+  return status;
+}
+
+}  // namespace
+
+template <typename C>
+OrthStatus orthonormalize(const View& y, double cond_max, const MutableView& q,
+                          const MutableView& r) {
+  return orthonormalize_any<C>(nullptr, y, cond_max, q, r);
+}
+
+template <typename C>
+OrthStatus orthonormalize_against(const View& u, const View& y, double cond_max,
+                                  const MutableView& q, const MutableView& r) {
+  return orthonormalize_any<C>(&u, y, cond_max, q, r);
+}
+
+template <typename C>
+void polar_factor(const View& w, const MutableView& p) {
+  const int64_t n = w.rows, k = w.cols;
+  Matrix z(n * k), r;
+  load(w, z.data());
+  std::vector<double> maxima;
+  if (!column_maxima(z, k, maxima)) {
+    for (int64_t i = 0; i < n; ++i)
+      std::fill_n(static_cast<C*>(p.data) + i * p.ld, k, std::numeric_limits<C>::quiet_NaN());
+    return;
+  }
+  const double scale = power_of_two(*std::max_element(maxima.begin(), maxima.end()));
+  for (double& value : z) value /= scale;
+  const double eps = std::numeric_limits<C>::epsilon();
+  factor({z, n, k, nullptr, 0, column_norms(z, k)}, kGramLimit, eps, r);
+
+  // One-sided Jacobi on Rᵀ, whose columns are the rows of R: X = Rᵀ J has orthogonal columns of
+  // length sigma, so R = J X ᵀ and polar(R) = sum over modes of J_i X_iᵀ / sigma_i.
+  Matrix rotations(k * k, 0.0);
+  set_identity(rotations, k);
+  const KernelTable& table = kernels();
+  for (int sweep = 0; sweep < kMaxSweeps; ++sweep) {
+    bool rotated = false;
+    for (int64_t i = 0; i < k; ++i)
+      for (int64_t j = i + 1; j < k; ++j)
+        rotated |= table.jacobi_rotate(r.data() + i * k, r.data() + j * k,
+                                       rotations.data() + i * k, rotations.data() + j * k, k);
+    if (!rotated) break;
+  }
+  std::vector<double> sigma(k);
+  for (int64_t i = 0; i < k; ++i)
+    sigma[i] = std::sqrt(table.dot(r.data() + i * k, r.data() + i * k, k));
+  const double largest = *std::max_element(sigma.begin(), sigma.end());
+  const double tolerance = 8 * std::sqrt(static_cast<double>(k)) * eps * largest;
+  Matrix polar(k * k, 0.0);
+  for (int64_t i = 0; i < k; ++i) {
+    if (!(sigma[i] > tolerance)) continue;
+    for (int64_t l = 0; l < k; ++l)
+      table.axpy(rotations[i * k + l] / sigma[i], r.data() + i * k, polar.data() + l * k, k);
+  }
+  Matrix result(n * k);
+  product_nn<double>(const_view(z, n, k), const_view(polar, k, k), mutable_view(result, n, k));
+  store<C>(result.data(), p);
+}
+
+#define MOLEGRAD_INSTANTIATE(C)                                                                    \
+  template OrthStatus orthonormalize<C>(const View&, double, const MutableView&,                   \
+                                        const MutableView&);                                       \
+  template OrthStatus orthonormalize_against<C>(const View&, const View&, double,                  \
+                                                const MutableView&, const MutableView&);           \
+  template void polar_factor<C>(const View&, const MutableView&);
+MOLEGRAD_INSTANTIATE(float)
+MOLEGRAD_INSTANTIATE(double)
+
+}  // namespace molegrad::cpu

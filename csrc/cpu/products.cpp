@@ -1,0 +1,209 @@
+#include "products.h"
+
+#include <torch/csrc/stable/macros.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <new>
+
+namespace molegrad::cpu {
+namespace {
+
+constexpr int64_t kAlignment = 64;
+// Share of a per-core L2 that the kept half of a chunk may take; bases and accumulators stream
+// past it once per chunk.
+constexpr int64_t kKeptBytes = 512 * 1024;
+constexpr int64_t kMaxChunk = 96, kMinChunk = 48;
+// Fewer tokens than this do not pay for accumulators of their own.
+constexpr int64_t kTokensPerPart = 64;
+// Rows of a small parallel loop that are worth a thread.
+constexpr int64_t kRowsPerThread = 512;
+
+template <typename C>
+int64_t chunk_tokens(int64_t kept_columns) {
+  const int64_t fit = kKeptBytes / std::max<int64_t>(1, kept_columns * sizeof(C));
+  return std::clamp(fit / kRowUnit * kRowUnit, kMinChunk, kMaxChunk);
+}
+
+int64_t part_count(int64_t tokens) {
+  const int64_t threads = torch::stable::get_num_threads();
+  return std::clamp<int64_t>(tokens / kTokensPerPart, 1, std::max<int64_t>(threads, 1));
+}
+
+// fn(part) for every part, each on one thread; nothing in `fn` may throw.
+template <typename F>
+void for_parts(int64_t parts, const F& fn) {
+  if (parts == 1) return fn(0);
+  torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part) fn(part);
+  });
+}
+
+template <typename F>
+void for_rows(int64_t rows, const F& fn) {
+  if (rows <= kRowsPerThread) return fn(int64_t{0}, rows);
+  torch::stable::parallel_for(0, rows, kRowsPerThread,
+                              [&](int64_t begin, int64_t end) { fn(begin, end); });
+}
+
+// A (rows, k) view in panel storage, padding rows zero.
+template <typename C>
+Buffer<C> pack_panels(const KernelSet<C>& set, const View& src) {
+  const Panels panels(set.lanes, src.rows, src.cols);
+  Buffer<C> packed(panels.size());
+  for_rows(src.rows, [&](int64_t begin, int64_t end) {
+    set.pack(src, src.rows, begin, end, packed.data());
+  });
+  return packed;
+}
+
+// Runs a job over all tokens with per-part accumulators and reduces them into y and w.
+template <typename C>
+void run_sketch(const KernelSet<C>& set, const SketchJob<C>& job, const MutableView& y,
+                const MutableView* w, bool add) {
+  const int64_t total = job.b.rows;
+  const int64_t parts = part_count(total);
+  const int64_t y_size = Panels(set.lanes, y.rows, y.cols).size();
+  const int64_t w_size = w != nullptr ? Panels(set.lanes, w->rows, w->cols).size() : 0;
+  const int64_t stride = y_size + w_size;
+  const int64_t scratch_size = round_up(set.sketch_scratch(job), kAlignment);
+  Buffer<C> sums(parts * stride), scratch(parts * scratch_size);
+  for_parts(parts, [&](int64_t part) {
+    C* y_sum = sums.data() + part * stride;
+    std::fill_n(y_sum, stride, C(0));
+    set.sketch(job, total * part / parts, total * (part + 1) / parts, y_sum, y_sum + y_size,
+               scratch.data() + part * scratch_size);
+  });
+  for_rows(y.rows, [&](int64_t begin, int64_t end) {
+    set.reduce(sums.data(), stride, parts, y.rows, add, y, begin, end);
+  });
+  if (w != nullptr)
+    for_rows(w->rows, [&](int64_t begin, int64_t end) {
+      set.reduce(sums.data() + y_size, stride, parts, w->rows, add, *w, begin, end);
+    });
+}
+
+}  // namespace
+
+template <typename C>
+Buffer<C>::Buffer(int64_t count) {
+  const size_t bytes = round_up(std::max<int64_t>(count, 1) * sizeof(C), kAlignment);
+  void* memory = std::aligned_alloc(kAlignment, bytes);
+  if (memory == nullptr) throw std::bad_alloc();
+  data_.reset(static_cast<C*>(memory));
+}
+
+template <typename C>
+void Buffer<C>::Free::operator()(C* p) const {
+  std::free(p);
+}
+
+template <typename C>
+void sketch(const View& a, const View& b, const View& v, const View& u, const MutableView& y,
+            const MutableView& w, bool add) {
+  // The narrower of A and B is the one whose chunk is kept for the second product.
+  if (a.cols > b.cols) return sketch<C>(b, a, u, v, w, y, add);
+  const KernelSet<C>& set = kernel_set<C>();
+  const Buffer<C> v_packed = pack_panels(set, v), u_packed = pack_panels(set, u);
+  SketchJob<C> job;
+  job.a = a;
+  job.b = b;
+  job.v = v_packed.data();
+  job.u = u_packed.data();
+  job.kv = v.cols;
+  job.ku = u.cols;
+  job.chunk = chunk_tokens<C>(a.cols);
+  run_sketch(set, job, y, &w, add);
+}
+
+template <typename C>
+void sketch_left(const View& a, const View& b, const View& v, const MutableView& y) {
+  const KernelSet<C>& set = kernel_set<C>();
+  const Buffer<C> v_packed = pack_panels(set, v);
+  SketchJob<C> job;
+  job.a = a;
+  job.b = b;
+  job.v = v_packed.data();
+  job.kv = v.cols;
+  job.chunk = kMaxChunk;
+  run_sketch<C>(set, job, y, nullptr, false);
+}
+
+template <typename C>
+void product_tn(const View& b, const View& p, const MutableView& g) {
+  const KernelSet<C>& set = kernel_set<C>();
+  SketchJob<C> job;
+  job.b = b;
+  job.p = p;
+  job.kv = p.cols;
+  job.chunk = kMaxChunk;
+  run_sketch<C>(set, job, g, nullptr, false);
+}
+
+template <typename C>
+void product_nn(const View& a, const View& s, const MutableView& out, bool subtract) {
+  const KernelSet<C>& set = kernel_set<C>();
+  const Buffer<C> packed = pack_panels(set, s);
+  ApplyJob<C> job;
+  job.a = a;
+  job.s = packed.data();
+  job.k = s.cols;
+  job.chunk = kMaxChunk;
+  job.out = out;
+  job.subtract = subtract;
+  const int64_t parts = part_count(a.rows);
+  const int64_t scratch_size = round_up(set.apply_scratch(job), kAlignment);
+  Buffer<C> scratch(parts * scratch_size);
+  for_parts(parts, [&](int64_t part) {
+    set.apply(job, a.rows * part / parts, a.rows * (part + 1) / parts,
+              scratch.data() + part * scratch_size);
+  });
+}
+
+template <typename C>
+void rank_update(const MutableView& weight, const View& u, const View& w, double keep,
+                 double alpha) {
+  const KernelSet<C>& set = kernel_set<C>();
+  // The kernel wants wᵀ in panels: (k, n), k small enough that a plain transpose costs nothing.
+  const Panels w_panels(set.lanes, w.rows, w.cols);
+  Buffer<C> transposed(w.cols * w.rows);
+  {
+    Buffer<C> plain(w.rows * w.cols);
+    const Buffer<C> packed = pack_panels(set, w);
+    set.reduce(packed.data(), 0, 1, w.rows, false, view_of(plain.data(), w.rows, w.cols), 0,
+               w.rows);
+    for (int64_t r = 0; r < w.rows; ++r)
+      for (int64_t j = 0; j < w.cols; ++j)
+        transposed.data()[j * w.rows + r] = plain.data()[r * w.cols + j];
+  }
+  const Buffer<C> wt = pack_panels(
+      set, view_of(static_cast<const C*>(transposed.data()), w.cols, w.rows));
+  UpdateJob<C> job;
+  job.weight = weight;
+  job.u = u;
+  job.wt = wt.data();
+  job.k = u.cols;
+  job.keep = static_cast<C>(keep);
+  job.alpha = static_cast<C>(alpha);
+  const int64_t parts = part_count(weight.rows);
+  const int64_t scratch_size = round_up(set.update_scratch(job), kAlignment);
+  Buffer<C> scratch(parts * scratch_size);
+  for_parts(parts, [&](int64_t part) {
+    set.update(job, weight.rows * part / parts, weight.rows * (part + 1) / parts,
+               scratch.data() + part * scratch_size);
+  });
+}
+
+#define MOLEGRAD_INSTANTIATE(C)                                                                 \
+  template class Buffer<C>;                                                                     \
+  template void sketch<C>(const View&, const View&, const View&, const View&,                   \
+                          const MutableView&, const MutableView&, bool);                        \
+  template void sketch_left<C>(const View&, const View&, const View&, const MutableView&);      \
+  template void product_tn<C>(const View&, const View&, const MutableView&);                    \
+  template void product_nn<C>(const View&, const View&, const MutableView&, bool);              \
+  template void rank_update<C>(const MutableView&, const View&, const View&, double, double);
+MOLEGRAD_INSTANTIATE(float)
+MOLEGRAD_INSTANTIATE(double)
+
+}  // namespace molegrad::cpu

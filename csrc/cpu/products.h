@@ -1,0 +1,71 @@
+// Threaded products of tall matrices: the shared ground of every CPU op.
+//
+// Tokens are split into one contiguous part per thread, each with accumulators of its own that are
+// summed in a fixed order, so results depend on the number of threads and on nothing else.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+
+#include "kernels.h"
+
+namespace molegrad::cpu {
+
+// Uninitialised, 64-byte aligned memory that lives for one call.
+template <typename C>
+class Buffer {
+ public:
+  explicit Buffer(int64_t count);
+  C* data() const { return data_.get(); }
+
+ private:
+  struct Free {
+    void operator()(C* p) const;
+  };
+  std::unique_ptr<C, Free> data_;
+};
+
+template <typename C>
+constexpr DType dtype_of();
+template <>
+constexpr DType dtype_of<float>() {
+  return DType::kFloat32;
+}
+template <>
+constexpr DType dtype_of<double>() {
+  return DType::kFloat64;
+}
+
+template <typename C>
+View view_of(const C* data, int64_t rows, int64_t cols) {
+  return {data, dtype_of<C>(), rows, cols, cols};
+}
+template <typename C>
+MutableView view_of(C* data, int64_t rows, int64_t cols) {
+  return {data, dtype_of<C>(), rows, cols, cols};
+}
+
+// y (m, kv) = Bᵀ (A V) and w (n, ku) = Aᵀ (B U), added to y and w when `add`. A (T, n) and
+// B (T, m) are read once. y and w have dtype C.
+template <typename C>
+void sketch(const View& a, const View& b, const View& v, const View& u, const MutableView& y,
+            const MutableView& w, bool add);
+
+// y (m, k) = Bᵀ (A V): one side of the sketch.
+template <typename C>
+void sketch_left(const View& a, const View& b, const View& v, const MutableView& y);
+
+// g (m, k) = bᵀ p.
+template <typename C>
+void product_tn(const View& b, const View& p, const MutableView& g);
+
+// out (T, k) = a s, or out -= a s when `subtract`.
+template <typename C>
+void product_nn(const View& a, const View& s, const MutableView& out, bool subtract = false);
+
+// weight (m, n) = keep * weight + alpha * u wᵀ.
+template <typename C>
+void rank_update(const MutableView& weight, const View& u, const View& w, double keep,
+                 double alpha);
+
+}  // namespace molegrad::cpu

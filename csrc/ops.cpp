@@ -1,0 +1,218 @@
+// Registers the CPU kernels of torch.ops.molegrad. Schemas, fake kernels and autograd are defined
+// in molegrad/ops.py; this file turns tensors into plain memory for csrc/cpu, through LibTorch's
+// stable ABI only, so that one build loads in every torch from 2.10 on.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <initializer_list>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "checks.h"
+#include "cpu/estimators.h"
+#include "cpu/kernels.h"
+#include "cpu/orth.h"
+#include "cpu/products.h"
+
+namespace molegrad {
+namespace {
+
+using cpu::DType;
+using cpu::MutableView;
+using cpu::View;
+
+DType view_dtype(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Double:
+      return DType::kFloat64;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    default:
+      return DType::kFloat32;
+  }
+}
+
+Tensor new_matrix(const Tensor& like, std::initializer_list<int64_t> size, ScalarType dtype) {
+  const std::vector<int64_t> sizes(size);
+  return torch::stable::new_empty(like, sizes, dtype);
+}
+
+Tensor new_like(const Tensor& x, ScalarType dtype) {
+  return torch::stable::new_empty(x, x.sizes(), dtype);
+}
+
+// A tensor read as a matrix of its last dimension's vectors; copied only where those are not
+// contiguous or the leading dimensions do not collapse.
+struct Operand {
+  Tensor tensor;
+  View view;
+
+  explicit Operand(const Tensor& x) : tensor(x) {
+    const int64_t cols = x.size(x.dim() - 1);
+    int64_t rows = 1;
+    for (int64_t i = 0; i + 1 < x.dim(); ++i) rows *= x.size(i);
+    if (x.dim() != 2) tensor = torch::stable::reshape(tensor, std::vector<int64_t>{rows, cols});
+    if (cols > 1 && tensor.stride(1) != 1) tensor = torch::stable::contiguous(tensor);
+    view = {tensor.const_data_ptr(), view_dtype(tensor), rows, cols,
+            rows > 1 ? tensor.stride(0) : cols};
+  }
+};
+
+MutableView output(const Tensor& x) {
+  return {x.mutable_data_ptr(), view_dtype(x), x.size(0), x.size(1), x.size(1)};
+}
+
+// fn(C) with C the compute type that belongs to `x`.
+template <typename F>
+auto with_compute_type(const Tensor& x, const F& fn) {
+  return acc_dtype(x) == ScalarType::Double ? fn(double{}) : fn(float{});
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> lowrank_grad(Tensor a, Tensor b, Tensor v,
+                                                        int64_t power_iters,
+                                                        std::optional<Tensor> probes,
+                                                        double cond_max) {
+  check_lowrank_grad(a, b, v, power_iters, probes, cond_max);
+  const Operand a_in(a), b_in(b), v_in(v);
+  std::optional<Operand> probes_in;
+  if (probes.has_value()) probes_in.emplace(*probes);
+  const int64_t k = v_in.view.cols;
+  const ScalarType dtype = acc_dtype(a);
+  Tensor u = new_matrix(a, {b_in.view.cols, k}, dtype), w = new_matrix(a, {a_in.view.cols, k}, dtype);
+  Tensor norm_sq = new_matrix(a, {}, dtype), status = new_matrix(a, {}, ScalarType::Int);
+  with_compute_type(a, [&](auto zero) {
+    using C = decltype(zero);
+    const auto result = cpu::lowrank_grad<C>(a_in.view, b_in.view, v_in.view, power_iters,
+                                             probes_in.has_value() ? probes_in->view : View{},
+                                             cond_max, output(u), output(w));
+    *static_cast<C*>(norm_sq.mutable_data_ptr()) = result.norm_sq;
+    *static_cast<int32_t*>(status.mutable_data_ptr()) = result.status;
+  });
+  return {u, w, norm_sq, status};
+}
+
+void run_sketch(const Tensor& a, const Tensor& b, const Tensor& u, const Tensor& v,
+                const Tensor& y, const Tensor& w, bool add) {
+  const Operand a_in(a), b_in(b), u_in(u), v_in(v);
+  with_compute_type(a, [&](auto zero) {
+    cpu::sketch<decltype(zero)>(a_in.view, b_in.view, v_in.view, u_in.view, output(y), output(w),
+                                add);
+  });
+}
+
+std::tuple<Tensor, Tensor> sketch(Tensor a, Tensor b, Tensor u, Tensor v) {
+  check_sketch("sketch", a, b, u, v);
+  const ScalarType dtype = acc_dtype(a);
+  Tensor y = new_matrix(a, {u.size(0), v.size(1)}, dtype);
+  Tensor w = new_matrix(a, {v.size(0), u.size(1)}, dtype);
+  run_sketch(a, b, u, v, y, w, false);
+  return {y, w};
+}
+
+void sketch_accumulate_(Tensor y, Tensor w, Tensor a, Tensor b, Tensor u, Tensor v) {
+  const char* op = "sketch_accumulate_";
+  check_sketch(op, a, b, u, v);
+  check_sum(op, "y", y, u.size(0), v.size(1), acc_dtype(a));
+  check_sum(op, "w", w, v.size(0), u.size(1), acc_dtype(a));
+  run_sketch(a, b, u, v, y, w, true);
+}
+
+std::tuple<Tensor, Tensor> tangent_factors(Tensor u, Tensor v, Tensor y, Tensor w,
+                                           double cond_max) {
+  check_tangent_factors(u, v, y, w, cond_max);
+  const Operand u_in(u), v_in(v), y_in(y), w_in(w);
+  const int64_t k = u.size(1);
+  Tensor left = new_matrix(u, {u.size(0), 2 * k}, acc_dtype(u));
+  Tensor right = new_matrix(u, {v.size(0), 2 * k}, acc_dtype(u));
+  with_compute_type(u, [&](auto zero) {
+    cpu::tangent_factors<decltype(zero)>(u_in.view, v_in.view, y_in.view, w_in.view, cond_max,
+                                         output(left), output(right));
+  });
+  return {left, right};
+}
+
+// The i-th of the (rows, cols) matrices that follow each other in a contiguous tensor.
+template <typename C>
+MutableView slice(const Tensor& x, int64_t i, int64_t rows, int64_t cols) {
+  return cpu::view_of(static_cast<C*>(x.mutable_data_ptr()) + i * rows * cols, rows, cols);
+}
+
+View slice(const View& x, int64_t i, int64_t rows) {
+  const int64_t size = x.dtype == DType::kFloat64 ? 8 : x.dtype == DType::kFloat32 ? 4 : 2;
+  return {static_cast<const char*>(x.data) + i * rows * x.ld * size, x.dtype, rows, x.cols, x.ld};
+}
+
+std::tuple<Tensor, Tensor, Tensor> orthonormalize(Tensor y, double cond_max) {
+  check_orthonormalize(y, cond_max);
+  const Operand y_in(y);
+  const int64_t m = y.size(y.dim() - 2), k = y.size(y.dim() - 1), count = y_in.view.rows / m;
+  std::vector<int64_t> sizes(y.sizes().begin(), y.sizes().end() - 2);
+  Tensor status = torch::stable::new_empty(y, sizes, ScalarType::Int);
+  sizes.insert(sizes.end(), {k, k});
+  Tensor q = new_like(y, acc_dtype(y)), r = torch::stable::new_empty(y, sizes, acc_dtype(y));
+  with_compute_type(y, [&](auto zero) {
+    using C = decltype(zero);
+    for (int64_t i = 0; i < count; ++i)
+      static_cast<int32_t*>(status.mutable_data_ptr())[i] = cpu::orthonormalize<C>(
+          slice(y_in.view, i, m), cond_max, slice<C>(q, i, m, k), slice<C>(r, i, k, k));
+  });
+  return {q, r, status};
+}
+
+Tensor polar_factor(Tensor w) {
+  check_polar_factor(w);
+  const Operand w_in(w);
+  const int64_t n = w.size(w.dim() - 2), k = w.size(w.dim() - 1), count = w_in.view.rows / n;
+  Tensor p = new_like(w, acc_dtype(w));
+  with_compute_type(w, [&](auto zero) {
+    using C = decltype(zero);
+    for (int64_t i = 0; i < count; ++i)
+      cpu::polar_factor<C>(slice(w_in.view, i, n), slice<C>(p, i, n, k));
+  });
+  return p;
+}
+
+void lowrank_update_(Tensor weight, Tensor u, Tensor w, double alpha, double decay) {
+  check_lowrank_update(weight, u, w);
+  const Operand u_in(u), w_in(w);
+  const int64_t m = weight.size(0), n = weight.size(1);
+  const auto update = [&](const MutableView& target, const View& left, const View& right) {
+    with_compute_type(weight, [&](auto zero) {
+      cpu::rank_update<decltype(zero)>(target, left, right, 1.0 - decay, alpha);
+    });
+  };
+  const auto fits = [](int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride) {
+    return (cols <= 1 || col_stride == 1) && (rows <= 1 || row_stride >= cols);
+  };
+  const int64_t row = weight.stride(0), col = weight.stride(1);
+  void* data = weight.mutable_data_ptr();
+  const DType dtype = view_dtype(weight);
+  if (fits(m, n, row, col)) {
+    update({data, dtype, m, n, row}, u_in.view, w_in.view);
+  } else if (fits(n, m, col, row)) {  // weightᵀ += alpha W Uᵀ
+    update({data, dtype, n, m, col}, w_in.view, u_in.view);
+  } else {
+    Tensor copy = torch::stable::contiguous(weight);
+    update(output(copy), u_in.view, w_in.view);
+    torch::stable::copy_(weight, copy);
+  }
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(molegrad, CPU, m) {
+  m.impl("lowrank_grad", TORCH_BOX(&lowrank_grad));
+  m.impl("sketch", TORCH_BOX(&sketch));
+  m.impl("sketch_accumulate_", TORCH_BOX(&sketch_accumulate_));
+  m.impl("tangent_factors", TORCH_BOX(&tangent_factors));
+  m.impl("orthonormalize", TORCH_BOX(&orthonormalize));
+  m.impl("polar_factor", TORCH_BOX(&polar_factor));
+  m.impl("lowrank_update_", TORCH_BOX(&lowrank_update_));
+}
+
+}  // namespace molegrad
