@@ -1,0 +1,71 @@
+"""Training flags: what "auto" becomes, contradictions found before anything is built."""
+
+import pytest
+import torch
+
+from molegrad.gpt.flags import parse
+from molegrad.gpt.train_config import BaseTrainConfig, compute_dtype, resolve
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+def test_auto_on_the_cpu_and_on_a_gpu():
+    cpu, gpu = resolve(BaseTrainConfig(), CPU), resolve(BaseTrainConfig(), GPU, world_size=3)
+    assert (cpu.dtype, cpu.compile, cpu.max_seq_len, cpu.total_batch_size) == (
+        "float32",
+        False,
+        256,
+        16 * 256,
+    )
+    assert (gpu.dtype, gpu.compile, gpu.max_seq_len, gpu.device_batch_size) == (
+        "bfloat16",
+        True,
+        2048,
+        32,
+    )
+    assert gpu.total_batch_size == 2 * 3 * 32 * 2048  # the largest multiple within 524288
+    assert compute_dtype(gpu) == torch.bfloat16 and compute_dtype(cpu) == torch.float32
+
+
+def test_what_is_given_stays():
+    words = "--dtype=float32 --compile=False --max-seq-len=64 --total_batch_size=1024"
+    config = parse(BaseTrainConfig, [*words.split(), "--device-batch-size=4", "--matrix-lr=0.1"])
+    config = resolve(config, GPU, world_size=2)
+    assert (config.dtype, config.compile, config.max_seq_len) == ("float32", False, 64)
+    assert (config.total_batch_size, config.matrix_lr) == (1024, 0.1)
+
+
+def test_a_batch_that_does_not_divide_names_those_that_do():
+    config = BaseTrainConfig(max_seq_len=64, device_batch_size=4, total_batch_size=1000)
+    with pytest.raises(ValueError, match="4 x 64 x 1 = 256 tokens: take 768 or 1024"):
+        resolve(config, CPU)
+
+
+def test_matrix_lr_follows_the_optimizer():
+    assert resolve(BaseTrainConfig(), CPU).matrix_lr == 0.02
+    assert resolve(BaseTrainConfig(optimizer="adamw"), CPU).matrix_lr == 0.002
+
+
+@pytest.mark.parametrize(
+    ("values", "phrase"),
+    [
+        ({"warmdown_ratio": 1.5}, "warmdown_ratio must lie between 0 and 1"),
+        ({"momentum": 1.0}, r"momentum must lie in \[0, 1\)"),
+        ({"log_every": 0}, "log_every must be at least 1"),
+        ({"num_iterations": 0}, "must be positive, or -1"),
+        ({"resume": True, "overwrite": True}, "give one of them"),
+        ({"target_param_data_ratio": 0.0}, "target_param_data_ratio must be positive"),
+        ({"embedding_lr": -1.0}, "embedding_lr must not be negative"),
+        (
+            {
+                "enable_streaming": True,
+                "streaming_gradient_mode": "factored",
+                "optimizer": "adamw",
+            },
+            "needs --optimizer=muon",
+        ),
+    ],
+)
+def test_contradictions_are_named(values, phrase):
+    with pytest.raises(ValueError, match=phrase):
+        BaseTrainConfig(**values)
