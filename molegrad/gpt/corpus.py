@@ -276,6 +276,10 @@ def _build_embedded(folder: Path, files: list[tuple[str, str]], identity: dict, 
             manifest[split] = _write_split(
                 work / f"{split}.jsonl", groups[split], limit, processes, seen
             )
+            names = manifest[split].pop("modules")
+            manifest[split]["module_count"] = len(names)
+            if split == "val":  # with the rule they say what training has not seen
+                manifest[split]["modules"] = names
             if not manifest[split]["documents"]:
                 raise RuntimeError(
                     f"embedded corpus: no documents for the {split} split from "
