@@ -97,8 +97,9 @@ def memory_bytes(
 ) -> dict[str, int]:
     """Bytes of weights, bases, gradients and optimizer state, counted on the tensors that exist.
 
-    Call it between backward pass and optimizer step, when the gradients are there. Storage shared
-    by several tensors (the optimizer's references to the bases) counts once.
+    Where a gradient is not there just now (after zero_grad), the parameter that will get one
+    stands for it, as both have one shape and dtype. Storage shared by several tensors (the
+    optimizer's references to the bases) counts once.
     """
     bases, weights, gradients = set(), [], []
     for layer in model.modules():
@@ -109,6 +110,8 @@ def memory_bytes(
             weights.append(p)
         if p.grad is not None:
             gradients.append(p.grad)
+        elif p.requires_grad:
+            gradients.append(p)
     seen = {t.untyped_storage().data_ptr() for t in (*weights, *bases)}
     state = [
         value
