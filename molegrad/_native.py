@@ -1,35 +1,55 @@
-"""The native extension: loading it once, and telling what was loaded.
+"""Loads the native extension and says what it is.
 
-`import molegrad` imports `molegrad._C`, which registers the native kernels of torch.ops.molegrad,
-unless MOLEGRAD_BUILD=0 stands in the environment or the extension is not built; the torch
-reference then serves.
+Importing `molegrad._C` registers its kernels for the ops that molegrad/ops.py has defined. It is
+left alone where MOLEGRAD_BUILD=0 is in the environment, the variable that also makes an
+installation skip compiling; every op then runs on molegrad/reference.py.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
+import warnings
 from types import ModuleType
-from typing import Any
+
+import torch
 
 
-def load() -> tuple[ModuleType | None, str]:
+@functools.cache
+def load() -> tuple[ModuleType | None, str | None]:
     """The extension module, or None and the reason why there is none.
 
-    Raises:
-        ImportError: the extension is built but cannot be loaded (another torch, say).
+    The first call decides for the process: kernels cannot be unregistered.
     """
     if os.environ.get("MOLEGRAD_BUILD") == "0":
-        return None, "MOLEGRAD_BUILD=0 is set"
+        return None, "MOLEGRAD_BUILD=0 is set in the environment"
     try:
-        return importlib.import_module("molegrad._C"), ""
-    except ModuleNotFoundError:
-        return None, "the extension is not built: run 'pip install -e .' in the source folder"
+        return importlib.import_module("molegrad._C"), None
+    except ModuleNotFoundError as error:
+        if error.name != "molegrad._C":
+            raise
+        return None, "the extension is not built: pip install -e . in the source directory builds it"
+    except ImportError as error:
+        reason = (
+            f"the extension was built but does not load beside torch {torch.__version__}: {error}. "
+            "Build it again: pip install -e ."
+        )
+        warnings.warn(f"molegrad runs without its native kernels: {reason}", stacklevel=2)
+        return None, reason
 
 
-def build_info() -> dict[str, Any]:
-    """Versions, architectures and paths of the native build; `native` False and why without one."""
+def build_info() -> dict:
+    """What runs the ops: versions at build and at run time, instruction set, CUDA paths.
+
+    Returns:
+        "native" (bool) and "torch" (the running version) always. With the extension: "torch_built",
+        "torch_abi_floor", "torch_abi", "compiler", "cpu_capability" (baseline, avx2 or avx512),
+        "cuda" (bool), and "paths", which says for "fp8" and "grouped" whether they are "supported"
+        and the "reason"; a CUDA build adds "cuda_built" and "cuda_found". Without it: "reason".
+    """
     module, reason = load()
+    info = {"native": module is not None, "torch": torch.__version__}
     if module is None:
-        return {"native": False, "reason": reason}
-    return {"native": True, **module.build_info()}
+        return info | {"reason": reason}
+    return info | module.build_info()

@@ -37,8 +37,9 @@ constexpr int tile_rows() {
 
 inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// acc[r] += sum_i a[r * row + i * step] * s[i]: both contractions in one shape. Over features
-// row = block stride, step = 1; over tokens row = 1, step = block stride.
+// out[r] += sum_i a[r * row + i * step] * s[i]: both contractions in one shape. Over features
+// row = block stride, step = 1; over tokens row = 1, step = block stride. The sum starts at zero and
+// joins `out` last: two-level summation, which keeps rounding near that of a blocked library GEMM.
 template <typename C, int NV, bool kOverTokens>
 inline __attribute__((always_inline)) void tile(const C* __restrict a, int64_t lda,
                                                 const C* __restrict s, int64_t count,
@@ -52,7 +53,7 @@ inline __attribute__((always_inline)) void tile(const C* __restrict a, int64_t l
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) acc[r][j] = o[r * NV + j];
+    for (int j = 0; j < NV; ++j) acc[r][j] = Vec{};
   for (int64_t i = 0; i < count; ++i) {
     Vec x[NV];
 #pragma GCC unroll 4
@@ -67,7 +68,7 @@ inline __attribute__((always_inline)) void tile(const C* __restrict a, int64_t l
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) o[r * NV + j] = acc[r][j];
+    for (int j = 0; j < NV; ++j) o[r * NV + j] += acc[r][j];
 }
 
 // out (rows, panel) += block (rows, count) * s (count, panel)

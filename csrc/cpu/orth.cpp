@@ -126,9 +126,9 @@ std::vector<double> column_norms(const Matrix& z, int64_t k) {
   return norms;
 }
 
-// One CholeskyQR: z <- Q, r <- R. Returns the condition estimate, the ratio of the diagonal of the
-// column-normalised Gram matrix's Cholesky factor, or 0 (nothing changed) where the block has to
-// go to Gram-Schmidt.
+// One CholeskyQR: z <- Q, r <- R. Returns the condition estimate ‖R⁻¹‖_F of the column-normalised
+// block (as in molegrad/reference.py), or 0 with nothing changed where the block has to go to
+// Gram-Schmidt.
 double cholesky_qr(const Block& block, double tolerance, Matrix& r) {
   const int64_t k = block.k;
   Matrix gram(k * k);
@@ -142,13 +142,12 @@ double cholesky_qr(const Block& block, double tolerance, Matrix& r) {
   for (int64_t i = 0; i < k; ++i)
     for (int64_t j = 0; j < k; ++j) gram[i * k + j] /= norms[i] * norms[j];
   if (!cholesky(gram, k)) return 0;
-  double low = gram[0], high = gram[0];
-  for (int64_t j = 0; j < k; ++j) {
-    low = std::min(low, gram[j * k + j]);
-    high = std::max(high, gram[j * k + j]);
-  }
-  if (low <= tolerance || high > kGramLimit * low) return 0;
+  for (int64_t j = 0; j < k; ++j)
+    if (gram[j * k + j] <= tolerance) return 0;
   Matrix inverse = upper_inverse(gram, k);
+  const double cond =
+      std::sqrt(kernels().dot(inverse.data(), inverse.data(), k * k));
+  if (!(cond <= kGramLimit)) return 0;
   for (int64_t i = 0; i < k; ++i)
     for (int64_t j = i; j < k; ++j) {
       inverse[i * k + j] /= norms[i];
@@ -156,7 +155,7 @@ double cholesky_qr(const Block& block, double tolerance, Matrix& r) {
     }
   product_nn<double>(z, const_view(inverse, k, k), mutable_view(block.z, block.m, k));
   r = gram;
-  return high / low;
+  return cond;
 }
 
 // Twice-iterated Gram-Schmidt; dependent columns are completed by the unit vector farthest from
