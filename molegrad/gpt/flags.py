@@ -19,6 +19,7 @@ How to run:
 """
 
 import dataclasses
+import difflib
 import json
 import os
 import pathlib
@@ -52,7 +53,9 @@ def parse(config_class: type[Config], argv: Sequence[str] | None = None, prog=No
             value (and the nearest known flags) when the command line or a value is wrong.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    argv = argv[1:] if argv[:1] == ["--"] else argv  # torchrun ... -m scripts.x -- --flags
     prog = prog or f"python -m scripts.{pathlib.Path(sys.argv[0]).stem}"
+    _refuse_unknown(argv, config_class, prog)
     arguments = _spell_booleans(argv, _boolean_flags(config_class))
     try:
         return tyro.cli(
@@ -149,6 +152,27 @@ def _plain(value):
     if isinstance(value, (torch.dtype, torch.device, os.PathLike)):
         return str(value)
     return value
+
+
+def _refuse_unknown(argv: list[str], config_class, prog: str) -> None:
+    """Exit with code 2 where a flag is no field of `config_class`, naming its nearest kin."""
+    hints = typing.get_type_hints(config_class)
+    fields = [field.name for field in dataclasses.fields(config_class)]
+    if any(dataclasses.is_dataclass(hints[name]) for name in fields):
+        return  # nested flags have names that only tyro knows
+    booleans = _boolean_flags(config_class)
+    known = {name.replace("_", "-") for name in fields} | {"help"}
+    for word in argv:
+        name = word[2:].partition("=")[0].replace("_", "-")
+        if not word.startswith("--") or name in known or name.removeprefix("no-") in booleans:
+            continue
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+        hint = f" Perhaps you meant {' or '.join('--' + n for n in near)}." if near else ""
+        print(
+            f"{prog}: unknown flag --{name}.{hint} For the flags, run {prog} --help",
+            file=sys.stderr,
+        )
+        raise SystemExit(2)
 
 
 def _boolean_flags(config_class) -> set[str]:

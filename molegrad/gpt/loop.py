@@ -67,7 +67,7 @@ class Trainer:
         logger: receives the metrics.
         evaluate: () -> metrics, such as {"val/bpb": 1.2}; called every `eval_every` steps.
         sample: () -> texts; called every `sample_every` steps, on the first process alone.
-        monitor: () -> further metrics, read at every log line.
+        monitor: () -> further metrics, read every `monitor_every` steps at the next log line.
         flops: operations per token, for MFU; counted where not given.
         peak: FLOP/s of one device at its best; looked up or measured where not given.
         processes: this process among its like.
@@ -243,7 +243,9 @@ class Trainer:
             "train/peak_memory_bytes": memory,
             "train/tokens": p.step * c.total_batch_size,
         }
-        extra = self.monitor() if self.monitor else {}
+        watch = self.monitor is not None and c.monitor_every > 0
+        watch = watch and (p.step // c.monitor_every > since // c.monitor_every)
+        extra = self.monitor() if watch else {}
         fresh = {k: v for k, v in p.last.items() if not k.startswith("val/")}
         self.logger.log({**fresh, **extra})
         eta = (self.steps - p.step) * p.seconds / max(1, p.step)

@@ -135,10 +135,12 @@ def wrap(model: GPT, config, processes: Processes) -> nn.Module:
     if config.compile:
         called = torch.compile(called, dynamic=False)
     if processes.world_size > 1:
-        ids = [processes.local_rank] if model.device.type == "cuda" else None
-        called = nn.parallel.DistributedDataParallel(
-            called, device_ids=ids, broadcast_buffers=False
+        # Every process computes its own buffers (rotary tables, bases, counters): none is sent.
+        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+            called, [name for name, _ in called.named_buffers()]
         )
+        ids = [processes.local_rank] if model.device.type == "cuda" else None
+        called = nn.parallel.DistributedDataParallel(called, device_ids=ids)
     return called
 
 

@@ -7,11 +7,12 @@ $MOLEGRAD_HOME/runs/RUN/base the configuration, the metrics, the tokenizer and t
 How to run:
 
     python -m scripts.base_train --run=first --depth=4 --num-iterations=200
-    torchrun --nproc-per-node=2 -m scripts.base_train --depth=12
+    torchrun --nproc-per-node=2 -m scripts.base_train -- --depth=12
     python -m scripts.base_train --run=first --depth=4 --num-iterations=200 --resume
 """
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from molegrad.gpt.model import GPT, GPTConfig
 from molegrad.gpt.tokenizer import Tokenizer
 from molegrad.gpt.tokens import CorpusTokens
 from molegrad.gpt.train_config import BaseTrainConfig, compute_dtype, device_of, resolve
+from molegrad.monitor import aggregate, layer_metrics
 
 PROMPTS = (
     "Return a new array",
@@ -121,6 +123,10 @@ def _train(config, processes, device, folder: Path, saved_folder: Path | None) -
     def sample() -> list[str]:
         return sample_texts(model, tokenizer, compute_dtype(config))
 
+    def monitor() -> dict:
+        means = aggregate(layer_metrics(model, optimizers))
+        return {f"streaming/{k}": v for k, v in means.items() if math.isfinite(v)}
+
     with RunLogger(
         folder,
         name=config.run,
@@ -140,6 +146,7 @@ def _train(config, processes, device, folder: Path, saved_folder: Path | None) -
             logger,
             evaluate=evaluate,
             sample=sample,
+            monitor=monitor if planned else None,
             flops=costs,
             peak=peak,
             processes=processes,

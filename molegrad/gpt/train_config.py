@@ -77,6 +77,9 @@ class TrainFlags(StreamingFields):
     grad_clip: float = _flag(0.0, "clip the gradient's norm to this; 0 is off")
 
     log_every: int = _flag(1, "steps between log lines; the loss is read back only then")
+    monitor_every: int = _flag(
+        10, "steps between readings of the converted layers' metrics (streaming/...); 0 is off"
+    )
     eval_every: int = _flag(250, "steps between evaluations of val/bpb; 0: at the end only; -1: no")
     eval_tokens: int = _flag(0, "tokens per evaluation; 0 takes 10485760 on CUDA, 65536 elsewhere")
     sample_every: int = _flag(2000, "steps between samples; 0: at the end only; -1: no")
@@ -91,7 +94,7 @@ class TrainFlags(StreamingFields):
         non_negative = (
             "threads max_seq_len device_batch_size total_batch_size matrix_lr embedding_lr "
             "unembedding_lr scalar_lr weight_decay momentum_warmup_steps warmup_steps grad_clip "
-            "eval_tokens keep_last seed"
+            "eval_tokens keep_last seed monitor_every"
         )
         for name in non_negative.split():
             if getattr(self, name) < 0:

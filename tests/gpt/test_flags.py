@@ -91,12 +91,19 @@ def test_layer_patterns():
     assert flags.parse(Example, words).streaming_config().target_layers == ("c_fc", "attn")
 
 
+def test_the_separator_that_torchrun_needs():
+    assert flags.parse(Example, ["--", "--depth=7"]).depth == 7
+
+
 def test_an_unknown_flag_is_an_error_with_a_suggestion(capsys):
     with pytest.raises(SystemExit) as stopped:
         flags.parse(Example, ["--max-sequence-len", "3"])
     assert stopped.value.code == 2
     text = capsys.readouterr().err
-    assert "--max-sequence-len" in text and "--max-seq-len" in text
+    assert "unknown flag --max-sequence-len. Perhaps you meant --max-seq-len" in text
+    with pytest.raises(SystemExit):
+        flags.parse(Example, ["--depht=3"])
+    assert "Perhaps you meant --depth." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
