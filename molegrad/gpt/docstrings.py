@@ -13,6 +13,7 @@ the cleaned docstring. Docstrings attached by call (`add_docstr(torch.abs, "..."
 """
 
 import ast
+import gc
 import inspect
 import json
 import re
@@ -167,6 +168,7 @@ def extract_file(path: str, module: str) -> list[Record]:
 def main() -> None:
     """Worker: "module<TAB>path" lines on stdin (read to the end first), JSON lines on stdout."""
     sys.setrecursionlimit(10_000)
+    gc.disable()  # syntax trees hold no cycles, and walking millions of nodes for them costs a lot
     for line in sys.stdin.buffer.read().decode("utf-8", "surrogateescape").splitlines():
         module, path = line.split("\t", 1)
         json.dump(extract_file(path, module), sys.stdout)

@@ -1,3 +1,6 @@
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
@@ -79,6 +82,24 @@ def test_prefetch_error_comes_out_where_the_shard_is_used(text_file, tokenizer, 
     source.prefetch(0)
     with pytest.raises(FileNotFoundError, match="a.txt"):
         source.shard(0)
+
+
+def test_several_processes_encode_a_shard_once(text_file, tokenizer, tmp_path, monkeypatch):
+    corpus = open_corpus(str(text_file))
+    calls = []
+    encode = Tokenizer.encode_arrays
+
+    def slow(self, texts):
+        calls.append(len(texts))
+        time.sleep(0.2)
+        return encode(self, texts)
+
+    monkeypatch.setattr(Tokenizer, "encode_arrays", slow)
+    sources = [CorpusTokens(corpus, "train", tokenizer, tmp_path) for _ in range(3)]
+    with ThreadPoolExecutor(3) as pool:
+        shards = list(pool.map(lambda source: source.shard(0), sources))
+    assert len(calls) == 1
+    assert all(np.array_equal(shard.tokens, shards[0].tokens) for shard in shards)
 
 
 def test_limit_makes_one_shard(text_file, tokenizer, tmp_path, monkeypatch):
