@@ -113,12 +113,15 @@ def _train(config, processes, device, folder: Path, saved_folder: Path | None) -
     token_bytes = tokenizer.token_bytes()
     eval_steps = max(1, config.eval_tokens // (rows * length * world))
 
+    def validation(steps: int):
+        return validation_batches(val_source, rows, length, steps, device, processes.rank, world)
+
+    if config.eval_every >= 0:
+        next(validation(1))  # too little text is found here, not after the first hours
+
     def evaluate() -> dict:
-        batches = validation_batches(
-            val_source, rows, length, eval_steps, device, processes.rank, world
-        )
-        bpb = bits_per_byte(model, batches, token_bytes, compute_dtype(config), world)
-        return {"val/bpb": bpb}
+        batches = validation(eval_steps)
+        return {"val/bpb": bits_per_byte(model, batches, token_bytes, compute_dtype(config), world)}
 
     def sample() -> list[str]:
         return sample_texts(model, tokenizer, compute_dtype(config))

@@ -42,10 +42,10 @@ def text(tmp_path, monkeypatch):
     text = "the sun rose over a small town and people began to walk to the river again"
     words = text.split()
     lines = [
-        " ".join(words[(i * j + 3 * j) % len(words)] for j in range(12)) + "." for i in range(600)
+        " ".join(words[(i * j + 3 * j) % len(words)] for j in range(12)) + "." for i in range(900)
     ]
     path = tmp_path / "text.txt"
-    path.write_text("\n\n".join(lines))
+    path.write_text("\n<|endoftext|>\n".join(lines))
     Tokenizer.train(iter(lines), 300).save(paths.tokenizer_dir())
     return path
 
@@ -136,6 +136,16 @@ def test_length_by_tokens_and_by_ratio(text):
     assert train(text, "--run=b", ratio)["step"] == 4
 
 
+def test_too_little_validation_text_is_found_at_the_start(text, tmp_path, capsys):
+    short = tmp_path / "short.txt"
+    short.write_text("one line")
+    with pytest.raises(ValueError, match="holds .* tokens, one batch needs"):
+        train(text, "--run=d", f"--val-data={short}", "--num-iterations=1")
+    assert "step 0000" not in capsys.readouterr().out
+    result = train(text, "--run=d", f"--val-data={short}", "--num-iterations=1", "--eval-every=-1")
+    assert result["step"] == 1 and "val/bpb" not in result
+
+
 def test_exit_codes_of_the_command(text, capsys):
     assert main([*SIZES, f"--data={text}", "--run=c", "--num-iterations=1"]) == 0
     with pytest.raises(SystemExit) as stopped:
@@ -152,7 +162,7 @@ def test_two_processes_under_torchrun(text):
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=90
     )
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr[:4000]
     folder = paths.run_dir("ddp") / "base"
     assert done.stdout.count("step 00004/00004") == 1
     assert checkpoint.read_meta(checkpoint.latest(folder))["world_size"] == 2
