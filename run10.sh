@@ -1,0 +1,156 @@
+#!/usr/bin/env bash
+# The best ChatGPT that $10 can buy, from nothing to a chat, on whatever this machine is.
+#
+#   bash run10.sh                     everything; what is done already is not done again
+#   bash run10.sh molegrad report     these stages alone, anew
+#   PROFILE=rtx5090 bash run10.sh     another profile than the one that fits this machine
+#
+# Stages: tokenizer dense molegrad sft eval report
+#
+#   PROFILE        cpu (about 15 minutes on 2 cores), rtx5090 (the $10 run), smoke (seconds)
+#   RUN            name of the run (default: the profile's); two models train, RUN-dense and RUN
+#   BASELINE       0 leaves the dense baseline out
+#   DATA           corpus: embedded, a file or folder of text, or climbmix:SHARDS (default: by profile)
+#   BASE_FLAGS     further flags for both trainings, e.g. "--num-iterations=20"
+#   LOW_RANK_FLAGS further flags for the MoleGrad training, e.g. "--streaming_rank_k=64"
+#   MOLEGRAD_HOME  where everything is written (default ~/.cache/molegrad)
+#   MOLEGRAD_VENV, MOLEGRAD_TORCH, MOLEGRAD_BUILD, MOLEGRAD_CUDA: see scripts/setup.sh
+#
+# Every command that is run is shown, so that it can be copied, changed and run by hand.
+
+source "$(dirname "$0")/scripts/setup.sh"
+
+# ---------------------------------------------------------------------------------------------
+# The profile: sizes, tokens and learning rates for one kind of machine.
+
+gpu="$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1 || true)"
+if [ -n "$gpu" ] && ! "$PYTHON" -c 'import torch; raise SystemExit(not torch.cuda.is_available())'; then
+  echo "There is a GPU ($gpu), but the torch that is installed cannot use it: going on without it."
+  echo "For CUDA 12.8, install torch==2.10.0 in $PYTHON and run again."
+  gpu=""
+fi
+PROFILE="${PROFILE:-$([ -n "$gpu" ] && echo rtx5090 || echo cpu)}"
+RUN="${RUN:-$PROFILE}"
+BASELINE="${BASELINE:-1}"
+MOLEGRAD_HOME="${MOLEGRAD_HOME:-$HOME/.cache/molegrad}"
+export MOLEGRAD_HOME
+low_rank="--enable_streaming=True --streaming_power_iters=1 --streaming_target_layers=ffn_only"
+low_rank+=" --streaming_warm_start_decay=0.95"
+
+case "$PROFILE" in
+  cpu) # two cores, a quarter of an hour, the corpus that comes with the installed packages
+    DATA="${DATA:-embedded}"
+    tok="--vocab-size=4096"
+    base="--depth=4 --max-seq-len=256 --device-batch-size=8 --num-iterations=500 --matrix-lr=0.02"
+    base+=" --eval-every=100 --eval-tokens=131072 --log-every=10 --sample-every=0"
+    low_rank+=" --streaming_gradient_mode=factored --streaming_rank_k=32"
+    sft="--num-iterations=120 --eval-every=40"
+    evaluation=""
+    ;;
+  rtx5090) # one 32 GB card, about $10: depth 12 at a context of 8192, device batch 1
+    DATA="${DATA:-climbmix:20}"
+    tok="--vocab-size=32768"
+    base="--depth=12 --max-seq-len=8192 --device-batch-size=1 --total-batch-size=524288"
+    base+=" --target-param-data-ratio=8 --matrix-lr=0.02 --eval-every=250 --save-every=250"
+    low_rank+=" --streaming_gradient_mode=factored --streaming_rank_k=32"
+    sft="--num-iterations=400 --eval-every=100"
+    evaluation=""
+    ;;
+  smoke) # the shortest way through every stage; used by the tests
+    DATA="${DATA:-embedded}"
+    tok="--vocab-size=512 --max-chars=200000"
+    base="--depth=2 --aspect-ratio=32 --max-seq-len=64 --device-batch-size=4 --num-iterations=12"
+    base+=" --data-max-bytes=400000 --eval-every=6 --eval-tokens=2048 --matrix-lr=0.02"
+    low_rank+=" --streaming_gradient_mode=factored --streaming_rank_k=8"
+    sft="--num-iterations=6 --eval-every=3"
+    evaluation="--max-problems=8"
+    ;;
+  *)
+    echo "PROFILE=$PROFILE is unknown: choose cpu, rtx5090 or smoke" >&2
+    exit 2
+    ;;
+esac
+base+=" --data=$DATA ${BASE_FLAGS:-}"
+low_rank+=" ${LOW_RANK_FLAGS:-}"
+
+say "Profile $PROFILE${gpu:+ on $gpu}, run $RUN, everything under $MOLEGRAD_HOME"
+if [ "$PROFILE" = rtx5090 ]; then
+  "$PYTHON" -m scripts.budget $base $low_rank --runs=$((1 + BASELINE))
+fi
+
+# ---------------------------------------------------------------------------------------------
+# Stages. One that has ended is skipped while its commands stay the same; an interrupted training
+# goes on where it was; stages named on the command line are done anew.
+
+wanted=" $* "
+marks="$MOLEGRAD_HOME/run10/$RUN"
+mkdir -p "$marks"
+
+# A stage is the same only if everything before it was, too: its mark holds all commands so far.
+chain=""
+
+# state MARK: done, interrupted or new
+state() {
+  if [ "$wanted" != "  " ]; then
+    echo new
+  elif [ -f "$1.done" ] && [ "$(cat "$1.done")" = "$chain" ]; then
+    echo done
+  elif [ -f "$1.started" ] && [ "$(cat "$1.started")" = "$chain" ]; then
+    echo interrupted
+  else
+    echo new
+  fi
+}
+
+# stage NAME MODULE FLAGS...: one command of the pipeline; trainings get --overwrite or --resume
+stage() {
+  local name="$1" module="$2" mark now
+  shift 2
+  local flags="$*"
+  mark="$marks/$(echo "$name-${module##*.}-$1" | tr -c 'A-Za-z0-9.\n' -)"
+  chain+="$module $flags"$'\n'
+  if [ "$wanted" != "  " ] && [[ "$wanted" != *" $name "* ]]; then return; fi
+  now="$(state "$mark")"
+  if [ "$now" = done ]; then
+    echo "-- $name is done (bash run10.sh $name does it anew): python -m $module $flags"
+    return
+  fi
+  echo -n "$chain" >"$mark.started"
+  rm -f "$mark.done"
+  case "$module" in
+    scripts.base_train | scripts.chat_sft)
+      flags+="$([ "$now" = interrupted ] && echo " --resume=True" || echo " --overwrite=True")"
+      ;;
+  esac
+  say "$name: python -m $module $flags"
+  # shellcheck disable=SC2086  (flags are meant to be split)
+  "$PYTHON" -m "$module" $flags
+  mv "$mark.started" "$mark.done"
+}
+
+for name in $wanted; do
+  case "$name" in
+    tokenizer | dense | molegrad | sft | eval | report) ;;
+    *)
+      echo "unknown stage $name: choose among tokenizer dense molegrad sft eval report" >&2
+      exit 2
+      ;;
+  esac
+done
+
+started=$SECONDS
+runs="$RUN"
+stage tokenizer scripts.tok_train --data="$DATA" $tok
+if [ "$BASELINE" = 1 ]; then
+  runs="$RUN-dense,$RUN"
+  stage dense scripts.base_train --run="$RUN-dense" $base
+  stage eval scripts.base_eval --run="$RUN-dense" $evaluation
+fi
+stage molegrad scripts.base_train --run="$RUN" $base $low_rank
+stage eval scripts.base_eval --run="$RUN" $evaluation
+stage sft scripts.chat_sft --run="$RUN" $sft $low_rank
+stage eval scripts.chat_eval --run="$RUN" $evaluation
+stage report scripts.report --runs="$runs"
+
+say "Done in $((SECONDS - started)) s. To chat with the model:"
+echo "$PYTHON -m scripts.chat_cli --run=$RUN"
