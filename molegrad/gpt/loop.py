@@ -14,8 +14,10 @@ How to run: see `molegrad.gpt.train.base_train`, which builds one and calls `run
 import contextlib
 import math
 import signal
+import statistics
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,6 +110,7 @@ class Trainer:
         self.stop_signal = 0
         self._batch: tuple[Tensor, Tensor] | None = None
         self._position: dict = {}
+        self._paces: deque[float] = deque(maxlen=25)  # seconds a step, for the time to go
 
     def resume(self, saved: checkpoint.Checkpoint) -> None:
         """Go on from a checkpoint: everything is put back, the data position included."""
@@ -248,7 +251,8 @@ class Trainer:
         extra = self.monitor() if watch else {}
         fresh = {k: v for k, v in p.last.items() if not k.startswith("val/")}
         self.logger.log({**fresh, **extra})
-        eta = (self.steps - p.step) * p.seconds / max(1, p.step)
+        self._paces.append(dt)
+        eta = (self.steps - p.step) * statistics.median(self._paces)
         self.processes.print(
             f"step {p.step:05d}/{self.steps:05d} ({100 * p.step / self.steps:.1f}%) | "
             f"loss {smooth:.4f} | lrm {multiplier:.2f} | dt {1e3 * dt:.0f} ms | "
