@@ -257,6 +257,23 @@ void pack(const View& src, int64_t rows, int64_t begin, int64_t end, C* dst) {
   }
 }
 
+template <typename C>
+void pack_transposed(const View& src, int64_t begin, int64_t end, C* dst) {
+  const Panels panels(Simd<C>::kLanes, src.cols, src.rows);
+  for (int64_t p = begin; p < end; ++p) {
+    const int64_t first = p * 2 * panels.lanes, width = panels.panel_vectors(p) * panels.lanes;
+    const int64_t columns = min64(width, src.rows - first);
+    C* to = dst + panels.offset(p);
+    with_elements(src.data, src.dtype, first * src.ld, [&](const auto* from) {
+      for (int64_t r = 0; r < columns; ++r)
+        for (int64_t j = 0; j < src.cols; ++j)
+          to[j * width + r] = static_cast<C>(widen(from[r * src.ld + j]));
+    });
+    for (int64_t j = 0; j < src.cols; ++j)
+      for (int64_t r = columns; r < width; ++r) to[j * width + r] = 0;
+  }
+}
+
 // ---- one-pass sketch ----------------------------------------------------------------------------
 
 int64_t blocks(int64_t columns) { return (columns + kBlockColumns - 1) / kBlockColumns; }
@@ -403,6 +420,8 @@ void reduce(const C* src, int64_t stride, int64_t parts, int64_t rows, bool add,
 // ---- rank-k update of a weight ------------------------------------------------------------------
 
 constexpr int64_t kUpdateRows = 48;
+// Bytes of the next panel of a row of the weight, asked for while this one is written.
+constexpr int64_t kAhead = 128;
 
 template <typename C>
 int64_t update_scratch(const UpdateJob<C>& job) {
@@ -430,12 +449,16 @@ void update(const UpdateJob<C>& job, int64_t begin, int64_t end, C* scratch) {
       with_elements(job.weight.data, job.weight.dtype, first * job.weight.ld + column,
                     [&](const auto* o) {
                       auto* weight = writable(o);
-                      for (int64_t r = 0; r < rows; ++r)
+                      for (int64_t r = 0; r < rows; ++r) {
+                        auto* row = weight + r * job.weight.ld;
+                        for (int64_t byte = 0; byte < kAhead; byte += 64)
+                          __builtin_prefetch(reinterpret_cast<const char*>(row) + kAhead + byte, 1);
                         for (int64_t c = 0; c < columns; ++c) {
-                          auto& slot = weight[r * job.weight.ld + c];
+                          auto& slot = row[c];
                           const C value = static_cast<C>(widen(slot));
                           narrow(job.keep * value + job.alpha * product[r * width + c], slot);
                         }
+                      }
                     });
     }
   }
@@ -487,23 +510,25 @@ void rotate(double c, double s, double* x, double* y, int64_t n) {
 }
 
 // One step of the one-sided Jacobi method (Hestenes 1958).
-bool jacobi_rotate(double* x, double* y, double* p, double* q, int64_t n) {
-  constexpr double kOrthogonal = 4e-16;
-  const double xx = dot(x, x, n), yy = dot(y, y, n), xy = dot(x, y, n);
-  if (!(xy * xy > kOrthogonal * kOrthogonal * static_cast<double>(n) * xx * yy)) return false;
-  const double zeta = (yy - xx) / (2 * xy);
+bool jacobi_rotate(double* x, double* y, double* p, double* q, int64_t n, double tolerance,
+                   double* xx, double* yy) {
+  const double xy = dot(x, y, n);
+  if (!(xy * xy > tolerance * tolerance * *xx * *yy)) return false;
+  const double zeta = (*yy - *xx) / (2 * xy);
   const double root = __builtin_fabs(zeta) + __builtin_sqrt(1 + zeta * zeta);
   const double t = (zeta < 0 ? -1 : 1) / root;
   const double c = 1 / __builtin_sqrt(1 + t * t);
   rotate(c, c * t, x, y, n);
   rotate(c, c * t, p, q, n);
+  *xx -= t * xy;
+  *yy += t * xy;
   return true;
 }
 
 template <typename C>
 KernelSet<C> make_set() {
   return {Simd<C>::kLanes, sketch_scratch<C>, sketch<C>, apply_scratch<C>, apply<C>,
-          update_scratch<C>, update<C>, pack<C>, reduce<C>};
+          update_scratch<C>, update<C>, pack<C>, pack_transposed<C>, reduce<C>};
 }
 
 #define MOLEGRAD_STRING_(x) #x

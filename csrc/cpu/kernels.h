@@ -86,6 +86,8 @@ struct KernelSet {
   void (*update)(const UpdateJob<C>&, int64_t begin, int64_t end, C* scratch);
   // Rows [begin, end) of `src` into panel storage laid out for `rows` rows.
   void (*pack)(const View& src, int64_t rows, int64_t begin, int64_t end, C* dst);
+  // Panels [begin, end) of srcᵀ, which has src.rows columns.
+  void (*pack_transposed)(const View& src, int64_t begin, int64_t end, C* dst);
   // dst rows [begin, end) = (add ? dst : 0) + sum over `parts` panel storages `stride` apart.
   void (*reduce)(const C* src, int64_t stride, int64_t parts, int64_t rows, bool add,
                  const MutableView& dst, int64_t begin, int64_t end);
@@ -96,8 +98,10 @@ struct KernelTable {
   double (*dot)(const double* x, const double* y, int64_t n);
   // y += alpha x
   void (*axpy)(double alpha, const double* x, double* y, int64_t n);
-  // Rotates x and y into orthogonal vectors, and p and q with them; whether it had to.
-  bool (*jacobi_rotate)(double* x, double* y, double* p, double* q, int64_t n);
+  // Rotates x and y into orthogonal vectors, and p and q with them, unless their cosine is below
+  // `tolerance`; whether it did. xx and yy are the squared norms, kept up to date.
+  bool (*jacobi_rotate)(double* x, double* y, double* p, double* q, int64_t n, double tolerance,
+                        double* xx, double* yy);
   KernelSet<float> f32;
   KernelSet<double> f64;
 };

@@ -19,6 +19,8 @@ constexpr double kGramLimit = 1e6;
 // Up to this one a float64 CholeskyQR is orthonormal to 1e-10, enough for float32 results.
 constexpr double kOnePassLimit = 1e3;
 constexpr int kMaxSweeps = 40;
+// Cosine, in units of the result's rounding, below which two vectors count as orthogonal.
+constexpr double kJacobiTolerance = 0.25;
 
 View const_view(const Matrix& x, int64_t rows, int64_t cols) {
   return view_of(x.data(), rows, cols);
@@ -179,7 +181,7 @@ bool gram_schmidt(const Block& block, double tolerance, Matrix& r) {
     double* column = columns.data() + (p + j) * m;
     for (int64_t i = 0; i < p + j; ++i) {
       const double h = table.dot(columns.data() + i * m, column, m);
-      table.axpy(-h, columns.data() + i * m, column, m);
+      if (h != 0) table.axpy(-h, columns.data() + i * m, column, m);
       if (record && i >= p) r[(i - p) * k + j] += h;
     }
     return std::sqrt(table.dot(column, column, m));
@@ -196,7 +198,6 @@ bool gram_schmidt(const Block& block, double tolerance, Matrix& r) {
       deficient = true;
       std::fill_n(column, m, 0.0);
       column[std::min_element(covered.begin(), covered.end()) - covered.begin()] = 1;
-      clean(j, false);
       clean(j, false);
       norm = clean(j, false);
     } else {
@@ -304,15 +305,21 @@ void polar_factor(const View& w, const MutableView& p) {
   Matrix rotations(k * k, 0.0);
   set_identity(rotations, k);
   const KernelTable& table = kernels();
+  // Below the rounding of a float64 inner product nothing can be told apart.
+  const double orthogonal =
+      std::max(kJacobiTolerance * eps, 4e-16 * std::sqrt(static_cast<double>(k)));
+  std::vector<double> squares(k), sigma(k);
   for (int sweep = 0; sweep < kMaxSweeps; ++sweep) {
+    for (int64_t i = 0; i < k; ++i)
+      squares[i] = table.dot(r.data() + i * k, r.data() + i * k, k);
     bool rotated = false;
     for (int64_t i = 0; i < k; ++i)
       for (int64_t j = i + 1; j < k; ++j)
         rotated |= table.jacobi_rotate(r.data() + i * k, r.data() + j * k,
-                                       rotations.data() + i * k, rotations.data() + j * k, k);
+                                       rotations.data() + i * k, rotations.data() + j * k, k,
+                                       orthogonal, &squares[i], &squares[j]);
     if (!rotated) break;
   }
-  std::vector<double> sigma(k);
   for (int64_t i = 0; i < k; ++i)
     sigma[i] = std::sqrt(table.dot(r.data() + i * k, r.data() + i * k, k));
   const double largest = *std::max_element(sigma.begin(), sigma.end());

@@ -18,7 +18,7 @@ constexpr int64_t kMaxChunk = 96, kMinChunk = 48;
 // Fewer tokens than this do not pay for accumulators of their own.
 constexpr int64_t kTokensPerPart = 64;
 // Rows of a small parallel loop that are worth a thread.
-constexpr int64_t kRowsPerThread = 512;
+constexpr int64_t kRowsPerThread = 512, kPanelsPerThread = 16;
 
 template <typename C>
 int64_t chunk_tokens(int64_t kept_columns) {
@@ -165,20 +165,12 @@ template <typename C>
 void rank_update(const MutableView& weight, const View& u, const View& w, double keep,
                  double alpha) {
   const KernelSet<C>& set = kernel_set<C>();
-  // The kernel wants wᵀ in panels: (k, n), k small enough that a plain transpose costs nothing.
-  const Panels w_panels(set.lanes, w.rows, w.cols);
-  Buffer<C> transposed(w.cols * w.rows);
-  {
-    Buffer<C> plain(w.rows * w.cols);
-    const Buffer<C> packed = pack_panels(set, w);
-    set.reduce(packed.data(), 0, 1, w.rows, false, view_of(plain.data(), w.rows, w.cols), 0,
-               w.rows);
-    for (int64_t r = 0; r < w.rows; ++r)
-      for (int64_t j = 0; j < w.cols; ++j)
-        transposed.data()[j * w.rows + r] = plain.data()[r * w.cols + j];
-  }
-  const Buffer<C> wt = pack_panels(
-      set, view_of(static_cast<const C*>(transposed.data()), w.cols, w.rows));
+  const Panels panels(set.lanes, w.cols, w.rows);
+  Buffer<C> wt(panels.size());
+  torch::stable::parallel_for(0, panels.count(), kPanelsPerThread,
+                              [&](int64_t begin, int64_t end) {
+                                set.pack_transposed(w, begin, end, wt.data());
+                              });
   UpdateJob<C> job;
   job.weight = weight;
   job.u = u;

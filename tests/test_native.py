@@ -1,0 +1,287 @@
+"""The native CPU kernels against the reference in float64, at shapes that fit no tile.
+
+Measure of rightness: the relative error against a float64 truth may be at most FACTOR times that
+of the same formula in plain torch products on the same data.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from molegrad import _native, ops, reference
+from tests.samples import orthonormal, randn, tokens
+
+MODULE, REASON = _native.load()
+pytestmark = pytest.mark.skipif(MODULE is None, reason=f"native kernels: {REASON}")
+
+F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+FACTOR = 4.0
+SHAPES = [  # T, n, m, k
+    (0, 7, 5, 3),
+    (1, 7, 5, 1),
+    (5, 13, 11, 7),  # T < k
+    (24, 48, 96, 16),  # whole tiles
+    (97, 101, 53, 32),
+    (97, 53, 101, 33),
+    (193, 67, 149, 50),
+    (300, 257, 31, 17),
+]
+
+
+def error(x, truth):
+    return ((x.double() - truth).norm() / truth.norm().clamp_min(1e-300)).item()
+
+
+def assert_as_good_as_torch(x, plain, truth, dtype):
+    floor = torch.finfo(reference.acc_dtype(dtype)).eps
+    assert error(x, truth) <= FACTOR * max(error(plain, truth), floor)
+
+
+@pytest.mark.parametrize("dtype", [F32, F64, BF16, F16])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_sketch(shape, dtype):
+    t, n, m, k = shape
+    a, b = tokens(t, n, m, dtype)
+    u, v = orthonormal(m, min(m, k), 1), randn(n, k, seed=2)
+    truth = reference.sketch(a.double(), b.double(), u.double(), v.double())
+    plain = reference.sketch(a, b, u, v)
+    for x, p, true in zip(ops.sketch(a, b, u, v), plain, truth, strict=True):
+        assert x.dtype == p.dtype and x.shape == p.shape
+        assert_as_good_as_torch(x, p, true, dtype)
+
+
+def test_the_shapes_above_run_native_code(monkeypatch):
+    def forbidden(*args):
+        raise AssertionError("the reference ran instead of the native kernel")
+
+    monkeypatch.setattr(reference, "sketch_accumulate_", forbidden)
+    a, b = tokens(10, 6, 5)
+    ops.sketch(a, b, orthonormal(5, 2), orthonormal(6, 2))
+
+
+def test_sketch_of_many_tokens_is_no_worse_than_torch():
+    a, b = randn(4096, 96), randn(4096, 200)
+    u, v = orthonormal(200, 32), orthonormal(96, 32)
+    truth = reference.sketch(a.double(), b.double(), u.double(), v.double())
+    for x, p, true in zip(ops.sketch(a, b, u, v), reference.sketch(a, b, u, v), truth, strict=True):
+        assert error(x, true) <= 1.5 * error(p, true)
+        bias = ((x.double() - true) * true.sign()).mean().abs() / true.abs().mean()
+        assert bias < 2e-7
+
+
+@pytest.mark.parametrize("dtype", [F32, F64, BF16])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("power_iters", [0, 1, 3])
+def test_lowrank_grad(shape, dtype, power_iters):
+    t, n, m, k = shape
+    k = min(k, n, m)
+    a, b = tokens(t, n, m, dtype)
+    v, probes = orthonormal(n, k), randn(n, 3).sign()
+    u, w, norm_sq, status = ops.lowrank_grad(a, b, v, power_iters, probes)
+    assert (u.double().mT @ u.double() - torch.eye(k, dtype=F64)).norm() < 1e-6 * m * k
+    # U is not unique where G is rank-deficient, so the truth is built on the returned U.
+    g = b.double().mT @ a.double()
+    truth = g @ v.double() @ v.double().mT if power_iters == 0 else u.double() @ (u.double().mT @ g)
+    # v itself is orthonormal to float32 only
+    assert error(u.double() @ w.double().mT, truth) < (2e-5 if dtype != F64 or t == 0 else 2e-6)
+    expected = reference.lowrank_grad(
+        a.double(), b.double(), v.double(), power_iters, probes.double()
+    )[2]
+    assert norm_sq.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert status.item() == (2 if t < k else status.item()) and status.item() in (0, 1, 2)
+
+
+@pytest.mark.parametrize("dtype", [F32, F64, BF16, F16])
+@pytest.mark.parametrize("m, n, k", [(1, 1, 1), (2, 5, 1), (53, 101, 7), (130, 67, 33), (50, 96, 64)])
+def test_lowrank_update(m, n, k, dtype):
+    weight, u, w = randn(m, n, dtype=dtype), randn(m, k, seed=1), randn(n, k, seed=2)
+    truth = weight.double() * 0.75 + 0.5 * u.double() @ w.double().mT
+    storage = torch.zeros(m + 2, 2 * n + 3, dtype=dtype)
+    for view in (
+        torch.zeros_like(weight),
+        torch.zeros(n, m, dtype=dtype).mT,
+        storage[1 : m + 1, 2 : n + 2],
+        storage[1 : m + 1, 1 : 2 * n : 2],
+    ):
+        view.copy_(weight)
+        ops.lowrank_update_(view, u, w, 0.5, 0.25)
+        # Half an ulp of the weight's dtype, and the float32 sum's own rounding.
+        bound = torch.finfo(dtype).eps / 2 * truth.abs() + 4e-7 * k * truth.abs().max()
+        assert ((view.double() - truth).abs() <= bound).all()
+    used = torch.zeros_like(storage, dtype=torch.bool)
+    used[1 : m + 1, 1 : 2 * n + 2] = True
+    assert (storage[~used] == 0).all()  # nothing outside the view was touched
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_lowrank_update_rounds_to_nearest_even(dtype):
+    values = torch.tensor([1.0, 1e-3, 65504.0, 6e-8, 3e-5, 1e30, -1.0, 0.3333])
+    w = torch.cat([values, values * (1 + torch.finfo(dtype).eps / 2)]).unsqueeze(1)
+    weight = torch.zeros(1, len(w), dtype=dtype)
+    ops.lowrank_update_(weight, torch.ones(1, 1), w, 1.0)
+    assert torch.equal(weight, w.mT.to(dtype))
+    ops.lowrank_update_(weight, torch.full((1, 1), torch.nan), w, 1.0)
+    assert weight.isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize("m, k", [(1, 1), (7, 7), (101, 33), (257, 32)])
+@pytest.mark.parametrize("log_cond", [0, 2.5, 5, 9])
+def test_orthonormalize(m, k, log_cond, dtype):
+    columns = torch.diag(torch.logspace(0, -log_cond, k, dtype=F64))
+    y = (orthonormal(m, k, 1, F64) @ columns @ orthonormal(k, k, 2, F64).mT).to(dtype)
+    q, r, status = ops.orthonormalize(y)
+    eps = torch.finfo(dtype).eps
+    assert (q.double().mT @ q.double() - torch.eye(k, dtype=F64)).norm() < 4 * eps * k
+    assert error(q.double() @ r.double(), y.double()) < 4 * eps * k**0.5
+    assert status.item() == reference.orthonormalize(y)[2].item()
+
+
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize("inside", [0.0, 1.0, 1 - 1e-4])
+def test_tangent_factors_are_orthonormal_also_where_y_lies_in_u(inside, dtype):
+    m, n, k = 101, 37, 13
+    u, v, w = orthonormal(m, k, 1, dtype), orthonormal(n, k, 2, dtype), randn(n, k, dtype=dtype)
+    y = inside * (u @ randn(k, k, seed=4, dtype=dtype)) + (1 - inside) * randn(m, k, dtype=dtype)
+    left, right = ops.tangent_factors(u, v, y, w)
+    tolerance = 20 * torch.finfo(dtype).eps
+    assert (left.double().mT @ left.double() - torch.eye(2 * k)).norm() < tolerance * k
+    u64, y64 = u.double(), y.double()
+    truth = u64 @ w.double().mT + (y64 - u64 @ (u64.mT @ y64)) @ v.double().mT
+    assert error(left.double() @ right.double().mT, truth) < tolerance
+    assert torch.equal(left[:, :k], u) and torch.equal(right[:, :k], w)
+
+
+def test_tangent_factors_of_a_non_finite_y_keep_the_basis_clean():
+    u, v, y = orthonormal(20, 3, 1), orthonormal(9, 3, 2), randn(20, 3)
+    y[4, 1] = torch.nan
+    left, right = ops.tangent_factors(u, v, y, randn(9, 3))
+    assert (left.mT @ left - torch.eye(6)).norm() < 1e-5
+    assert right[:, 3:].isnan().all() and right[:, :3].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize("n, k", [(5, 1), (33, 33), (149, 7), (211, 32)])
+@pytest.mark.parametrize("rank", [0.3, 0.6, 1.0])
+def test_polar_factor(n, k, rank, dtype):
+    rank = max(1, int(rank * k))
+    singular = torch.logspace(0, -4, rank, dtype=F64)
+    left, right = orthonormal(n, rank, 1, F64), orthonormal(k, rank, 2, F64)
+    w = (left @ torch.diag(singular) @ right.mT).to(dtype)
+    p = ops.polar_factor(w)
+    assert error(p, left @ right.mT) < 50 * torch.finfo(dtype).eps * 1e4  # condition 1e4
+    assert torch.equal(ops.polar_factor(torch.zeros_like(w)), torch.zeros_like(w))
+
+
+def test_results_repeat_bit_for_bit_at_each_thread_count():
+    a, b = tokens(700, 60, 90)
+    v, u = orthonormal(60, 20), orthonormal(90, 20)
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        first = (*ops.sketch(a, b, u, v), *ops.lowrank_grad(a, b, v)[:3])
+        again = (*ops.sketch(a, b, u, v), *ops.lowrank_grad(a, b, v)[:3])
+        assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+        truth = reference.sketch(a.double(), b.double(), u.double(), v.double())
+        assert error(first[0], truth[0]) < 1e-6 and error(first[1], truth[1]) < 1e-6
+
+
+def test_layouts_give_the_same_bits():
+    a, b = tokens(60, 24, 18)
+    u, v = orthonormal(18, 4), orthonormal(24, 5)
+    expected = ops.sketch(a, b, u, v)
+    wide = torch.zeros(60, 50)
+    wide[:, 3:27] = a
+    for x, y in (
+        (a.view(3, 4, 5, 24), b.view(3, 4, 5, 18)),
+        (wide[:, 3:27], b.mT.contiguous().mT),
+        (a.view(12, 5, 24).transpose(0, 1), b.view(12, 5, 18).transpose(0, 1)),
+    ):
+        got = ops.sketch(x, y, u.mT.contiguous().mT, v)
+        if x.stride()[0] != 24:  # same token order
+            assert all(torch.equal(p, q) for p, q in zip(got, expected, strict=True))
+        torch.testing.assert_close(got, expected)
+    row = b[:1].expand(60, 18)
+    torch.testing.assert_close(ops.sketch(a, row, u, v), ops.sketch(a, row.contiguous(), u, v))
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: ops.sketch(randn(3, 4), randn(2, 5), randn(5, 1), randn(4, 1)),
+         "sketch: expected a and b to agree in every dimension but the last, got a (3, 4)"),
+        (lambda: ops.sketch(randn(3, 4), randn(3, 5).half(), randn(5, 1), randn(4, 1)),
+         "expected a and b of the same dtype, got torch.float32 and torch.float16"),
+        (lambda: ops.sketch(randn(3, 4).int(), randn(3, 5), randn(5, 1), randn(4, 1)),
+         "a must be floating point"),
+        (lambda: ops.sketch_accumulate_(randn(1, 5).mT, randn(4, 2).half(), randn(3, 4),
+                                        randn(3, 5), randn(5, 2), randn(4, 1)),
+         "sketch_accumulate_: expected w contiguous of shape (4, 2) and torch.float32"),
+        (lambda: ops.lowrank_grad(randn(3, 4), randn(3, 5), randn(4, 5)), "rank k=5"),
+        (lambda: ops.lowrank_grad(randn(3, 4), randn(3, 5), randn(4, 2), -2),
+         "power_iters must be >= 0, got -2"),
+        (lambda: ops.orthonormalize(randn(3, 4)), "rank k=4"),
+        (lambda: ops.orthonormalize(randn(4, 3), 0.5), "cond_max must be at least 1, got 0.5"),
+        (lambda: ops.polar_factor(randn(3)), "polar_factor: w needs at least two dimensions"),
+        (lambda: ops.tangent_factors(randn(5, 3), randn(4, 3), randn(5, 3), randn(4, 3)),
+         "rank k=3 needs 1 <= 2k <= m=5"),
+        (lambda: ops.lowrank_update_(randn(3, 4), randn(3, 2), randn(4, 1)), "of one rank k"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_named(call, message):
+    with pytest.raises(RuntimeError) as caught:
+        call()
+    assert str(caught.value).startswith("molegrad::") and message in str(caught.value)
+
+
+_PROBE = """
+import torch
+from molegrad import ops, build_info, reference
+torch.set_num_threads(1)
+torch.manual_seed(0)
+a, b, u, v = torch.randn(77, 31), torch.randn(77, 53), torch.randn(53, 21), torch.randn(31, 9)
+worst = 0.0
+for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+    x, y = a.to(dtype), b.to(dtype)
+    truth = reference.sketch(x.double(), y.double(), u.double(), v.double())
+    for got, true in zip(ops.sketch(x, y, u, v), truth):
+        worst = max(worst, ((got - true).norm() / true.norm()).item())
+q, r, _ = ops.orthonormalize(u)
+worst = max(worst, ((q @ r - u).norm() / u.norm()).item())
+print("RESULT", build_info()["cpu_capability"], worst)
+"""
+
+
+@pytest.mark.parametrize("capability", ["baseline", "avx2"])
+def test_narrower_instruction_sets_compute_the_same(capability):
+    env = os.environ | {"MOLEGRAD_CPU_CAPABILITY": capability}
+    done = subprocess.run(
+        [sys.executable, "-c", _PROBE], env=env, capture_output=True, text=True, check=True
+    )
+    _, name, worst = done.stdout.split()
+    assert name in ("baseline", capability) and float(worst) < 1e-6
+
+
+def test_build_info():
+    info = _native.build_info()
+    assert info["native"] and info["torch"] == torch.__version__
+    assert info["cpu_capability"] in ("baseline", "avx2", "avx512")
+    assert set(info["paths"]) == {"fp8", "grouped"}
+    assert all(set(path) == {"supported", "reason"} for path in info["paths"].values())
+    if not info["cuda"]:
+        assert not any(path["supported"] for path in info["paths"].values())
+
+
+def test_cuda_paths_follow_capability_and_library():
+    def supported(capability, cublaslt):
+        return {n: p["supported"] for n, p in MODULE.cuda_paths(capability, cublaslt).items()}
+
+    assert supported(0, 130400) == {"fp8": False, "grouped": False}
+    assert supported(80, 130400) == {"fp8": False, "grouped": False}
+    assert supported(89, 130400) == {"fp8": True, "grouped": False}
+    assert supported(90, 130300) == {"fp8": True, "grouped": False}
+    assert supported(90, 130400) == {"fp8": True, "grouped": True}
+    assert supported(100, 130200) == {"fp8": True, "grouped": True}
+    assert supported(120, 130500) == {"fp8": True, "grouped": False}
