@@ -1,0 +1,6 @@
+"""Chat with a trained model: python -m scripts.chat_cli --run=NAME [--prompt="..."]"""
+
+from molegrad.gpt.chat import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())
