@@ -283,8 +283,10 @@ def cmake_arguments(plan: Plan, output: Path, python: str, pybind11_dir: str, ni
         ]
     if cuda:
         includes, cudart = cuda_package(plan.torch)
-        library = cudart or plan.nvcc.path.parent.parent / "lib64" / "libcudart.so"
-        arguments += [f"-DMOLEGRAD_CUDA_INCLUDE={_list(includes)}", f"-DMOLEGRAD_CUDART={library}"]
+        arguments += [
+            f"-DMOLEGRAD_CUDA_INCLUDE={_list(includes)}",
+            f"-DMOLEGRAD_CUDART={cudart or ''}",  # empty: the toolkit's own
+        ]
     return arguments
 
 
