@@ -62,8 +62,10 @@ def test_frozen_weights_cost_no_gradient():
 
 
 def test_peak_flops_of_this_machine_is_measured():
+    threads = torch.get_num_threads()
     value, source = hardware.peak_flops(torch.device("cpu"))
     assert value > 1e8 and "measured" in source
+    assert torch.get_num_threads() == threads
 
 
 @pytest.mark.parametrize(
