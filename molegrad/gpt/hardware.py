@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from molegrad.gpt.loss import default_chunk
 from molegrad.linear import MoleLinear
 
 # Dense bf16 FLOP/s with float32 accumulation, from the makers' data sheets; the first name that
@@ -177,12 +178,13 @@ def memory_estimate(
             else:
                 state += sum(p.numel() * p.element_size() for p in group["params"])
     config = model.config
+    chunk = config.loss_chunk or default_chunk(config.vocab_size, model.device.type)
     sizes = {
         "weights": sum(p.numel() * p.element_size() for p in params),
         "gradients": sum(p.numel() * p.element_size() for p in params if p.requires_grad),
         "optimizer": state,
         "activations": 22 * config.width * config.depth * tokens * activation_bytes,
-        "logits": 8 * min(tokens, config.loss_chunk) * config.vocab_size,
+        "logits": 8 * min(tokens, chunk) * config.vocab_size,
     }
     return {**sizes, "total": sum(sizes.values())}
 

@@ -21,6 +21,12 @@ REDUCTIONS = ("mean", "sum", "none")
 _SAFE_CAP = 80.0  # exp(80) = 5.5e34; times any vocabulary it stays below float32's 3.4e38
 
 
+def default_chunk(vocab_size: int, device_type: str) -> int:
+    """Tokens per chunk: 2^20 logits on the CPU, where a chunk should stay in the cache (4 MiB), and
+    2^26 elsewhere (256 MiB in float32), where products should be large and launches few."""
+    return max(64, 2 ** (20 if device_type == "cpu" else 26) // vocab_size)
+
+
 def softcap(logits: Tensor, cap: float) -> Tensor:
     """cap·tanh(logits/cap), or the logits where cap is 0."""
     return cap * torch.tanh(logits / cap) if cap > 0 else logits
@@ -31,7 +37,7 @@ def linear_cross_entropy(
     weight: Tensor,
     targets: Tensor,
     cap: float = 15.0,
-    chunk: int = 1024,
+    chunk: int = 0,
     reduction: str = "mean",
 ) -> Tensor:
     """Cross-entropy of `softcap(hidden @ weightᵀ)` against `targets`, in nats.
@@ -43,7 +49,7 @@ def linear_cross_entropy(
         weight: (V, C), the head's weight.
         targets: (...) int64 in [0, V), or -1 for a position that does not count.
         cap: bound of the logits; 0 for none.
-        chunk: tokens whose (chunk, V) logits exist at a time.
+        chunk: tokens whose (chunk, V) logits exist at a time; 0 takes `default_chunk`.
         reduction: "mean" over the targets that count (0 with zero gradients where none counts),
             "sum", or "none": (...) losses, 0 where the target is -1.
 
@@ -57,9 +63,10 @@ def linear_cross_entropy(
             f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)} and targets "
             f"{tuple(targets.shape)} do not fit: expected (..., C), (V, C) and (...)"
         )
-    if chunk < 1:
-        raise ValueError(f"chunk must be at least 1 token, got {chunk}")
+    if chunk < 0:
+        raise ValueError(f"chunk must be a number of tokens, or 0 for the default, got {chunk}")
     device = hidden.device.type
+    chunk = chunk or default_chunk(weight.shape[0], device)
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     flat, wanted = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     count = (wanted >= 0).sum()

@@ -55,7 +55,7 @@ class GPTConfig:
     rope_base: float = field(default=10000.0, metadata={"help": "base of the rotary frequencies"})
     loss_chunk: int = field(
         default=0,
-        metadata={"help": "tokens whose logits exist at a time; 0 picks about 2^20 logits"},
+        metadata={"help": "tokens whose logits exist at a time; 0 fits them to the device"},
     )
 
     def __post_init__(self) -> None:
@@ -73,8 +73,6 @@ class GPTConfig:
             object.__setattr__(self, "head_dim", auto)
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary positions, got {self.head_dim}")
-        if self.loss_chunk == 0:
-            object.__setattr__(self, "loss_chunk", max(64, 2**20 // self.vocab_size))
         if self.n_head % self.kv_groups:
             raise ValueError(
                 f"kv_groups={self.kv_groups} must divide the {self.n_head} heads "
@@ -137,6 +135,7 @@ class Attention(nn.Module):
         k = self.c_k(x).view(batch, length, -1, self.head_dim)
         v = self.c_v(x).view(batch, length, -1, self.head_dim)
         q, k = rotate(rms_norm(q), cos, sin), rotate(rms_norm(k), cos, sin)
+        q, k = q.to(v.dtype), k.to(v.dtype)  # autocast may have normalised in float32
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
         mask = None
         if cache is not None:
@@ -147,7 +146,7 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(
             q,
             k,
-            v.to(q.dtype),
+            v,
             attn_mask=mask,
             is_causal=mask is None and length == k.size(2),
             enable_gqa=self.grouped,

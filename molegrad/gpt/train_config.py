@@ -136,7 +136,7 @@ class BaseTrainConfig(TrainFlags):
     aspect_ratio: int = _flag(64, "width per block")
     head_dim: int = _flag(0, "numbers per attention head; 0 takes 128, or less for narrow models")
     kv_groups: int = _flag(1, "query heads that share one key/value head")
-    loss_chunk: int = _flag(0, "tokens whose logits exist at a time; 0 picks about 2^20 logits")
+    loss_chunk: int = _flag(0, "tokens whose logits exist at a time; 0 fits them to the device")
     target_param_data_ratio: float = _flag(
         12.0, "tokens per parameter (block matrices and head) where no number of steps is given"
     )

@@ -29,6 +29,21 @@ def test_greedy_generation_equals_repeated_full_forward():
     assert list(generate(model, PROMPT, max_tokens=10, temperature=0)) == expected[4:]
 
 
+def test_generation_under_autocast_keeps_a_bfloat16_cache(monkeypatch):
+    model = stirred(small(), std=0.3)
+    made = []
+    original = KVCache.__init__
+
+    def note(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        made.append(self.store.dtype)
+
+    monkeypatch.setattr(KVCache, "__init__", note)
+    with torch.autocast("cpu", torch.bfloat16):
+        result = list(generate(model, PROMPT, max_tokens=10))
+    assert len(result) == 10 and made == [torch.bfloat16]
+
+
 def test_a_seed_repeats_and_seeds_differ():
     model = stirred(small())
     first, again, other = (

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from molegrad.gpt.loss import linear_cross_entropy, softcap
+from molegrad.gpt.loss import default_chunk, linear_cross_entropy, softcap
 
 
 def make(tokens=37, width=12, vocab=29, dtype=torch.float64):
@@ -21,7 +21,7 @@ def full(hidden, weight, targets, cap, reduction):
 
 
 @pytest.mark.parametrize("cap", [15.0, 2.0, 200.0, 0.0])
-@pytest.mark.parametrize("chunk", [1, 10, 37, 1000])
+@pytest.mark.parametrize("chunk", [0, 1, 10, 37, 1000])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_equals_full_logits(cap, chunk, reduction):
     hidden, weight, targets = make()
@@ -42,6 +42,11 @@ def test_all_targets_ignored_gives_zero_loss_and_zero_gradients(reduction):
     loss.backward()
     assert loss.item() == 0.0
     assert hidden.grad.abs().max() == 0 and weight.grad.abs().max() == 0
+
+
+def test_the_default_chunk_follows_vocabulary_and_device():
+    assert default_chunk(4096, "cpu") == 256 and default_chunk(32768, "cpu") == 64
+    assert default_chunk(32768, "cuda") == 2048
 
 
 def test_no_tokens():
@@ -101,5 +106,5 @@ def test_wrong_input_is_named():
         linear_cross_entropy(hidden, weight, targets, reduction="median")
     with pytest.raises(ValueError, match="do not fit"):
         linear_cross_entropy(hidden, weight, targets[:-1])
-    with pytest.raises(ValueError, match="chunk must be at least 1"):
-        linear_cross_entropy(hidden, weight, targets, chunk=0)
+    with pytest.raises(ValueError, match="chunk must be a number of tokens"):
+        linear_cross_entropy(hidden, weight, targets, chunk=-1)

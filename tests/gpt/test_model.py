@@ -159,17 +159,22 @@ def test_autocast_runs_in_bfloat16():
     assert model.lm_head.weight.grad.dtype == torch.float32
 
 
-def test_compiled_graph_equals_eager():
+@pytest.mark.parametrize("autocast", [False, True])
+def test_compiled_graph_equals_eager(autocast):
     model = stirred(small())
     idx, targets = tokens()
-    model(idx, targets).backward()
-    expected = {n: p.grad.clone() for n, p in model.named_parameters()}
-    model.zero_grad()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(idx, targets), model(idx, targets))
-    compiled(idx, targets).backward()
-    for name, p in model.named_parameters():
-        torch.testing.assert_close(p.grad, expected[name], msg=name)
+    results = {}
+    for call in (model, compiled):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = call(idx, targets)
+        loss.backward()
+        results[call] = loss, {n: p.grad.clone() for n, p in model.named_parameters()}
+        model.zero_grad()
+    (loss, expected), (compiled_loss, gradients) = results.values()
+    torch.testing.assert_close(compiled_loss, loss)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], msg=name)
 
 
 def test_converted_model_has_the_same_forward_and_state_dict():
