@@ -1,4 +1,4 @@
-"""Builds molegrad._C with CMake; molegrad/_build.py decides what is built and explains the flags."""
+"""Builds molegrad._C with CMake; molegrad/_build.py decides what, and explains the flags."""
 
 import atexit
 import importlib.util
@@ -48,7 +48,11 @@ class CMakeBuild(build_ext):
         # A cache of another environment names compilers and packages that may be gone.
         (work / "CMakeCache.txt").unlink(missing_ok=True)
         arguments = tools.cmake_arguments(
-            self.plan, target.parent, sys.executable, pybind11.get_cmake_dir(), shutil.which("ninja")
+            self.plan,
+            target.parent,
+            sys.executable,
+            pybind11.get_cmake_dir(),
+            shutil.which("ninja"),
         )
         subprocess.run(["cmake", str(ROOT), *arguments], cwd=work, check=True)
         subprocess.run(["cmake", "--build", "."], cwd=work, check=True)

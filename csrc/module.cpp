@@ -47,8 +47,8 @@ void add_cuda(py::dict& info) {
   info["cuda"] = true;
   info["cuda_built"] = built;
   info["cuda_found"] = found;
-  info["paths"] = cuda_paths(cuda.device_count > 0 ? 10 * cuda.major + cuda.minor : 0,
-                             cuda.cublaslt);
+  info["paths"] =
+      cuda_paths(cuda.device_count > 0 ? 10 * cuda.major + cuda.minor : 0, cuda.cublaslt);
 }
 #else
 void add_cuda(py::dict& info) {

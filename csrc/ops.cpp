@@ -83,7 +83,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lowrank_grad(Tensor a, Tensor b, Tens
   if (probes.has_value()) probes_in.emplace(*probes);
   const int64_t k = v_in.view.cols;
   const ScalarType dtype = acc_dtype(a);
-  Tensor u = new_matrix(a, {b_in.view.cols, k}, dtype), w = new_matrix(a, {a_in.view.cols, k}, dtype);
+  Tensor u = new_matrix(a, {b_in.view.cols, k}, dtype),
+         w = new_matrix(a, {a_in.view.cols, k}, dtype);
   Tensor norm_sq = new_matrix(a, {}, dtype), status = new_matrix(a, {}, ScalarType::Int);
   with_compute_type(a, [&](auto zero) {
     using C = decltype(zero);
@@ -96,8 +97,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lowrank_grad(Tensor a, Tensor b, Tens
   return {u, w, norm_sq, status};
 }
 
-void run_sketch(const Tensor& a, const Tensor& b, const Tensor& u, const Tensor& v,
-                const Tensor& y, const Tensor& w, bool add) {
+void run_sketch(const Tensor& a, const Tensor& b, const Tensor& u, const Tensor& v, const Tensor& y,
+                const Tensor& w, bool add) {
   const Operand a_in(a), b_in(b), u_in(u), v_in(v);
   with_compute_type(a, [&](auto zero) {
     cpu::sketch<decltype(zero)>(a_in.view, b_in.view, v_in.view, u_in.view, output(y), output(w),

@@ -9,7 +9,8 @@ Environment variables:
     MOLEGRAD_CUDA    AUTO (default) builds the CUDA side where nvcc and a CUDA torch are there,
                      ON fails where they are not, OFF builds the CPU ops only, OBJECTS compiles
                      every CUDA source beside any torch without linking it.
-    MOLEGRAD_CUDA_ARCHITECTURES   as CMAKE_CUDA_ARCHITECTURES, default 90a-real;120-real;120-virtual.
+    MOLEGRAD_CUDA_ARCHITECTURES
+                     as CMAKE_CUDA_ARCHITECTURES, default 90a-real;120-real;120-virtual.
     MOLEGRAD_PYTHON  the Python whose torch to build for, where it is not the one that installs.
     CUDA_HOME, CXX   as everywhere.
 """
@@ -32,8 +33,9 @@ CUDA_MODES = ("AUTO", "ON", "OFF", "OBJECTS")
 
 _ASK_TORCH = """
 import json, os, torch
-root = os.path.dirname(torch.__file__)
-print("MOLEGRAD" + json.dumps({"version": torch.__version__, "cuda": torch.version.cuda, "root": root}))
+facts = {"version": torch.__version__, "cuda": torch.version.cuda}
+facts["root"] = os.path.dirname(torch.__file__)
+print("MOLEGRAD" + json.dumps(facts))
 """
 
 
@@ -236,7 +238,7 @@ def _cuda_obstacle(torch: Torch, nvcc: Nvcc | None) -> str | None:
             "GPU ops; MOLEGRAD_CUDA=OBJECTS checks the CUDA sources without one."
         )
     if nvcc is None:
-        return f"torch {torch.version} uses CUDA {torch.cuda}, but no nvcc was found. {_NVCC_REMEDY}"
+        return f"torch {torch.version} uses CUDA {torch.cuda}, but no nvcc is there. {_NVCC_REMEDY}"
     if nvcc.major != torch.cuda_major:
         return (
             f"nvcc is {nvcc.version} ({nvcc.path}) but torch {torch.version} uses CUDA "
@@ -255,9 +257,7 @@ def cuda_package(torch: Torch) -> tuple[list[Path], Path | None]:
     else:
         roots = [site / f"cu{torch.cuda_major}"]
     includes = [root / "include" for root in roots if (root / "include").is_dir()]
-    cudart = [
-        path for root in roots for path in sorted((root / "lib").glob("libcudart.so.*"))
-    ]
+    cudart = [path for root in roots for path in sorted((root / "lib").glob("libcudart.so.*"))]
     return includes, cudart[0] if cudart else None
 
 

@@ -29,7 +29,10 @@ def load() -> tuple[ModuleType | None, str | None]:
     except ModuleNotFoundError as error:
         if error.name != "molegrad._C":
             raise
-        return None, "the extension is not built: pip install -e . in the source directory builds it"
+        return (
+            None,
+            "the extension is not built: pip install -e . in the source directory builds it",
+        )
     except ImportError as error:
         reason = (
             f"the extension was built but does not load beside torch {torch.__version__}: {error}. "

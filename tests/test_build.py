@@ -49,7 +49,11 @@ def test_what_is_built(torch, nvcc, mode, cuda):
     [
         ({"torch": None}, {"MOLEGRAD_BUILD": "1"}, ["no torch", "--no-build-isolation"]),
         ({"torch": None}, {"MOLEGRAD_CUDA": "ON"}, ["no torch", "torch >= 2.10"]),
-        ({"torch": Torch("2.9.1", None, Path("/t"))}, {}, ["torch 2.9.1 is too old", "pip install"]),
+        (
+            {"torch": Torch("2.9.1", None, Path("/t"))},
+            {},
+            ["torch 2.9.1 is too old", "pip install"],
+        ),
         ({"compiler": None}, {}, ["no C++ compiler", "apt install g++", "MOLEGRAD_BUILD=0"]),
         ({"compiler": None}, {"CXX": "icpx"}, ["CXX=icpx"]),
         ({"nvcc": NVCC13}, {"MOLEGRAD_CUDA": "ON"}, ["2.13.0+cpu is a CPU build", "OBJECTS"]),
@@ -148,9 +152,7 @@ def test_compiler(tmp_path):
     assert _build.find_compiler({"PATH": str(tmp_path)}) == str(compiler)
 
 
-@pytest.mark.parametrize(
-    "torch, headers", [(CU128, ["cublas", "cuda_runtime"]), (CU130, ["cu13"])]
-)
+@pytest.mark.parametrize("torch, headers", [(CU128, ["cublas", "cuda_runtime"]), (CU130, ["cu13"])])
 def test_cuda_headers_of_the_pip_packages(torch, headers, tmp_path):
     torch = Torch(torch.version, torch.cuda, tmp_path / "torch")
     for name in headers:

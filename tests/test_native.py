@@ -95,7 +95,9 @@ def test_lowrank_grad(shape, dtype, power_iters):
 
 
 @pytest.mark.parametrize("dtype", [F32, F64, BF16, F16])
-@pytest.mark.parametrize("m, n, k", [(1, 1, 1), (2, 5, 1), (53, 101, 7), (130, 67, 33), (50, 96, 64)])
+@pytest.mark.parametrize(
+    "m, n, k", [(1, 1, 1), (2, 5, 1), (53, 101, 7), (130, 67, 33), (50, 96, 64)]
+)
 def test_lowrank_update(m, n, k, dtype):
     weight, u, w = randn(m, n, dtype=dtype), randn(m, k, seed=1), randn(n, k, seed=2)
     truth = weight.double() * 0.75 + 0.5 * u.double() @ w.double().mT

@@ -7,9 +7,7 @@
 namespace molegrad::cpu {
 namespace {
 
-View read(const MutableView& x) {
-  return {x.data, x.dtype, x.rows, x.cols, x.ld};
-}
+View read(const MutableView& x) { return {x.data, x.dtype, x.rows, x.cols, x.ld}; }
 
 template <typename C>
 MutableView columns_of(const MutableView& x, int64_t first, int64_t count) {
@@ -104,11 +102,11 @@ void tangent_factors(const View& u, const View& v, const View& y, const View& w,
   times_transposed<C>(v, triangle, columns_of<C>(right, k, k));
 }
 
-#define MOLEGRAD_INSTANTIATE(C)                                                                   \
-  template LowrankGrad<C> lowrank_grad<C>(const View&, const View&, const View&, int64_t,         \
-                                          const View&, double, const MutableView&,                \
-                                          const MutableView&);                                    \
-  template void tangent_factors<C>(const View&, const View&, const View&, const View&, double,    \
+#define MOLEGRAD_INSTANTIATE(C)                                                                \
+  template LowrankGrad<C> lowrank_grad<C>(const View&, const View&, const View&, int64_t,      \
+                                          const View&, double, const MutableView&,             \
+                                          const MutableView&);                                 \
+  template void tangent_factors<C>(const View&, const View&, const View&, const View&, double, \
                                    const MutableView&, const MutableView&);
 MOLEGRAD_INSTANTIATE(float)
 MOLEGRAD_INSTANTIATE(double)

@@ -38,8 +38,9 @@ constexpr int tile_rows() {
 inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // out[r] += sum_i a[r * row + i * step] * s[i]: both contractions in one shape. Over features
-// row = block stride, step = 1; over tokens row = 1, step = block stride. The sum starts at zero and
-// joins `out` last: two-level summation, which keeps rounding near that of a blocked library GEMM.
+// row = block stride, step = 1; over tokens row = 1, step = block stride. The sum starts at zero
+// and joins `out` last: two-level summation, which keeps rounding near that of a blocked library
+// GEMM.
 template <typename C, int NV, bool kOverTokens>
 inline __attribute__((always_inline)) void tile(const C* __restrict a, int64_t lda,
                                                 const C* __restrict s, int64_t count,
@@ -308,8 +309,7 @@ void sketch(const SketchJob<C>& job, int64_t begin, int64_t end, C* y, C* w, C* 
 
     if (job.v == nullptr) {
       View part = job.p;
-      part.data =
-          static_cast<const char*>(part.data) + first * part.ld * element_size(part.dtype);
+      part.data = static_cast<const char*>(part.data) + first * part.ld * element_size(part.dtype);
       pack<C>(part, job.chunk, 0, rows, p);
     } else {
       for (int64_t i = 0; i < p_panels.size(); ++i) p[i] = 0;
@@ -377,8 +377,8 @@ void apply(const ApplyJob<C>& job, int64_t begin, int64_t end, C* scratch) {
       load_block<C>(job.a, first, rows, padded, c, columns, block);
       for (int64_t q = 0; q < panels.count(); ++q) {
         const int64_t nv = panels.panel_vectors(q);
-        features<C>(nv, block, kBlockColumns, padded,
-                    job.s + s_panels.offset(q) + c * nv * kLanes, columns, p + panels.offset(q));
+        features<C>(nv, block, kBlockColumns, padded, job.s + s_panels.offset(q) + c * nv * kLanes,
+                    columns, p + panels.offset(q));
       }
     }
     for (int64_t q = 0; q < panels.count(); ++q) {
@@ -527,8 +527,8 @@ bool jacobi_rotate(double* x, double* y, double* p, double* q, int64_t n, double
 
 template <typename C>
 KernelSet<C> make_set() {
-  return {Simd<C>::kLanes, sketch_scratch<C>, sketch<C>, apply_scratch<C>, apply<C>,
-          update_scratch<C>, update<C>, pack<C>, pack_transposed<C>, reduce<C>};
+  return {Simd<C>::kLanes,   sketch_scratch<C>, sketch<C>, apply_scratch<C>,   apply<C>,
+          update_scratch<C>, update<C>,         pack<C>,   pack_transposed<C>, reduce<C>};
 }
 
 #define MOLEGRAD_STRING_(x) #x
@@ -537,7 +537,12 @@ KernelSet<C> make_set() {
 }  // namespace
 
 const KernelTable& table() {
-  static const KernelTable instance = {MOLEGRAD_STRING(MOLEGRAD_CAPABILITY), dot, axpy, jacobi_rotate, make_set<float>(), make_set<double>()};
+  static const KernelTable instance = {MOLEGRAD_STRING(MOLEGRAD_CAPABILITY),
+                                       dot,
+                                       axpy,
+                                       jacobi_rotate,
+                                       make_set<float>(),
+                                       make_set<double>()};
   return instance;
 }
 

@@ -114,10 +114,9 @@ void project(const Block& block) {
   if (block.u == nullptr) return;
   Matrix h(block.p * block.k);
   const View u = const_view(*block.u, block.m, block.p);
-  product_tn<double>(u, const_view(block.z, block.m, block.k),
-                     mutable_view(h, block.p, block.k));
-  product_nn<double>(u, const_view(h, block.p, block.k),
-                     mutable_view(block.z, block.m, block.k), true);
+  product_tn<double>(u, const_view(block.z, block.m, block.k), mutable_view(h, block.p, block.k));
+  product_nn<double>(u, const_view(h, block.p, block.k), mutable_view(block.z, block.m, block.k),
+                     true);
 }
 
 std::vector<double> column_norms(const Matrix& z, int64_t k) {
@@ -147,8 +146,7 @@ double cholesky_qr(const Block& block, double tolerance, Matrix& r) {
   for (int64_t j = 0; j < k; ++j)
     if (gram[j * k + j] <= tolerance) return 0;
   Matrix inverse = upper_inverse(gram, k);
-  const double cond =
-      std::sqrt(kernels().dot(inverse.data(), inverse.data(), k * k));
+  const double cond = std::sqrt(kernels().dot(inverse.data(), inverse.data(), k * k));
   if (!(cond <= kGramLimit)) return 0;
   for (int64_t i = 0; i < k; ++i)
     for (int64_t j = i; j < k; ++j) {
@@ -165,7 +163,7 @@ double cholesky_qr(const Block& block, double tolerance, Matrix& r) {
 bool gram_schmidt(const Block& block, double tolerance, Matrix& r) {
   const KernelTable& table = kernels();
   const int64_t m = block.m, k = block.k, p = block.p;
-  Matrix columns((p + k) * m);  // columns of U, then of Z, each contiguous
+  Matrix columns((p + k) * m);          // columns of U, then of Z, each contiguous
   std::vector<double> covered(m, 0.0);  // squared row norms of the basis so far
   for (int64_t i = 0; i < m; ++i) {
     for (int64_t j = 0; j < p; ++j) {
@@ -255,8 +253,8 @@ OrthStatus orthonormalize_any(const View* u, const View& y, double cond_max, con
     for (double& s : scale) s = finite ? power_of_two(s) : 1;
     for (size_t i = 0; i < z.size(); i += k)
       for (int64_t j = 0; j < k; ++j) z[i + j] /= scale[j];
-    Block block{z, m, k, u == nullptr ? nullptr : &basis, u == nullptr ? 0 : u->cols,
-                column_norms(z, k)};
+    Block block{
+        z, m, k, u == nullptr ? nullptr : &basis, u == nullptr ? 0 : u->cols, column_norms(z, k)};
     project(block);
     project(block);
     const OrthStatus found = factor(block, cond_max, std::numeric_limits<C>::epsilon(), triangle);
@@ -310,14 +308,13 @@ void polar_factor(const View& w, const MutableView& p) {
       std::max(kJacobiTolerance * eps, 4e-16 * std::sqrt(static_cast<double>(k)));
   std::vector<double> squares(k), sigma(k);
   for (int sweep = 0; sweep < kMaxSweeps; ++sweep) {
-    for (int64_t i = 0; i < k; ++i)
-      squares[i] = table.dot(r.data() + i * k, r.data() + i * k, k);
+    for (int64_t i = 0; i < k; ++i) squares[i] = table.dot(r.data() + i * k, r.data() + i * k, k);
     bool rotated = false;
     for (int64_t i = 0; i < k; ++i)
       for (int64_t j = i + 1; j < k; ++j)
-        rotated |= table.jacobi_rotate(r.data() + i * k, r.data() + j * k,
-                                       rotations.data() + i * k, rotations.data() + j * k, k,
-                                       orthogonal, &squares[i], &squares[j]);
+        rotated |=
+            table.jacobi_rotate(r.data() + i * k, r.data() + j * k, rotations.data() + i * k,
+                                rotations.data() + j * k, k, orthogonal, &squares[i], &squares[j]);
     if (!rotated) break;
   }
   for (int64_t i = 0; i < k; ++i)
@@ -335,11 +332,11 @@ void polar_factor(const View& w, const MutableView& p) {
   store<C>(result.data(), p);
 }
 
-#define MOLEGRAD_INSTANTIATE(C)                                                                    \
-  template OrthStatus orthonormalize<C>(const View&, double, const MutableView&,                   \
-                                        const MutableView&);                                       \
-  template OrthStatus orthonormalize_against<C>(const View&, const View&, double,                  \
-                                                const MutableView&, const MutableView&);           \
+#define MOLEGRAD_INSTANTIATE(C)                                                          \
+  template OrthStatus orthonormalize<C>(const View&, double, const MutableView&,         \
+                                        const MutableView&);                             \
+  template OrthStatus orthonormalize_against<C>(const View&, const View&, double,        \
+                                                const MutableView&, const MutableView&); \
   template void polar_factor<C>(const View&, const MutableView&);
 MOLEGRAD_INSTANTIATE(float)
 MOLEGRAD_INSTANTIATE(double)

@@ -52,9 +52,8 @@ template <typename C>
 Buffer<C> pack_panels(const KernelSet<C>& set, const View& src) {
   const Panels panels(set.lanes, src.rows, src.cols);
   Buffer<C> packed(panels.size());
-  for_rows(src.rows, [&](int64_t begin, int64_t end) {
-    set.pack(src, src.rows, begin, end, packed.data());
-  });
+  for_rows(src.rows,
+           [&](int64_t begin, int64_t end) { set.pack(src, src.rows, begin, end, packed.data()); });
   return packed;
 }
 
@@ -167,10 +166,9 @@ void rank_update(const MutableView& weight, const View& u, const View& w, double
   const KernelSet<C>& set = kernel_set<C>();
   const Panels panels(set.lanes, w.cols, w.rows);
   Buffer<C> wt(panels.size());
-  torch::stable::parallel_for(0, panels.count(), kPanelsPerThread,
-                              [&](int64_t begin, int64_t end) {
-                                set.pack_transposed(w, begin, end, wt.data());
-                              });
+  torch::stable::parallel_for(0, panels.count(), kPanelsPerThread, [&](int64_t begin, int64_t end) {
+    set.pack_transposed(w, begin, end, wt.data());
+  });
   UpdateJob<C> job;
   job.weight = weight;
   job.u = u;
@@ -187,13 +185,13 @@ void rank_update(const MutableView& weight, const View& u, const View& w, double
   });
 }
 
-#define MOLEGRAD_INSTANTIATE(C)                                                                 \
-  template class Buffer<C>;                                                                     \
-  template void sketch<C>(const View&, const View&, const View&, const View&,                   \
-                          const MutableView&, const MutableView&, bool);                        \
-  template void sketch_left<C>(const View&, const View&, const View&, const MutableView&);      \
-  template void product_tn<C>(const View&, const View&, const MutableView&);                    \
-  template void product_nn<C>(const View&, const View&, const MutableView&, bool);              \
+#define MOLEGRAD_INSTANTIATE(C)                                                                   \
+  template class Buffer<C>;                                                                       \
+  template void sketch<C>(const View&, const View&, const View&, const View&, const MutableView&, \
+                          const MutableView&, bool);                                              \
+  template void sketch_left<C>(const View&, const View&, const View&, const MutableView&);        \
+  template void product_tn<C>(const View&, const View&, const MutableView&);                      \
+  template void product_nn<C>(const View&, const View&, const MutableView&, bool);                \
   template void rank_update<C>(const MutableView&, const View&, const View&, double, double);
 MOLEGRAD_INSTANTIATE(float)
 MOLEGRAD_INSTANTIATE(double)

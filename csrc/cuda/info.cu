@@ -1,12 +1,12 @@
 // Versions and capabilities of the CUDA side, for molegrad.build_info().
-#include "info.h"
-
 #include <cuda_runtime.h>
 #include <dlfcn.h>
 
 #include <cstddef>
 #include <cstdio>
 #include <cstring>
+
+#include "info.h"
 
 namespace {
 
