@@ -5,6 +5,7 @@
 #   MOLEGRAD_TORCH  what pip installs as torch where there is none (default: the newest release
 #                   built for CUDA 12.8 beside an NVIDIA GPU, otherwise torch==2.13.0)
 #   MOLEGRAD_BUILD  0 leaves the native extension out (see README)
+#   MOLEGRAD_SKIP_INSTALL  1 takes the environment as it is
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -43,6 +44,8 @@ setup_environment() {
     stamp="$venv/.molegrad-stamp"
   fi
   export PYTHON
+
+  if [ "${MOLEGRAD_SKIP_INSTALL:-0}" = 1 ]; then return; fi
 
   # Installing again is needed only when what is installed or built has changed. An environment
   # with the extension serves MOLEGRAD_BUILD=0 too: the extension is then not loaded.

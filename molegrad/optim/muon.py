@@ -203,6 +203,8 @@ class Muon(Optimizer):
                     with torch.no_grad():
                         p.copy_(state["basis"])
                     state["basis"] = p.detach()
+                    if "step" in state:  # torch leaves this key where it was loaded from
+                        state["step"] = state["step"].to(p.device)
 
 
 def _validate(group: dict[str, Any]) -> None:
