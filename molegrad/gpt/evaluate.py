@@ -156,6 +156,7 @@ def evaluate(config) -> dict:
         "device": device_name(device),
         "dtype": str(dtype).removeprefix("torch."),
         "torch": torch.__version__,
+        "config": flags.resolved(config),  # of the newest call
     }
     results = record.setdefault("tasks", {})
     for name in chosen(config):

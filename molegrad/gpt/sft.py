@@ -27,11 +27,12 @@ from molegrad.gpt.bpb import bits_per_byte
 from molegrad.gpt.chat import answer
 from molegrad.gpt.conversations import WEIGHTS, conversation_mixture
 from molegrad.gpt.corpus import open_corpus
+from molegrad.gpt.environment import machine_record
 from molegrad.gpt.logger import RunLogger
 from molegrad.gpt.loop import Trainer
 from molegrad.gpt.sft_data import ConversationLoader, held_out_batches, render
 from molegrad.gpt.train_config import TrainFlags, _flag, compute_dtype, device_of, resolve
-from molegrad.monitor import aggregate, layer_metrics
+from molegrad.monitor import aggregate, layer_metrics, memory_bytes
 
 QUESTIONS = ("What is 12 + 7?", "Spell the word tensor", "What does torch.relu do?", "Hello")
 
@@ -217,6 +218,7 @@ def _train(config, processes, device, folder: Path, saved_folder: Path | None, b
             "steps": steps,
             "parameters": model.count_parameters(),
             "corpus": corpus.manifest,
+            "machine": machine_record(device, world),
             "conversation_sources": sources,
             "started_from": base.name,
             "base_stage": base.folder.name,
@@ -286,7 +288,9 @@ def _train(config, processes, device, folder: Path, saved_folder: Path | None, b
             trainer.resume(saved)
             processes.print(f"resumed {saved.folder} at step {saved.step}")
         result = trainer.run()
-        logger.log({"step": trainer.progress.step, "train/skipped_batches": loader.skipped})
+        held = {f"memory/{k}": v for k, v in memory_bytes(model, optimizers).items()}
+        skipped = {"train/skipped_batches": loader.skipped}
+        logger.log({"step": trainer.progress.step, **skipped, **held})
     if loader.skipped:
         processes.print(f"{loader.skipped} batches had no target and were skipped")
     return {**result, "folder": str(folder), "skipped_batches": loader.skipped}

@@ -23,6 +23,7 @@ from molegrad.gpt import checkpoint, flags, hardware, paths, schedule, setup
 from molegrad.gpt.bpb import bits_per_byte
 from molegrad.gpt.corpus import open_corpus
 from molegrad.gpt.engine import generate
+from molegrad.gpt.environment import machine_record
 from molegrad.gpt.loader import PackedLoader, validation_batches
 from molegrad.gpt.logger import RunLogger
 from molegrad.gpt.loop import Trainer
@@ -30,7 +31,7 @@ from molegrad.gpt.model import GPT, GPTConfig
 from molegrad.gpt.tokenizer import Tokenizer
 from molegrad.gpt.tokens import CorpusTokens
 from molegrad.gpt.train_config import BaseTrainConfig, compute_dtype, device_of, resolve
-from molegrad.monitor import aggregate, layer_metrics
+from molegrad.monitor import aggregate, layer_metrics, memory_bytes
 
 PROMPTS = (
     "Return a new array",
@@ -108,6 +109,7 @@ def _train(config, processes, device, folder: Path, saved_folder: Path | None) -
     if processes.first:
         tokenizer.save(folder / "tokenizer")
         record = {**saved_config, "steps": steps, "parameters": counts, "corpus": corpus.manifest}
+        record["machine"] = machine_record(device, world)
         (folder / "config.json").write_text(json.dumps(record, indent=1, default=str))
 
     token_bytes = tokenizer.token_bytes()
@@ -159,7 +161,9 @@ def _train(config, processes, device, folder: Path, saved_folder: Path | None) -
             trainer.resume(saved)
             processes.print(f"resumed {saved.folder} at step {saved.step}")
         result = trainer.run()
-    return {**result, "folder": str(folder), "best_bpb": trainer.progress.best_bpb}
+        held = {f"memory/{k}": v for k, v in memory_bytes(model, optimizers).items()}
+        logger.log({"step": trainer.progress.step, **held})
+    return {**result, **held, "folder": str(folder), "best_bpb": trainer.progress.best_bpb}
 
 
 def prepare_device(config, device: torch.device) -> None:
