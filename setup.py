@@ -2,7 +2,7 @@
 
 import atexit
 import importlib.util
-import shutil
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -47,15 +47,15 @@ class CMakeBuild(build_ext):
         work.mkdir(parents=True, exist_ok=True)
         # A cache of another environment names compilers and packages that may be gone.
         (work / "CMakeCache.txt").unlink(missing_ok=True)
+        cmake = tools.find_tool("cmake", os.environ)
+        if cmake is None:
+            sys.exit("molegrad: cmake was not found. Remedy: pip install cmake ninja")
+        ninja = tools.find_tool("ninja", os.environ)
         arguments = tools.cmake_arguments(
-            self.plan,
-            target.parent,
-            sys.executable,
-            pybind11.get_cmake_dir(),
-            shutil.which("ninja"),
+            self.plan, target.parent, sys.executable, pybind11.get_cmake_dir(), ninja
         )
-        subprocess.run(["cmake", str(ROOT), *arguments], cwd=work, check=True)
-        subprocess.run(["cmake", "--build", "."], cwd=work, check=True)
+        subprocess.run([cmake, str(ROOT), *arguments], cwd=work, check=True)
+        subprocess.run([cmake, "--build", "."], cwd=work, check=True)
 
 
 setup(

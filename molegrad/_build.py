@@ -169,6 +169,13 @@ def find_compiler(environ: Mapping[str, str]) -> str | None:
     return None
 
 
+def find_tool(name: str, environ: Mapping[str, str], python: str = sys.executable) -> str | None:
+    """A program on the PATH or beside `python`, whose environment need not be activated."""
+    return shutil.which(name, path=environ.get("PATH")) or shutil.which(
+        name, path=str(Path(python).parent)
+    )
+
+
 def version_tuple(version: str) -> tuple[int, int]:
     major, minor = re.match(r"(\d+)\.(\d+)", version).groups()
     return int(major), int(minor)
