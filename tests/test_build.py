@@ -152,6 +152,16 @@ def test_compiler(tmp_path):
     assert _build.find_compiler({"PATH": str(tmp_path)}) == str(compiler)
 
 
+def test_tools_are_found_beside_a_python_that_is_not_activated(tmp_path):
+    tool = tmp_path / "venv" / "bin" / "cmake"
+    tool.parent.mkdir(parents=True)
+    tool.write_text("#!/bin/sh\n")
+    tool.chmod(0o755)
+    environ = {"PATH": str(tmp_path)}
+    assert _build.find_tool("cmake", environ, str(tool.with_name("python"))) == str(tool)
+    assert _build.find_tool("cmake", environ, str(tmp_path / "python")) is None
+
+
 @pytest.mark.parametrize("torch, headers", [(CU128, ["cublas", "cuda_runtime"]), (CU130, ["cu13"])])
 def test_cuda_headers_of_the_pip_packages(torch, headers, tmp_path):
     torch = Torch(torch.version, torch.cuda, tmp_path / "torch")
