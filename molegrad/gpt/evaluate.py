@@ -203,7 +203,10 @@ def shown(name: str, task: dict) -> str:
         return f"{task['bpb']:.4f} bits per byte"
     if name == "samples":
         return f"{len(task['texts'])} texts"
-    return f"{100 * task['accuracy']:.1f}% ± {100 * task['standard_error']:.1f}"
+    text = f"{100 * task['accuracy']:.1f}% ± {100 * task['standard_error']:.1f}"
+    if "accuracy_total" in task:  # the other way to score
+        text += f" (not per byte: {100 * task['accuracy_total']:.1f}%)"
+    return text
 
 
 def _run(name: str, opened: stages.OpenStage, config, dtype: torch.dtype) -> dict:

@@ -136,6 +136,7 @@ def comparison(records: list[RunRecord], missing: list[str]) -> str:
         ("val bits per byte", "bpb", "{:.4f}"),
         ("gap to dense", None, ""),
         ("ms a step", "step_ms", "{:,.1f}"),
+        ("20% to 80%", "step_ms_spread", "{}"),
         ("tokens/s", "tokens_per_second", "{:,.0f}"),
         ("MFU %", "mfu", "{:.1f}"),
         ("minutes", "seconds", "{:,.1f}"),
@@ -160,7 +161,7 @@ def comparison(records: list[RunRecord], missing: list[str]) -> str:
         for title, key, form in columns:
             value = named[title] if key is None else row[key]
             if key is not None and value is not None:
-                value = form.format(value * scale.get(key, 1))
+                value = form.format(value * scale[key] if key in scale else value)
             if value is None:
                 missing.append(f"{record.label}: {title}")
             cells.append(ABSENT if value is None else value)
@@ -171,9 +172,10 @@ def comparison(records: list[RunRecord], missing: list[str]) -> str:
             )
     text = markdown_table([title for title, _, _ in columns], lines)
     text += (
-        "\n\nStep times and rates are medians without the first steps; memory is that of the "
-        "weight gradients and optimizer state of all layers, and the peak that torch's allocator "
-        "(GPU) or the process (CPU) reached."
+        "\n\nStep times and rates are medians without the first steps, with the range of the "
+        "middle steps: they can be compared only between runs that had the machine to themselves. "
+        "Memory is that of the weight gradients and optimizer state of all layers, and the peak "
+        "that torch's allocator (GPU) or the process (CPU) reached."
     )
     if differ := differences(records):
         text += "\n\nThe runs differ in more than the method, so the gap is not its effect alone:\n"

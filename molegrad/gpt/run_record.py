@@ -59,16 +59,19 @@ class RunRecord:
         values = self.series(key)[1]
         return values[-1] if values else None
 
-    def settled(self, key: str) -> float | None:
-        """The median after the first steps, or None where there are no later ones."""
+    def settled(self, key: str) -> tuple[float, float, float] | None:
+        """The 20%, 50% and 80% points after the first steps; None where there are no later ones."""
         steps, values = self.series(key)
         late = [v for s, v in zip(steps, values, strict=True) if s > LEFT_OUT_STEPS]
-        return statistics.median(late) if late else None
+        if len(late) < 2:
+            return (late[0],) * 3 if late else None
+        deciles = statistics.quantiles(late, n=10, method="inclusive")
+        return deciles[1], deciles[4], deciles[7]
 
     def summary(self) -> dict:
         """The numbers of a row of the report's table; None where they were not logged."""
         state = [self.last(f"memory/{name}") for name in ("optimizer_state", "bases")]
-        step_seconds = self.settled("train/dt")
+        seconds, rate, mfu = map(self.settled, ("train/dt", "train/tok_per_sec", "train/mfu"))
         return {
             "steps": self.last("step"),
             "steps_planned": self.config.get("steps"),
@@ -76,9 +79,10 @@ class RunRecord:
             "bpb": self.last("val/bpb"),
             "val_loss": self.last("val/loss"),
             "train_loss": self.last("train/loss"),
-            "step_ms": None if step_seconds is None else 1e3 * step_seconds,
-            "tokens_per_second": self.settled("train/tok_per_sec"),
-            "mfu": self.settled("train/mfu"),
+            "step_ms": seconds and 1e3 * seconds[1],
+            "step_ms_spread": seconds and f"{1e3 * seconds[0]:,.1f} to {1e3 * seconds[2]:,.1f}",
+            "tokens_per_second": rate and rate[1],
+            "mfu": mfu and mfu[1],
             "seconds": self.last("total_training_time"),
             "gradient_bytes": self.last("memory/gradients"),
             "state_bytes": None if None in state else sum(state),

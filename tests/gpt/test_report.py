@@ -106,6 +106,7 @@ def test_the_commands_give_the_same_configurations(text, tiny_folder):
 def test_medians_leave_the_first_steps_out():
     row = record().summary()
     assert row["step_ms"] == pytest.approx(130)  # of steps 6 .. 20
+    assert row["step_ms_spread"] == "88.0 to 172.0"
     assert row["bpb"] == 2.0 and row["gradient_bytes"] is None and row["steps"] == 20
 
 

@@ -7,6 +7,7 @@ import torch
 
 from molegrad.gpt import stages, tasks
 from molegrad.gpt.conversations import SummaryPair, arithmetic_conversations
+from molegrad.gpt.sft_data import ConversationLoader, render
 from molegrad.gpt.tasks import (
     Exercise,
     choice_ids,
@@ -170,10 +171,26 @@ def test_a_question_that_does_not_fit_is_wrong(tiny):
     assert result["accuracy"] == 0 and result["examples"][0]["given"] is None
 
 
+def test_a_model_that_knows_the_summaries_chooses_them(tiny):
+    opened = stages.open_stage("tiny", "base")
+    model, tokenizer = opened.model.train(), opened.tokenizer
+    words = ["add", "sort", "open", "close", "read", "write", "find", "drop", "join", "split"]
+    known = [SummaryPair(w, f"Will {w} the {w}able {w}s.", "m", "function") for w in words]
+    questions = four_way_questions(known, 10)
+    right = [choice_ids(q, q.choices[q.answer], tokenizer, False) for q in questions]
+    rendered = [(ids, [0] * context + [1] * (len(ids) - context)) for ids, context in right]
+    loader = ConversationLoader(rendered, 5, 64, tokenizer.bos)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(80):
+        model(*loader.next_batch()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    result = run_four_way(model.eval(), tokenizer, questions, False)
+    assert result["accuracy"] == result["accuracy_total"] == 1
+
+
 def test_a_model_that_learnt_the_answers_gives_them(tiny):
     """Greedy generation and the chat format are the ones of fine-tuning."""
-    from molegrad.gpt.sft_data import ConversationLoader, render
-
     opened = stages.open_stage("tiny", "sft")
     model, tokenizer = opened.model.train(), opened.tokenizer
     asked = [Exercise("Spell cat", "c a t"), Exercise("1 + 2 = ?", "1 + 2 = 3")]
