@@ -63,7 +63,7 @@ case "$PROFILE" in
     base+=" --data-max-bytes=400000 --eval-every=6 --eval-tokens=2048 --matrix-lr=0.02"
     low_rank+=" --streaming_gradient_mode=factored --streaming_rank_k=8"
     sft="--num-iterations=6 --eval-every=3"
-    evaluation="--max-problems=8"
+    evaluation="--max-questions=8"
     ;;
   *)
     echo "PROFILE=$PROFILE is unknown: choose cpu, rtx5090 or smoke" >&2
@@ -93,9 +93,9 @@ chain=""
 state() {
   if [ "$wanted" != "  " ]; then
     echo new
-  elif [ -f "$1.done" ] && [ "$(cat "$1.done")" = "$chain" ]; then
+  elif [ -f "$1.done" ] && [ "$(cat "$1.done")" = "${chain%$'\n'}" ]; then
     echo done
-  elif [ -f "$1.started" ] && [ "$(cat "$1.started")" = "$chain" ]; then
+  elif [ -f "$1.started" ] && [ "$(cat "$1.started")" = "${chain%$'\n'}" ]; then
     echo interrupted
   else
     echo new

@@ -91,9 +91,7 @@ def dense_estimate(
     n, k = basis_v.shape
     omega = bases.rademacher(n, probes, counter, seed, basis_v.dtype) if probes else None
     if method == "power":
-        left, right, norm_sq, status = ops.lowrank_grad(
-            a, b, basis_v, power_iters, omega, cond_max
-        )
+        left, right, norm_sq, status = ops.lowrank_grad(a, b, basis_v, power_iters, omega, cond_max)
         w, y = right, None
         captured_sq = w.square().sum()
     else:
@@ -113,9 +111,7 @@ def dense_estimate(
         right = right * trust
     estimate = left @ right.mT
 
-    new_v, condition, orth_status = bases.refresh(
-        basis_v, w, counter, explored, seed + 1, cond_max
-    )
+    new_v, condition, orth_status = bases.refresh(basis_v, w, counter, explored, seed + 1, cond_max)
     drift = bases.drift(basis_v, new_v)
     if y is not None:
         new_u, _, status = bases.refresh(basis_u, y, counter, explored, seed + 2, cond_max)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+
 def rademacher(rows: int, cols: int, counter: Tensor, seed: int, dtype: torch.dtype) -> Tensor:
     """Random signs (rows, cols) in `dtype` on the counter's device; see `ops.rademacher`."""
     return torch.ops.molegrad.rademacher(rows, cols, counter, seed).to(dtype)

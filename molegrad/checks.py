@@ -44,7 +44,8 @@ def tokens(op: str, a: Tensor, b: Tensor) -> None:
     """a (…, T, n) and b (…, T, m): same dtype and leading dimensions."""
     _require(
         a.dim() >= 2 and b.dim() >= 2, op,
-        f"a and b need at least two dimensions (…, T, features), got a {_shape(a)} and b {_shape(b)}",
+        "a and b need at least two dimensions (…, T, features), "
+        f"got a {_shape(a)} and b {_shape(b)}",
     )  # fmt: skip
     _require(
         a.shape[:-1] == b.shape[:-1], op,
@@ -59,9 +60,7 @@ def tokens(op: str, a: Tensor, b: Tensor) -> None:
 def basis(op: str, name: str, x: Tensor, rows: int, rank_max: int | None = None) -> None:
     """x (rows, k) with k >= 1, and k <= rank_max where columns must be orthonormal."""
     matrix(op, name, x)
-    _require(
-        x.shape[0] == rows, op, f"expected {name} with {rows} rows, got shape {_shape(x)}"
-    )
+    _require(x.shape[0] == rows, op, f"expected {name} with {rows} rows, got shape {_shape(x)}")
     k = x.shape[1]
     _require(k >= 1, op, f"rank k={k} of {name} must be at least 1")
     if rank_max is not None:
@@ -153,7 +152,9 @@ def lowrank_update_(weight, u, w, alpha=-1.0, decay=0.0) -> None:
     basis(op, "u", u, weight.shape[0])
     basis(op, "w", w, weight.shape[1])
     _require(
-        u.shape[1] == w.shape[1], op, f"expected u and w of one rank k, got {_shape(u)} and {_shape(w)}"
+        u.shape[1] == w.shape[1],
+        op,
+        f"expected u and w of one rank k, got {_shape(u)} and {_shape(w)}",
     )
 
 

@@ -24,9 +24,7 @@ def factored_norm_sq(layer: MoleLinear) -> Tensor:
 
 
 @torch.no_grad()
-def clip_grad_norm_(
-    model: nn.Module, max_norm: float, error_if_nonfinite: bool = False
-) -> Tensor:
+def clip_grad_norm_(model: nn.Module, max_norm: float, error_if_nonfinite: bool = False) -> Tensor:
     """Scale all gradients of `model` so that their joint 2-norm is at most `max_norm`.
 
     torch.nn.utils.clip_grad_norm_ would count the sketches of a factored layer as if they were its

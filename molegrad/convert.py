@@ -175,9 +175,7 @@ def _reason(
     return None
 
 
-def convert(
-    model: nn.Module, config: MoleGradConfig | None = None, **changes
-) -> nn.Module:
+def convert(model: nn.Module, config: MoleGradConfig | None = None, **changes) -> nn.Module:
     """Convert the planned layers in place and return the model (a new layer if it is one itself).
 
     Args:

@@ -178,15 +178,13 @@ def _checked(op: Op, kernel: Callable) -> Callable:
 
 
 def _autocast(name: str, device_type: str) -> Callable:
-    """x, weight and bias in autocast's dtype, as torch does for its own linear; bases stay float32."""
+    """x, weight and bias in autocast's dtype, as torch's own linear has them; bases in float32."""
 
     def run(x, weight, bias, *rest):
         dtype = torch.get_autocast_dtype(device_type)
         x, weight, bias = (
-            t.to(dtype) if t is not None and t.dtype in (torch.float32, torch.float16, torch.bfloat16)
-            else t
-            for t in (x, weight, bias)
-        )  # fmt: skip
+            t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, weight, bias)
+        )
         key = torch._C._dispatch_key_parse(f"Autocast{device_type.upper()}")
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
             return getattr(torch.ops.molegrad, name)(x, weight, bias, *rest)
@@ -262,9 +260,7 @@ def sketch(a: Tensor, b: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return torch.ops.molegrad.sketch(a, b, u, v)
 
 
-def sketch_accumulate_(
-    y: Tensor, w: Tensor, a: Tensor, b: Tensor, u: Tensor, v: Tensor
-) -> None:
+def sketch_accumulate_(y: Tensor, w: Tensor, a: Tensor, b: Tensor, u: Tensor, v: Tensor) -> None:
     """Y += Bᵀ(A V) and W += Aᵀ(B U) in place: call it per token chunk, the sum is exact.
 
     `y` (m, k_v) and `w` (n, k_u) are contiguous and float32 (float64 for float64 inputs).

@@ -154,7 +154,6 @@ def tangent_factors(
     """Factors of Ĝ = U Wᵀ + (I − UUᵀ) Y Vᵀ, the projection of G on the tangent space at (U, V)."""
     dtype = acc_dtype(y.dtype)
     u, v, y, w = (x.to(dtype) for x in (u, v, y, w))
-    k = u.shape[1]
     y_perp = y - u @ (u.mT @ y)
     y_perp = y_perp - u @ (u.mT @ y_perp)  # twice is enough (Kahan, Parlett)
     left, r, _ = orthonormalize(torch.cat([u, y_perp], dim=1), cond_max)

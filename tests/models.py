@@ -61,6 +61,8 @@ class TinyGPT(nn.Module):
 def perceptron(config: MoleGradConfig | None = None, bias: bool = True, dtype=None) -> nn.Module:
     torch.manual_seed(1)
     model = nn.Sequential(
-        nn.Linear(24, 40, bias=bias, dtype=dtype), nn.Tanh(), nn.Linear(40, 20, bias=bias, dtype=dtype)
+        nn.Linear(24, 40, bias=bias, dtype=dtype),
+        nn.Tanh(),
+        nn.Linear(40, 20, bias=bias, dtype=dtype),
     )
     return model if config is None else convert(model, config)

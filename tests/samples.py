@@ -1,4 +1,4 @@
-"""One set of inputs for every op, used by the tests of correctness, opcheck and the fake kernels."""
+"""One set of inputs for every op, for the tests of correctness, opcheck and fake kernels."""
 
 from __future__ import annotations
 
@@ -67,7 +67,9 @@ def sample_inputs(name: str, requires_grad: bool = False) -> list[tuple]:
         "rademacher": [(5, 3, counter, 7)],
         "linear_dense": [
             (*linear, counter, stats, method, 1, probes, trust, 1, 3, 1e3)
-            for method, probes, trust in (("power", 2, 0.0), ("tangent", 0, 0.0), ("tangent", 3, 2.0))
+            for method, probes, trust in (
+                ("power", 2, 0.0), ("tangent", 0, 0.0), ("tangent", 3, 2.0),
+            )
         ],
         "linear_factored": [
             (*linear[:3], u_, v_, stats, method, 3, 1, 1e3)

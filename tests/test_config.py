@@ -8,7 +8,12 @@ from molegrad import MoleGradConfig
 
 def test_defaults_are_the_documented_ones():
     c = MoleGradConfig()
-    assert (c.rank_k, c.power_iters, c.target_layers, c.warm_start_decay) == (32, 1, "ffn_only", 0.95)
+    assert (c.rank_k, c.power_iters, c.target_layers, c.warm_start_decay) == (
+        32,
+        1,
+        "ffn_only",
+        0.95,
+    )
     assert c.explored == 2  # ceil(0.05 * 32)
     assert all(f.metadata["help"] for f in dataclasses.fields(c))
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -16,7 +21,8 @@ def test_defaults_are_the_documented_ones():
 
 
 @pytest.mark.parametrize(
-    ("decay", "k", "explored"), [(1.0, 8, 0), (0.95, 8, 1), (0.0, 8, 8), (0.9, 100, 10), (0.5, 1, 1)]
+    ("decay", "k", "explored"),
+    [(1.0, 8, 0), (0.95, 8, 1), (0.0, 8, 8), (0.9, 100, 10), (0.5, 1, 1)],
 )
 def test_explored_directions(decay, k, explored):
     assert MoleGradConfig(rank_k=k, warm_start_decay=decay).explored == explored

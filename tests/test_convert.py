@@ -94,7 +94,9 @@ def test_the_plan_says_why_a_layer_is_left():
     assert "too small for rank_k=4" in reasons["c_proj"]
     small = plan(model, MoleGradConfig(rank_k=12, target_layers=["mlp"], min_layer_utilization=0.7))
     assert "saves 44% of the dense gradient, less than min_layer_utilization=70%" in str(small)
-    assert "taken" in str(plan(model, config)) and "not a target of ffn_only (role: attention)" in str(
+    assert "taken" in str(
+        plan(model, config)
+    ) and "not a target of ffn_only (role: attention)" in str(
         plan(TinyGPT(), MoleGradConfig(rank_k=4))
     )
 

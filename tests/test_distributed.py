@@ -42,9 +42,7 @@ def batches():
 
 def worker(rank: int, port: int, config: MoleGradConfig, results) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
-    )
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     try:
         model, optimizers = build(config)
         module = DistributedDataParallel(model)

@@ -80,10 +80,12 @@ def test_warm_start_finds_the_leading_modes(method):
 
 
 def test_exploration_replaces_the_weakest_and_finds_a_new_mode():
-    """Without exploration a basis that is blind to a direction stays blind; with it, it is found."""
+    """A basis that is blind to a direction stays blind without exploration, and finds it with."""
     found = {}
     for decay in (1.0, 0.5):
-        layer = MoleLinear(24, 40, bias=False, config=config("dense", "power", warm_start_decay=decay))
+        layer = MoleLinear(
+            24, 40, bias=False, config=config("dense", "power", warm_start_decay=decay)
+        )
         layer.basis_v.copy_(torch.eye(24, 4))
         a, b = torch.zeros(30, 24), torch.zeros(30, 40)
         a[0, 0], b[0, 0] = 1.0, 1.0
@@ -125,7 +127,9 @@ def test_trust_scaling_restores_the_norm():
         layer(a).backward(b)
         norms[trust] = layer.weight.grad.norm().item()
         gradient_sq, captured_sq, factor = layer.stats[:3].tolist()
-        assert factor == pytest.approx((gradient_sq / captured_sq) ** 0.5 if trust else 1.0, rel=1e-4)
+        assert factor == pytest.approx(
+            (gradient_sq / captured_sq) ** 0.5 if trust else 1.0, rel=1e-4
+        )
     truth = (b.mT @ a).norm().item()
     assert norms[False] < 0.9 * truth
     assert norms[True] == pytest.approx(truth, rel=0.25)
@@ -296,7 +300,9 @@ def test_bases_state_dict_resumes_exactly():
 def test_a_rank_that_does_not_fit_is_refused_and_repr_tells():
     with pytest.raises(ValueError, match="needs a layer of at least 8 features.*lower rank_k"):
         MoleLinear(6, 40, config=config())
-    assert "rank_k=4, method=tangent, gradient_mode=dense" in repr(MoleLinear(24, 40, config=config()))
+    assert "rank_k=4, method=tangent, gradient_mode=dense" in repr(
+        MoleLinear(24, 40, config=config())
+    )
 
 
 def test_any_torch_optimizer_works_in_dense_mode():

@@ -148,9 +148,14 @@ def test_linear_factored_gradients_are_those_of_a_low_rank_offset():
     u, v = orthonormal(5, 2, dtype=F64), orthonormal(6, 2, dtype=F64)
     cotangent = randn(7, 5, dtype=F64)
     u_, v_ = u.clone().requires_grad_(), v.clone().requires_grad_()
-    y = torch.ops.molegrad.linear_factored(x, weight, bias, u_, v_, torch.zeros(6), "tangent", 2, 1, 1e3)
+    y = torch.ops.molegrad.linear_factored(
+        x, weight, bias, u_, v_, torch.zeros(6), "tangent", 2, 1, 1e3
+    )
     y.backward(cotangent)
-    p, q = torch.zeros(5, 2, dtype=F64).requires_grad_(), torch.zeros(6, 2, dtype=F64).requires_grad_()
+    p, q = (
+        torch.zeros(5, 2, dtype=F64).requires_grad_(),
+        torch.zeros(6, 2, dtype=F64).requires_grad_(),
+    )
     offset = p @ v.mT + u @ q.mT
     torch.nn.functional.linear(x, weight + offset, bias).backward(cotangent)
     torch.testing.assert_close(u_.grad, p.grad)
@@ -245,7 +250,9 @@ def test_non_finite_input_is_seen_and_enters_no_basis(bad):
 def test_polar_factor_is_exact(dtype):
     for n, k in [(30, 7), (7, 7), (129, 33), (4, 1)]:
         singular = torch.logspace(0, -3, k, dtype=F64)
-        w = (orthonormal(n, k, 1, F64) @ torch.diag(singular) @ orthonormal(k, k, 2, F64).mT).to(dtype)
+        w = (orthonormal(n, k, 1, F64) @ torch.diag(singular) @ orthonormal(k, k, 2, F64).mT).to(
+            dtype
+        )
         left, s, right = torch.linalg.svd(w.double(), full_matrices=False)
         kept = (s > 1e-5 * s[0]).double()
         truth = left @ torch.diag(kept) @ right
@@ -283,7 +290,10 @@ def test_rademacher_is_a_pure_function_and_balanced():
     x = ops.rademacher(200, 64, counter, 9)
     assert torch.equal(x, ops.rademacher(200, 64, torch.tensor(3), 9))
     assert torch.equal(x.abs(), torch.ones(200, 64)) and abs(x.mean().item()) < 0.04
-    for other in (ops.rademacher(200, 64, torch.tensor(4), 9), ops.rademacher(200, 64, counter, 10)):
+    for other in (
+        ops.rademacher(200, 64, torch.tensor(4), 9),
+        ops.rademacher(200, 64, counter, 10),
+    ):
         assert abs((x * other).mean().item()) < 0.04
     assert (x.mT @ x / 200 - torch.eye(64)).abs().max() < 0.4
     # A fixed point: these very numbers are what resumed runs and other devices must draw.
@@ -333,8 +343,16 @@ BAD_CALLS = [
     ("lowrank_grad", (A, B, V, 1, None, 0.5), "cond_max must be at least 1"),
     ("sketch", (A, B, U[:-1], V), "expected u with 5 rows"),
     ("sketch", (A, B, U, V[0]), "v must be a matrix"),
-    ("sketch_accumulate_", (randn(5, 3), randn(6, 2), A, B, U, V), "expected y contiguous of shape"),
-    ("sketch_accumulate_", (randn(5, 2).double(), randn(6, 2), A, B, U, V), "expected y contiguous"),
+    (
+        "sketch_accumulate_",
+        (randn(5, 3), randn(6, 2), A, B, U, V),
+        "expected y contiguous of shape",
+    ),
+    (
+        "sketch_accumulate_",
+        (randn(5, 2).double(), randn(6, 2), A, B, U, V),
+        "expected y contiguous",
+    ),
     ("tangent_factors", (U, V, randn(5, 2), randn(5, 2)), r"expected w \(6, 2\)"),
     ("tangent_factors", (randn(5, 3), randn(6, 3), randn(5, 3), randn(6, 3)), "rank k=3"),
     ("orthonormalize", (randn(3, 4),), "rank k=4"),

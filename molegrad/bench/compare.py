@@ -222,8 +222,8 @@ def summary(method: str, runs: list[dict], sweep: list[dict]) -> dict:
 def table(rows: Iterable[dict]) -> str:
     """The rows as Markdown."""
     lines = [
-        "| method | learning rate | bits per byte | spread | gap to dense | ms a step | step / dense "
-        "| gradients MiB | dense / gradients | optimizer + bases MiB |",
+        "| method | learning rate | bits per byte | spread | gap to dense | ms a step "
+        "| step / dense | gradients MiB | dense / gradients | optimizer + bases MiB |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:

@@ -14,7 +14,13 @@ from torch import nn
 from molegrad.autograd import STATS
 from molegrad.linear import MoleLinear
 
-METRICS = ("energy_capture", "trust_factor", "condition_number", "subspace_drift", "memory_saved_mb")
+METRICS = (
+    "energy_capture",
+    "trust_factor",
+    "condition_number",
+    "subspace_drift",
+    "memory_saved_mb",
+)
 MB = 2**20
 
 
@@ -23,7 +29,7 @@ def layer_metrics(
 ) -> dict[str, dict[str, float]]:
     """{layer name: {metric: value}} of every MoleLinear in `model`; nan where nothing is known yet.
 
-    - energy_capture: ‖Ĝ‖ / ‖G‖ in [0, 1], from the Hutch++ estimate of ‖G‖ (needs config.probes >= 1)
+    - energy_capture: ‖Ĝ‖ / ‖G‖ in [0, 1], by the Hutch++ estimate of ‖G‖ (needs probes >= 1)
     - trust_factor: what the estimate was scaled by
     - condition_number: of the kept modes, estimated from their triangular factor
     - subspace_drift: 1 − ‖VᵀV'‖²_F / k between one step and the next
@@ -87,8 +93,9 @@ def aggregate(metrics: dict[str, dict[str, float]]) -> dict[str, float]:
     result = {}
     for key in METRICS:
         values = [m[key] for m in metrics.values() if math.isfinite(m[key])]
-        total = math.fsum(values)
-        result[key] = total if key == "memory_saved_mb" else total / len(values) if values else math.nan
+        result[key] = math.fsum(values)
+        if key != "memory_saved_mb":
+            result[key] = result[key] / len(values) if values else math.nan
     return result
 
 

@@ -208,7 +208,8 @@ class Muon(Optimizer):
 
 
 def _validate(group: dict[str, Any]) -> None:
-    for name, low, high in (("lr", 0.0, math.inf), ("momentum", 0.0, 1.0), ("weight_decay", 0.0, 1e9)):
+    limits = {"lr": (0.0, math.inf), "momentum": (0.0, 1.0), "weight_decay": (0.0, math.inf)}
+    for name, (low, high) in limits.items():
         value = group[name]
         if not low <= float(value) <= high:
             raise ValueError(f"Muon: {name} must lie between {low:g} and {high:g}, got {value}")

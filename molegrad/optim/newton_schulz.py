@@ -14,7 +14,7 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
 def newton_schulz(g: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -> Tensor:
-    """Approximate polar factor of g (…, m, n), in `dtype` (default bfloat16 on a GPU, else float32).
+    """Approximate polar factor of g (…, m, n), in `dtype` (default bfloat16 on CUDA, else float32).
 
     Zero matrices stay zero. Returns the dtype it computed in.
     """

@@ -44,7 +44,11 @@ def test_every_method_gets_its_own_learning_rate_and_all_seeds(home):
     assert factored["bpb"] == pytest.approx(2.2 + 0.01)
     assert factored["gap_percent"] == pytest.approx(100 * (2.21 / 2.01 - 1))
     assert factored["bpb_spread"] == pytest.approx(0.02)
-    assert (factored["step_ratio"], factored["gradient_ratio"], factored["state_ratio"]) == (0.5, 8, 4)
+    assert (factored["step_ratio"], factored["gradient_ratio"], factored["state_ratio"]) == (
+        0.5,
+        8,
+        4,
+    )
     assert rows[0]["gap_percent"] == 0
     text = table(rows)
     assert "| factored-tangent | 0.02 | 2.2100 | 0.0200 | +9.95% | 50 | 0.50 |" in text

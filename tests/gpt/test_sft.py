@@ -146,7 +146,7 @@ def test_mixture():
 @pytest.mark.parametrize(
     ("words", "phrase"),
     [
-        (["--run=missing"], "there is no run 'missing'.*there are: tiny"),
+        (["--run=missing"], "there is no run 'missing'.*there are: .*tiny"),
         (["--base-step=7"], "has steps 60, not a checkpoint of step 7"),
         (["--max-seq-len=128"], "beyond the base model's context of 64"),
         ([], "has a checkpoint of an earlier run"),
