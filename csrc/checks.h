@@ -198,4 +198,12 @@ inline void check_lowrank_update(const Tensor& weight, const Tensor& u, const Te
           shape(w));
 }
 
+inline void check_rademacher(int64_t rows, int64_t cols, const Tensor& counter) {
+  const char* op = "rademacher";
+  require(rows >= 0 && cols >= 0, op, "rows and cols must be >= 0, got ", rows, " and ", cols);
+  require(counter.scalar_type() == ScalarType::Long && counter.dim() == 0, op,
+          "expected counter as an int64 scalar tensor, got ", shape(counter), " of ",
+          dtype_name(counter.scalar_type()));
+}
+
 }  // namespace molegrad

@@ -16,6 +16,7 @@
 #include "cpu/kernels.h"
 #include "cpu/orth.h"
 #include "cpu/products.h"
+#include "cpu/rademacher.h"
 
 namespace molegrad {
 namespace {
@@ -204,6 +205,14 @@ void lowrank_update_(Tensor weight, Tensor u, Tensor w, double alpha, double dec
   }
 }
 
+Tensor rademacher(int64_t rows, int64_t cols, Tensor counter, int64_t seed) {
+  check_rademacher(rows, cols, counter);
+  Tensor out = new_matrix(counter, {rows, cols}, ScalarType::Float);
+  cpu::rademacher(*static_cast<const int64_t*>(counter.const_data_ptr()), seed, rows * cols,
+                  static_cast<float*>(out.mutable_data_ptr()));
+  return out;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(molegrad, CPU, m) {
@@ -214,6 +223,7 @@ STABLE_TORCH_LIBRARY_IMPL(molegrad, CPU, m) {
   m.impl("orthonormalize", TORCH_BOX(&orthonormalize));
   m.impl("polar_factor", TORCH_BOX(&polar_factor));
   m.impl("lowrank_update_", TORCH_BOX(&lowrank_update_));
+  m.impl("rademacher", TORCH_BOX(&rademacher));
 }
 
 }  // namespace molegrad

@@ -178,6 +178,15 @@ def test_polar_factor(n, k, rank, dtype):
     assert torch.equal(ops.polar_factor(torch.zeros_like(w)), torch.zeros_like(w))
 
 
+@pytest.mark.parametrize("seed", [0, 7, -9, 2**62])
+def test_rademacher_is_the_reference_bit_for_bit(seed):
+    for rows, cols, counter in ((33, 7, 5), (1, 1, 0), (0, 4, 1), (129, 3, -2)):
+        step = torch.tensor(counter)
+        assert torch.equal(
+            ops.rademacher(rows, cols, step, seed), reference.rademacher(rows, cols, step, seed)
+        )
+
+
 def test_results_repeat_bit_for_bit_at_each_thread_count():
     a, b = tokens(700, 60, 90)
     v, u = orthonormal(60, 20), orthonormal(90, 20)
