@@ -12,4 +12,4 @@ workers="$(nproc)"
 if [ "$workers" -gt 8 ]; then workers=8; fi
 say "Running the tests on $workers workers"
 export WANDB_MODE="${WANDB_MODE:-offline}" OMP_NUM_THREADS=1
-exec "$PYTHON" -m pytest -n "$workers" -q "$@"
+exec "$PYTHON" -m pytest -n "$workers" "$@"
