@@ -21,11 +21,12 @@ import hashlib
 import json
 import statistics
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from molegrad import build_info
 from molegrad.gpt import flags, paths
+from molegrad.gpt.flags import flag
 from molegrad.gpt.logger import METRICS
 from molegrad.gpt.train import base_train
 from molegrad.gpt.train_config import BaseTrainConfig
@@ -45,10 +46,6 @@ METHODS: dict[str, dict] = {
 LEFT_OUT_STEPS = 5  # of the step time: warm-up
 
 
-def _flag(default, help: str):
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass(frozen=True)
 class CompareConfig:
     """Compare dense training with low-rank gradients at equal tokens.
@@ -57,24 +54,24 @@ class CompareConfig:
         ValueError: an unknown method, no seed or no learning rate.
     """
 
-    methods: str = _flag(",".join(METHODS), "methods, comma separated; 'dense' is always there")
-    seeds: int = _flag(2, "number of seeds: 0, 1, ...")
-    matrix_lrs: str = _flag("0.01,0.02,0.04", "learning rates to choose from for every method")
-    depth: int = _flag(3, "number of transformer blocks")
-    aspect_ratio: int = _flag(64, "width per block")
-    max_seq_len: int = _flag(256, "tokens per sequence")
-    device_batch_size: int = _flag(8, "sequences per micro-batch")
-    total_batch_size: int = _flag(0, "tokens per step; 0 is one micro-batch")
-    num_iterations: int = _flag(300, "steps of every run")
-    streaming_rank_k: int = _flag(32, "rank of the low-rank methods")
-    streaming_target_layers: str = _flag("ffn_only", "layers the low-rank methods convert")
-    streaming_warm_start_decay: float = _flag(0.95, "share of the basis kept per step")
-    data: str = _flag("embedded", "corpus, as base_train takes it")
-    eval_tokens: int = _flag(131072, "tokens of the held-out evaluation")
-    device_type: str = _flag("", "cuda, cpu or mps; empty takes the best there is")
-    threads: int = _flag(0, "CPU threads of torch; 0 leaves torch's choice")
-    json: bool = _flag(False, "print one JSON object as the last line")
-    markdown: str = _flag("", "also write the table to this file")
+    methods: str = flag(",".join(METHODS), "methods, comma separated; 'dense' is always there")
+    seeds: int = flag(2, "number of seeds: 0, 1, ...")
+    matrix_lrs: str = flag("0.01,0.02,0.04", "learning rates to choose from for every method")
+    depth: int = flag(3, "number of transformer blocks")
+    aspect_ratio: int = flag(64, "width per block")
+    max_seq_len: int = flag(256, "tokens per sequence")
+    device_batch_size: int = flag(8, "sequences per micro-batch")
+    total_batch_size: int = flag(0, "tokens per step; 0 is one micro-batch")
+    num_iterations: int = flag(300, "steps of every run")
+    streaming_rank_k: int = flag(32, "rank of the low-rank methods")
+    streaming_target_layers: str = flag("ffn_only", "layers the low-rank methods convert")
+    streaming_warm_start_decay: float = flag(0.95, "share of the basis kept per step")
+    data: str = flag("embedded", "corpus, as base_train takes it")
+    eval_tokens: int = flag(131072, "tokens of the held-out evaluation")
+    device_type: str = flag("", "cuda, cpu or mps; empty takes the best there is")
+    threads: int = flag(0, "CPU threads of torch; 0 leaves torch's choice")
+    json: bool = flag(False, "print one JSON object as the last line")
+    markdown: str = flag("", "also write the table to this file")
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.method_names if name not in METHODS]

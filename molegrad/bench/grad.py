@@ -20,19 +20,16 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
 from molegrad import build_info, ops, reference
 from molegrad.gpt import flags
+from molegrad.gpt.flags import flag
 
 SMALL_OPS = ("orthonormalize", "tangent_factors", "polar_factor", "lowrank_update_")
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
-
-
-def _flag(default, help: str):
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True)
@@ -43,15 +40,15 @@ class GradBenchConfig:
         ValueError: a shape, count or dtype that cannot be timed.
     """
 
-    device: str = _flag("cpu", "cpu or cuda")
-    shapes: str = _flag("768x3072,1280x5120", "in_features x out_features, comma separated")
-    tokens: str = _flag("8192", "token counts, comma separated")
-    ranks: str = _flag("32,128", "ranks, comma separated")
-    dtype: str = _flag("float32", f"of A and B: {', '.join(DTYPES)}")
-    threads: int = _flag(0, "CPU threads; 0 leaves torch's own number")
-    repeats: int = _flag(11, "interleaved rounds")
-    json: bool = _flag(False, "print one JSON object as the last line")
-    markdown: bool = _flag(False, "print the tables as Markdown")
+    device: str = flag("cpu", "cpu or cuda")
+    shapes: str = flag("768x3072,1280x5120", "in_features x out_features, comma separated")
+    tokens: str = flag("8192", "token counts, comma separated")
+    ranks: str = flag("32,128", "ranks, comma separated")
+    dtype: str = flag("float32", f"of A and B: {', '.join(DTYPES)}")
+    threads: int = flag(0, "CPU threads; 0 leaves torch's own number")
+    repeats: int = flag(11, "interleaved rounds")
+    json: bool = flag(False, "print one JSON object as the last line")
+    markdown: bool = flag(False, "print the tables as Markdown")
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:

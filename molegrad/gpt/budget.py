@@ -9,18 +9,15 @@ what a run really took stands in its metrics.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
 from molegrad.gpt import flags, hardware, schedule, setup
+from molegrad.gpt.flags import flag
 from molegrad.gpt.model import GPT
 from molegrad.gpt.train import model_config
 from molegrad.gpt.train_config import BaseTrainConfig, resolve
-
-
-def _flag(default, help: str):
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True)
@@ -31,11 +28,11 @@ class BudgetConfig(BaseTrainConfig):
         ValueError: an unknown GPU, or a utilisation or price out of range.
     """
 
-    gpu: str = _flag("RTX 5090", f"one of {', '.join(hardware.PEAK_BF16)}")
-    expected_mfu: float = _flag(0.4, "model FLOPs utilisation to expect, as a share")
-    dollars_per_hour: tuple[float, float] = _flag((0.69, 1.14), "lowest and highest rent")
-    vocab_size: int = _flag(32768, "entries of the tokenizer")
-    runs: int = _flag(1, "how many runs of this length (2: with a dense baseline)")
+    gpu: str = flag("RTX 5090", f"one of {', '.join(hardware.PEAK_BF16)}")
+    expected_mfu: float = flag(0.4, "model FLOPs utilisation to expect, as a share")
+    dollars_per_hour: tuple[float, float] = flag((0.69, 1.14), "lowest and highest rent")
+    vocab_size: int = flag(32768, "entries of the tokenizer")
+    runs: int = flag(1, "how many runs of this length (2: with a dense baseline)")
 
     def __post_init__(self) -> None:
         super().__post_init__()

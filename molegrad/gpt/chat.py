@@ -16,19 +16,16 @@ In the terminal: /clear forgets the conversation, /quit leaves, Ctrl-C stops an 
 import codecs
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from molegrad.gpt import engine, flags, stages
+from molegrad.gpt.flags import flag
 from molegrad.gpt.hardware import device_name, pick_device
 from molegrad.gpt.model import GPT
 from molegrad.gpt.tokenizer import Tokenizer
-
-
-def _flag(default, help: str):
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True)
@@ -38,19 +35,19 @@ class ChatConfig:
     /clear forgets the conversation, /quit leaves, Ctrl-C stops an answer.
     """
 
-    run: str = _flag("dummy", "name of the run whose model answers")
-    stage: Literal["auto", "base", "sft"] = _flag(
+    run: str = flag("dummy", "name of the run whose model answers")
+    stage: Literal["auto", "base", "sft"] = flag(
         "auto", "which model: sft (fine-tuned), base, or auto: sft where there is one"
     )
-    model_tag: str = _flag("", "suffix of the stage's folder, as in training")
-    step: int = _flag(-1, "checkpoint to open; -1 is the newest")
-    device_type: str = _flag("", "cuda, cpu or mps; empty takes the best there is")
-    threads: int = _flag(0, "CPU threads of torch; 0 leaves torch's choice")
-    prompt: str = _flag("", "answer this once and leave; empty starts a conversation")
-    temperature: float = _flag(0.6, "0 takes the most likely token, larger is more varied")
-    top_k: int = _flag(50, "sample among this many tokens; 0 is no limit")
-    seed: int = _flag(42, "seed of the sampling")
-    max_new_tokens: int = _flag(256, "longest answer in tokens")
+    model_tag: str = flag("", "suffix of the stage's folder, as in training")
+    step: int = flag(-1, "checkpoint to open; -1 is the newest")
+    device_type: str = flag("", "cuda, cpu or mps; empty takes the best there is")
+    threads: int = flag(0, "CPU threads of torch; 0 leaves torch's choice")
+    prompt: str = flag("", "answer this once and leave; empty starts a conversation")
+    temperature: float = flag(0.6, "0 takes the most likely token, larger is more varied")
+    top_k: int = flag(50, "sample among this many tokens; 0 is no limit")
+    seed: int = flag(42, "seed of the sampling")
+    max_new_tokens: int = flag(256, "longest answer in tokens")
 
     def __post_init__(self) -> None:
         for name in ("temperature", "top_k", "seed", "threads"):

@@ -19,7 +19,7 @@ import json
 import os
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -30,6 +30,7 @@ from rich.table import Table
 from molegrad.gpt import flags, stages, tasks, train
 from molegrad.gpt.bpb import bits_per_byte
 from molegrad.gpt.chat import answer
+from molegrad.gpt.flags import flag
 from molegrad.gpt.hardware import device_name, pick_device
 from molegrad.gpt.loader import validation_batches
 from molegrad.gpt.sft import QUESTIONS
@@ -41,27 +42,23 @@ TASKS = {
 }
 
 
-def _flag(default, help: str):
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass(frozen=True)
 class EvalConfig:
     """Evaluate a checkpoint of a run; the result goes to eval_NNNNNN.json beside it."""
 
-    run: str = _flag("dummy", "name of the run")
-    model_tag: str = _flag("", "suffix of the stage's folder, as in training")
-    step: int = _flag(-1, "checkpoint to evaluate; -1 is the newest")
-    tasks: str = _flag("all", "comma separated; all, or some of those in molegrad.gpt.evaluate")
-    device_type: str = _flag("", "cuda, cpu or mps; empty takes the best there is")
-    dtype: Literal["auto", "float32", "bfloat16"] = _flag(
+    run: str = flag("dummy", "name of the run")
+    model_tag: str = flag("", "suffix of the stage's folder, as in training")
+    step: int = flag(-1, "checkpoint to evaluate; -1 is the newest")
+    tasks: str = flag("all", "comma separated; all, or some of those in molegrad.gpt.evaluate")
+    device_type: str = flag("", "cuda, cpu or mps; empty takes the best there is")
+    dtype: Literal["auto", "float32", "bfloat16"] = flag(
         "auto", "dtype of the matrix products; auto is bfloat16 on CUDA, else float32"
     )
-    threads: int = _flag(0, "CPU threads of torch; 0 leaves torch's choice")
-    batch_size: int = _flag(0, "sequences at a time; 0 takes what training did")
-    eval_tokens: int = _flag(0, "tokens for bpb; 0 takes what training did")
-    max_questions: int = _flag(500, "questions per task")
-    seed: int = _flag(0, "seed of the questions")
+    threads: int = flag(0, "CPU threads of torch; 0 leaves torch's choice")
+    batch_size: int = flag(0, "sequences at a time; 0 takes what training did")
+    eval_tokens: int = flag(0, "tokens for bpb; 0 takes what training did")
+    max_questions: int = flag(500, "questions per task")
+    seed: int = flag(0, "seed of the questions")
 
     def __post_init__(self) -> None:
         for name in ("threads", "batch_size", "eval_tokens", "seed"):

@@ -40,6 +40,11 @@ _FALSE = frozenset({"false", "0", "no", "off"})
 Config = typing.TypeVar("Config")
 
 
+def flag(default, help: str):
+    """A dataclass field that is a flag: its default and its help text."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
 def parse(config_class: type[Config], argv: Sequence[str] | None = None, prog=None) -> Config:
     """The command line as an instance of `config_class`.
 

@@ -28,10 +28,11 @@ from molegrad.gpt.chat import answer
 from molegrad.gpt.conversations import WEIGHTS, conversation_mixture
 from molegrad.gpt.corpus import open_corpus
 from molegrad.gpt.environment import machine_record
+from molegrad.gpt.flags import flag
 from molegrad.gpt.logger import RunLogger
 from molegrad.gpt.loop import Trainer
 from molegrad.gpt.sft_data import ConversationLoader, held_out_batches, render
-from molegrad.gpt.train_config import TrainFlags, _flag, compute_dtype, device_of, resolve
+from molegrad.gpt.train_config import TrainFlags, compute_dtype, device_of, resolve
 from molegrad.monitor import aggregate, layer_metrics, memory_bytes
 
 QUESTIONS = ("What is 12 + 7?", "Spell the word tensor", "What does torch.relu do?", "Hello")
@@ -45,32 +46,32 @@ class SFTConfig(TrainFlags):
     times --init-lr-frac.
     """
 
-    base_tag: str = _flag(
+    base_tag: str = flag(
         "", "tag of the base model; empty takes base-MODEL_TAG where there is one, else base"
     )
-    base_step: int = _flag(-1, "base checkpoint to start from; -1 is the newest")
-    init_lr_frac: float = _flag(0.2, "factor on every learning rate")
-    num_epochs: float = _flag(
+    base_step: int = flag(-1, "base checkpoint to start from; -1 is the newest")
+    init_lr_frac: float = flag(0.2, "factor on every learning rate")
+    num_epochs: float = flag(
         1.0, "passes over the conversations, where neither steps nor tokens are given"
     )
-    conversations: int = _flag(20_000, "training conversations to draw from the sources")
-    val_conversations: int = _flag(500, "held-out conversations")
-    mixture: str = _flag(
+    conversations: int = flag(20_000, "training conversations to draw from the sources")
+    val_conversations: int = flag(500, "held-out conversations")
+    mixture: str = flag(
         "", "weights of the sources, as in summary=1,arithmetic=0.5; empty takes the usual ones"
     )
-    data: str = _flag(
+    data: str = flag(
         "embedded", "corpus of the summaries and the words to spell; see base_train --data"
     )
-    data_max_bytes: int = _flag(
+    data_max_bytes: int = flag(
         -1, "use only this much of the corpus; 0 is all, -1 what the base run used of it"
     )
-    device_batch_size: int = _flag(8, "rows of packed conversations per micro-batch and device")
-    total_batch_size: int = _flag(
+    device_batch_size: int = flag(8, "rows of packed conversations per micro-batch and device")
+    total_batch_size: int = flag(
         0, "tokens per step over all devices, padding included; 0 takes one micro-batch"
     )
-    max_seq_len: int = _flag(0, "tokens per row; 0 takes the base model's context")
-    eval_every: int = _flag(100, "steps between evaluations; 0: at the end only; -1: no")
-    sample_every: int = _flag(0, "steps between sample answers; 0: at the end only; -1: no")
+    max_seq_len: int = flag(0, "tokens per row; 0 takes the base model's context")
+    eval_every: int = flag(100, "steps between evaluations; 0: at the end only; -1: no")
+    sample_every: int = flag(0, "steps between sample answers; 0: at the end only; -1: no")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -8,17 +8,13 @@ Why: base training and fine-tuning use one loop (`molegrad.gpt.loop`) and hence 
 stage adds its own by inheriting `TrainFlags`.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
-from molegrad.gpt.flags import StreamingFields
+from molegrad.gpt.flags import StreamingFields, flag
 from molegrad.gpt.hardware import pick_device
-
-
-def _flag(default, help: str):
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True)
@@ -29,65 +25,65 @@ class TrainFlags(StreamingFields):
         ValueError: a value is out of range or two values contradict; the message names them.
     """
 
-    run: str = _flag("dummy", "name of the run: everything lies under runs/NAME")
-    model_tag: str = _flag("", "suffix of the stage's folder, to keep several models in one run")
-    device_type: str = _flag("", "cuda, cpu or mps; empty takes the best there is")
-    dtype: Literal["auto", "float32", "bfloat16"] = _flag(
+    run: str = flag("dummy", "name of the run: everything lies under runs/NAME")
+    model_tag: str = flag("", "suffix of the stage's folder, to keep several models in one run")
+    device_type: str = flag("", "cuda, cpu or mps; empty takes the best there is")
+    dtype: Literal["auto", "float32", "bfloat16"] = flag(
         "auto", "dtype of the matrix products (autocast); auto is bfloat16 on CUDA, else float32"
     )
-    weight_dtype: Literal["auto", "float32", "bfloat16"] = _flag(
+    weight_dtype: Literal["auto", "float32", "bfloat16"] = flag(
         "auto", "dtype of the weights; auto is float32, with a bfloat16 embedding under bfloat16"
     )
-    compile: bool | None = _flag(None, "torch.compile the model; None compiles on CUDA only")
-    seed: int = _flag(0, "seed of the start weights and of the data order")
-    threads: int = _flag(0, "CPU threads of torch; 0 leaves torch's choice")
-    wandb: bool = _flag(True, "write a wandb run too (offline unless WANDB_MODE says otherwise)")
+    compile: bool | None = flag(None, "torch.compile the model; None compiles on CUDA only")
+    seed: int = flag(0, "seed of the start weights and of the data order")
+    threads: int = flag(0, "CPU threads of torch; 0 leaves torch's choice")
+    wandb: bool = flag(True, "write a wandb run too (offline unless WANDB_MODE says otherwise)")
 
-    max_seq_len: int = _flag(0, "tokens per sequence; 0 takes 2048 on CUDA, 256 elsewhere")
-    device_batch_size: int = _flag(
+    max_seq_len: int = flag(0, "tokens per sequence; 0 takes 2048 on CUDA, 256 elsewhere")
+    device_batch_size: int = flag(
         0, "sequences per micro-batch and device; 0 takes 32 on CUDA, 16 elsewhere"
     )
-    total_batch_size: int = _flag(
+    total_batch_size: int = flag(
         0,
         "tokens per step over all devices, reached by gradient accumulation; 0 takes 524288 on "
         "CUDA and one micro-batch elsewhere",
     )
-    num_iterations: int = _flag(-1, "number of steps; -1 derives it from the flags below")
-    max_train_tokens: int = _flag(-1, "train on this many tokens; -1 is no limit of this kind")
+    num_iterations: int = flag(-1, "number of steps; -1 derives it from the flags below")
+    max_train_tokens: int = flag(-1, "train on this many tokens; -1 is no limit of this kind")
 
-    optimizer: Literal["muon", "adamw"] = _flag("muon", "optimizer of the block matrices")
-    matrix_lr: float = _flag(
+    optimizer: Literal["muon", "adamw"] = flag("muon", "optimizer of the block matrices")
+    matrix_lr: float = flag(
         0.0, "learning rate of the block matrices; 0 takes 0.02 for muon and 0.002 for adamw"
     )
-    embedding_lr: float = _flag(0.2, "learning rate of the embedding (AdamW)")
-    unembedding_lr: float = _flag(0.004, "learning rate of the output head (AdamW)")
-    scalar_lr: float = _flag(0.01, "learning rate of parameters that are no matrices (AdamW)")
-    weight_decay: float = _flag(0.0, "decoupled weight decay of the block matrices")
-    adam_beta1: float = _flag(0.8, "AdamW's beta1")
-    adam_beta2: float = _flag(0.95, "AdamW's beta2")
-    muon_adjust_lr: Literal["original", "spectral", "match_rms_adamw", "none"] = _flag(
+    embedding_lr: float = flag(0.2, "learning rate of the embedding (AdamW)")
+    unembedding_lr: float = flag(0.004, "learning rate of the output head (AdamW)")
+    scalar_lr: float = flag(0.01, "learning rate of parameters that are no matrices (AdamW)")
+    weight_decay: float = flag(0.0, "decoupled weight decay of the block matrices")
+    adam_beta1: float = flag(0.8, "AdamW's beta1")
+    adam_beta2: float = flag(0.95, "AdamW's beta2")
+    muon_adjust_lr: Literal["original", "spectral", "match_rms_adamw", "none"] = flag(
         "original", "how Muon's learning rate follows a matrix's shape; see molegrad.optim.muon"
     )
-    momentum: float = _flag(0.95, "Muon's momentum after its warm-up")
-    momentum_start: float = _flag(0.85, "Muon's momentum at the first step")
-    momentum_warmup_steps: int = _flag(300, "steps of Muon's momentum warm-up")
-    warmup_steps: int = _flag(0, "steps of linear learning-rate warm-up")
-    warmdown_ratio: float = _flag(0.4, "last share of the run, of linear warm-down")
-    final_lr_frac: float = _flag(0.0, "learning rate at the end, as a share of the full one")
-    grad_clip: float = _flag(0.0, "clip the gradient's norm to this; 0 is off")
+    momentum: float = flag(0.95, "Muon's momentum after its warm-up")
+    momentum_start: float = flag(0.85, "Muon's momentum at the first step")
+    momentum_warmup_steps: int = flag(300, "steps of Muon's momentum warm-up")
+    warmup_steps: int = flag(0, "steps of linear learning-rate warm-up")
+    warmdown_ratio: float = flag(0.4, "last share of the run, of linear warm-down")
+    final_lr_frac: float = flag(0.0, "learning rate at the end, as a share of the full one")
+    grad_clip: float = flag(0.0, "clip the gradient's norm to this; 0 is off")
 
-    log_every: int = _flag(1, "steps between log lines; the loss is read back only then")
-    monitor_every: int = _flag(
+    log_every: int = flag(1, "steps between log lines; the loss is read back only then")
+    monitor_every: int = flag(
         10, "steps between readings of the converted layers' metrics (streaming/...); 0 is off"
     )
-    eval_every: int = _flag(250, "steps between evaluations of val/bpb; 0: at the end only; -1: no")
-    eval_tokens: int = _flag(0, "tokens per evaluation; 0 takes 10485760 on CUDA, 65536 elsewhere")
-    sample_every: int = _flag(2000, "steps between samples; 0: at the end only; -1: no")
-    save_every: int = _flag(-1, "steps between checkpoints; -1 or 0: at the end only")
-    keep_last: int = _flag(2, "checkpoints to keep; 0 keeps all")
-    resume: bool = _flag(False, "go on from the newest checkpoint of this run, if there is one")
-    resume_from_step: int = _flag(-1, "go on from the checkpoint of this step; -1 is off")
-    overwrite: bool = _flag(False, "delete the checkpoints of an earlier run of this name")
+    eval_every: int = flag(250, "steps between evaluations of val/bpb; 0: at the end only; -1: no")
+    eval_tokens: int = flag(0, "tokens per evaluation; 0 takes 10485760 on CUDA, 65536 elsewhere")
+    sample_every: int = flag(2000, "steps between samples; 0: at the end only; -1: no")
+    save_every: int = flag(-1, "steps between checkpoints; -1 or 0: at the end only")
+    keep_last: int = flag(2, "checkpoints to keep; 0 keeps all")
+    resume: bool = flag(False, "go on from the newest checkpoint of this run, if there is one")
+    resume_from_step: int = flag(-1, "go on from the checkpoint of this step; -1 is off")
+    overwrite: bool = flag(False, "delete the checkpoints of an earlier run of this name")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -132,19 +128,19 @@ class BaseTrainConfig(TrainFlags):
     $MOLEGRAD_HOME/runs/RUN/base.
     """
 
-    depth: int = _flag(12, "number of transformer blocks; the width is aspect_ratio * depth")
-    aspect_ratio: int = _flag(64, "width per block")
-    head_dim: int = _flag(0, "numbers per attention head; 0 takes 128, or less for narrow models")
-    kv_groups: int = _flag(1, "query heads that share one key/value head")
-    loss_chunk: int = _flag(0, "tokens whose logits exist at a time; 0 fits them to the device")
-    target_param_data_ratio: float = _flag(
+    depth: int = flag(12, "number of transformer blocks; the width is aspect_ratio * depth")
+    aspect_ratio: int = flag(64, "width per block")
+    head_dim: int = flag(0, "numbers per attention head; 0 takes 128, or less for narrow models")
+    kv_groups: int = flag(1, "query heads that share one key/value head")
+    loss_chunk: int = flag(0, "tokens whose logits exist at a time; 0 fits them to the device")
+    target_param_data_ratio: float = flag(
         12.0, "tokens per parameter (block matrices and head) where no number of steps is given"
     )
-    data: str = _flag(
+    data: str = flag(
         "embedded", "corpus: embedded, a file or folder of text, or NAME:SHARDS to download"
     )
-    val_data: str = _flag("", "validation text for local data; empty splits some off")
-    data_max_bytes: int = _flag(0, "use only this much of the corpus; 0 is all")
+    val_data: str = flag("", "validation text for local data; empty splits some off")
+    data_max_bytes: int = flag(0, "use only this much of the corpus; 0 is all")
 
     def __post_init__(self) -> None:
         super().__post_init__()
