@@ -6,7 +6,9 @@
 For every in×out shape, token count and rank: the dense gradient BᵀA by torch.mm, and the sketch
 (tangent) and the power estimate, each in plain torch (molegrad/reference.py) and native. The
 variants are timed in interleaved rounds, so that another program's load falls on all of them, and
-ratios are medians of the rounds' own ratios. Then the k×k-sized ops, reference against native.
+ratios are medians of the rounds' own ratios. Then forward and backward pass of whole layers, which
+share the two dense products that low-rank gradients leave as they are, and the ops on factors,
+reference against native.
 
 Columns: µs at the 20th, 50th and 80th percentile; GFLOP/s of the multiplications the formula needs;
 GB/s of A and B read as often as it must (dense and sketch once, power twice); the ratio to dense;
@@ -23,12 +25,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
-from molegrad import build_info, ops, reference
+from molegrad import MoleGradConfig, MoleLinear, build_info, ops, reference
+from molegrad.config import GRADIENT_MODES, METHODS
 from molegrad.gpt import flags
 from molegrad.gpt.flags import flag
 
-SMALL_OPS = ("orthonormalize", "tangent_factors", "polar_factor", "lowrank_update_")
+SMALL_OPS = (
+    "orthonormalize",
+    "tangent_factors",
+    "polar_factor",
+    "lowrank_update_",
+    "rademacher",
+)
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
 
@@ -140,7 +150,10 @@ def bench_gradients(
         ("power", "reference"): lambda: reference.lowrank_grad(a, b, v),
     }
     if has_native("sketch", device):
+        acc = reference.acc_dtype(dtype)
+        sums = [torch.zeros(rows, k, device=device, dtype=acc) for rows in (m, n)]
         variants["sketch", "native"] = lambda: ops.sketch(a, b, u, v)
+        variants["sketch_accumulate_", "native"] = lambda: ops.sketch_accumulate_(*sums, a, b, u, v)
         variants["power", "native"] = lambda: ops.lowrank_grad(a, b, v)
     seconds = time_interleaved(variants, repeats, device)
 
@@ -160,10 +173,49 @@ def bench_gradients(
         row["vs_dense"] = median_ratio(seconds["dense", "torch.mm"], times)
         row["of_limit"] = None if dense else row["vs_dense"] / limit
         row["vs_reference"] = (
-            median_ratio(seconds[estimate, "reference"], times) if how == "native" else None
+            median_ratio(seconds[estimate.split("_")[0], "reference"], times)
+            if how == "native"
+            else None
         )
         rows.append(row)
     return rows
+
+
+def bench_layers(
+    n: int, m: int, tokens: int, k: int, dtype: torch.dtype, device: torch.device, repeats: int
+) -> list[dict]:
+    """Forward and backward pass of whole layers, the gradient of their input included."""
+    if 2 * k > min(n, m):
+        return []
+    x = torch.randn(tokens, n, device=device).to(dtype).requires_grad_()
+    grad = torch.randn(tokens, m, device=device).to(dtype)
+    layers: dict[tuple[str, str], nn.Module] = {
+        ("nn.Linear", ""): nn.Linear(n, m, bias=False, device=device, dtype=dtype)
+    }
+    for mode in GRADIENT_MODES:
+        for method in METHODS:
+            config = MoleGradConfig(rank_k=k, method=method, gradient_mode=mode)
+            layers[f"linear_{mode}", method] = MoleLinear(
+                n, m, bias=False, device=device, dtype=dtype, config=config
+            )
+
+    def run(layer: nn.Module) -> Callable[[], None]:
+        def pass_through() -> None:
+            x.grad = None
+            layer.zero_grad(set_to_none=True)
+            with torch.enable_grad():
+                layer(x).backward(grad)
+
+        return pass_through
+
+    runs = {name: run(layer) for name, layer in layers.items()}
+    seconds = time_interleaved(runs, repeats, device)
+    return [
+        {"n": n, "m": m, "tokens": tokens, "k": k, "op": op, "how": how}
+        | percentiles(times)
+        | {"vs_dense": median_ratio(seconds["nn.Linear", ""], times)}
+        for (op, how), times in seconds.items()
+    ]
 
 
 def bench_small(n: int, m: int, k: int, device: torch.device, repeats: int) -> list[dict]:
@@ -176,6 +228,7 @@ def bench_small(n: int, m: int, k: int, device: torch.device, repeats: int) -> l
         "tangent_factors": (u, v, y, w),
         "polar_factor": (w,),
         "lowrank_update_": (weight, u, w, -1e-3),
+        "rademacher": (m, k, torch.zeros((), dtype=torch.int64, device=device)),
     }
     rows = []
     for name in SMALL_OPS:
@@ -197,7 +250,7 @@ def bench_small(n: int, m: int, k: int, device: torch.device, repeats: int) -> l
 
 @torch.no_grad()
 def bench(config: GradBenchConfig) -> dict:
-    """Every measurement of a configuration: "gradients", "small" and what they were made on."""
+    """Every measurement of a configuration: "gradients", "layers", "small", and on what machine."""
     device = torch.device(config.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("device=cuda, but torch finds no CUDA device; use --device=cpu")
@@ -214,6 +267,13 @@ def bench(config: GradBenchConfig) -> dict:
                 n, m, tokens, k, DTYPES[config.dtype], device, config.repeats
             )
         ]
+        layers = [
+            row
+            for n, m in config.shape_list
+            for tokens in config.token_list
+            for k in config.rank_list
+            for row in bench_layers(n, m, tokens, k, DTYPES[config.dtype], device, config.repeats)
+        ]
         small = [
             row
             for n, m in config.shape_list
@@ -222,6 +282,7 @@ def bench(config: GradBenchConfig) -> dict:
         ]
         return {
             "gradients": gradients,
+            "layers": layers,
             "small": small,
             "config": flags.resolved(config),
             "threads": torch.get_num_threads(),
@@ -272,6 +333,7 @@ def main(argv: list[str] | None = None) -> int:
         f"native kernels: {kernels}\n"
     )
     print(table(result["gradients"], config.markdown) + "\n")
+    print(table(result["layers"], config.markdown) + "\n")
     print(table(result["small"], config.markdown))
     if config.json:
         print(json.dumps(result))

@@ -17,8 +17,10 @@ def test_the_command_prints_tables_and_then_one_json_object(capsys):
     assert lines[0].startswith("torch ") and "vs dense" in lines[2]
     result = json.loads(lines[-1])
     hows = 2 if result["native"] else 1
-    assert len(result["gradients"]) == 2 * 2 * 2 * (1 + 2 * hows)
-    assert len(result["small"]) == 2 * 2 * 4 * hows
+    assert len(result["gradients"]) == 2 * 2 * 2 * (6 if result["native"] else 3)
+    assert len(result["small"]) == 2 * 2 * 5 * hows
+    assert len(result["layers"]) == 2 * 2 * 2 * 5
+    assert all(row["vs_dense"] > 0 for row in result["layers"])
     for row in result["gradients"]:
         assert 0 < row["us_p20"] <= row["us_p50"] <= row["us_p80"]
         dense = row["op"] == "dense"
