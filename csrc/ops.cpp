@@ -149,6 +149,19 @@ View slice(const View& x, int64_t i, int64_t rows) {
   return {static_cast<const char*>(x.data) + i * rows * x.ld * size, x.dtype, rows, x.cols, x.ld};
 }
 
+// one(i) for every matrix of a batch. A batch that occupies all threads is spread over them; a
+// smaller one leaves them to the products inside.
+template <typename F>
+void for_each_matrix(int64_t count, const F& one) {
+  if (count < static_cast<int64_t>(torch::stable::get_num_threads())) {
+    for (int64_t i = 0; i < count; ++i) one(i);
+    return;
+  }
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) one(i);
+  });
+}
+
 std::tuple<Tensor, Tensor, Tensor> orthonormalize(Tensor y, double cond_max) {
   check_orthonormalize(y, cond_max);
   const Operand y_in(y);
@@ -159,9 +172,11 @@ std::tuple<Tensor, Tensor, Tensor> orthonormalize(Tensor y, double cond_max) {
   Tensor q = new_like(y, acc_dtype(y)), r = torch::stable::new_empty(y, sizes, acc_dtype(y));
   with_compute_type(y, [&](auto zero) {
     using C = decltype(zero);
-    for (int64_t i = 0; i < count; ++i)
-      static_cast<int32_t*>(status.mutable_data_ptr())[i] = cpu::orthonormalize<C>(
-          slice(y_in.view, i, m), cond_max, slice<C>(q, i, m, k), slice<C>(r, i, k, k));
+    auto* statuses = static_cast<int32_t*>(status.mutable_data_ptr());
+    for_each_matrix(count, [&](int64_t i) {
+      statuses[i] = cpu::orthonormalize<C>(slice(y_in.view, i, m), cond_max, slice<C>(q, i, m, k),
+                                           slice<C>(r, i, k, k));
+    });
   });
   return {q, r, status};
 }
@@ -173,8 +188,9 @@ Tensor polar_factor(Tensor w) {
   Tensor p = new_like(w, acc_dtype(w));
   with_compute_type(w, [&](auto zero) {
     using C = decltype(zero);
-    for (int64_t i = 0; i < count; ++i)
+    for_each_matrix(count, [&](int64_t i) {
       cpu::polar_factor<C>(slice(w_in.view, i, n), slice<C>(p, i, n, k));
+    });
   });
   return p;
 }
