@@ -418,6 +418,16 @@ bool jacobi_rotate(double* x, double* y, double* p, double* q, int64_t n, double
   return true;
 }
 
+void signs(uint64_t stream, int64_t begin, int64_t end, float* out) {
+  for (int64_t i = begin; i < end; ++i) {
+    uint64_t x = stream + static_cast<uint64_t>(i + 1) * 0x9e3779b97f4a7c15u;
+    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+    x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+    x ^= x >> 31;
+    out[i] = static_cast<float>(1 - 2 * static_cast<int64_t>(x >> 40 & 1));
+  }
+}
+
 template <typename C>
 KernelSet<C> make_set() {
   return {Simd<C>::kLanes,   sketch_scratch<C>, sketch<C>, apply_scratch<C>,   apply<C>,
@@ -434,6 +444,7 @@ const KernelTable& table() {
                                        dot,
                                        axpy,
                                        jacobi_rotate,
+                                       signs,
                                        make_set<float>(),
                                        make_set<double>()};
   return instance;

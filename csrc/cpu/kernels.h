@@ -102,6 +102,8 @@ struct KernelTable {
   // `tolerance`; whether it did. xx and yy are the squared norms, kept up to date.
   bool (*jacobi_rotate)(double* x, double* y, double* p, double* q, int64_t n, double tolerance,
                         double* xx, double* yy);
+  // out[i] = ±1 from the hash of position i + 1 in `stream`, for i in [begin, end).
+  void (*signs)(uint64_t stream, int64_t begin, int64_t end, float* out);
   KernelSet<float> f32;
   KernelSet<double> f64;
 };
