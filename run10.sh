@@ -7,7 +7,7 @@
 #
 # Stages: tokenizer dense molegrad sft eval report
 #
-#   PROFILE        cpu (about 15 minutes on 2 cores), rtx5090 (the $10 run), smoke (seconds)
+#   PROFILE        cpu (about 12 minutes on 2 cores), rtx5090 (the $10 run), smoke (seconds)
 #   RUN            name of the run (default: the profile's); two models train, RUN-dense and RUN
 #   BASELINE       0 leaves the dense baseline out
 #   DATA           corpus: embedded, a file or folder of text, or climbmix:SHARDS (default: by profile)
@@ -41,7 +41,7 @@ case "$PROFILE" in
   cpu) # two cores, a quarter of an hour, the corpus that comes with the installed packages
     DATA="${DATA:-embedded}"
     tok="--vocab-size=4096"
-    base="--depth=4 --max-seq-len=256 --device-batch-size=8 --num-iterations=500 --matrix-lr=0.02"
+    base="--depth=4 --max-seq-len=256 --device-batch-size=8 --num-iterations=420 --matrix-lr=0.02"
     base+=" --eval-every=100 --eval-tokens=131072 --log-every=10 --sample-every=0"
     low_rank+=" --streaming_gradient_mode=factored --streaming_rank_k=32"
     sft="--num-iterations=120 --eval-every=40"
