@@ -153,4 +153,6 @@ stage eval scripts.chat_eval --run="$RUN" $evaluation
 stage report scripts.report --runs="$runs"
 
 say "Done in $((SECONDS - started)) s. To chat with the model:"
-echo "$PYTHON -m scripts.chat_cli --run=$RUN"
+home=""
+if [ "$MOLEGRAD_HOME" != "$HOME/.cache/molegrad" ]; then home="MOLEGRAD_HOME=$MOLEGRAD_HOME "; fi
+echo "$home$PYTHON -m scripts.chat_cli --run=$RUN"
