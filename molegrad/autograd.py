@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from molegrad import bases
+from molegrad.reference import hutch_norm_sq
 
 # What a layer's `stats` buffer holds, in this order.
 STATS = (
@@ -54,12 +55,6 @@ def sketch_backward(ctx, grad_y: Tensor, grad_w: Tensor):
         grad_u = grad_u.to(u.dtype) if need_u else None
         grad_v = grad_v.to(v.dtype) if need_v else None
     return grad_a, grad_b, grad_u, grad_v
-
-
-def hutch_norm_sq(y: Tensor, g_probes: Tensor, v: Tensor, probes: Tensor) -> Tensor:
-    """‖G‖²_F ≈ ‖G V‖² + ‖G (I − VVᵀ) Ω‖² / r (Hutch++, Meyer et al. 2021); batched."""
-    residual = g_probes - y @ (v.mT @ probes)
-    return y.square().sum((-2, -1)) + residual.square().sum((-2, -1)) / probes.shape[-1]
 
 
 def trust_factor(norm_sq: Tensor, captured_sq: Tensor, trust_max: float) -> Tensor:
@@ -164,8 +159,8 @@ def linear_factored_backward(ctx, grad: Tensor):
             grad_u, grad_v, norm_sq, status = torch.ops.molegrad.lowrank_grad(
                 a, b, v, power_iters, probes if probes.shape[1] else None, cond_max
             )
-            stats[0].copy_(norm_sq)
-            stats[5].copy_(status)
+            stats[STATS.index("gradient_norm_sq")].copy_(norm_sq)
+            stats[STATS.index("orth_status")].copy_(status)
             pad = basis_v.shape[1] - rank_k
             grad_u = torch.nn.functional.pad(grad_u, (0, pad))
             grad_v = torch.nn.functional.pad(grad_v, (0, pad))

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from molegrad.reference import project_out
+
 
 def rademacher(rows: int, cols: int, counter: Tensor, seed: int, dtype: torch.dtype) -> Tensor:
     """Random signs (rows, cols) in `dtype` on the counter's device; see `ops.rademacher`."""
@@ -20,8 +22,6 @@ def initial_basis(
     rows: int, rank: int, seed: int, *, device=None, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """A seeded random basis (rows, rank) with orthonormal columns."""
-    if torch.device(device or "cpu").type == "meta":
-        return torch.empty(rows, rank, device="meta", dtype=dtype)
     counter = torch.zeros((), dtype=torch.int64, device=device)
     return torch.ops.molegrad.orthonormalize(rademacher(rows, rank, counter, seed, dtype))[0]
 
@@ -75,10 +75,7 @@ def extend(basis: Tensor, block: Tensor, cond_max: float) -> tuple[Tensor, Tenso
         q basis_c = basis and q block_c = block.
     """
     k = basis.shape[-1]
-    inner = basis.mT @ block
-    rest = block - basis @ inner
-    again = basis.mT @ rest
-    rest = rest - basis @ again
+    rest, inner = project_out(basis, block)
     q, r, _ = torch.ops.molegrad.orthonormalize(torch.cat([basis, rest], dim=-1), cond_max)
     basis_c = r[..., :k]
-    return q, basis_c, basis_c @ (inner + again) + r[..., k:]
+    return q, basis_c, basis_c @ inner + r[..., k:]

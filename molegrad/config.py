@@ -115,6 +115,11 @@ class MoleGradConfig:
         """Number of basis directions that are replaced by random ones at every step."""
         return min(self.rank_k, math.ceil((1.0 - self.warm_start_decay) * self.rank_k - 1e-9))
 
+    @property
+    def needed_features(self) -> int:
+        """Least number of features on either side of a layer: the tangent estimate has rank 2k."""
+        return self.rank_k * (2 if self.method == "tangent" else 1)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; `MoleGradConfig(**d)` gives the same configuration back."""
         values = dataclasses.asdict(self)

@@ -30,10 +30,10 @@ _ATTENTION_PARENTS = {
     "encoderattn", "encdecattention", "mha", "multiheadattention", "mixer",
 }  # fmt: skip
 _FFN_LEAVES = {
-    "cfc", "fc", "fcin", "fcout", "gateproj", "upproj", "downproj", "gateupproj", "w",
-    "wi", "wo", "densehtoh", "lin", "linear", "gate", "up", "down",
+    "cfc", "fc", "fcin", "fcout", "gateproj", "upproj", "downproj", "gateupproj",
+    "wi", "wo", "densehtoh", "gate", "up", "down",
 }  # fmt: skip
-_FFN_EXACT = {"dense_h_to_4h", "dense_4h_to_h", "fc1", "fc2", "w1", "w2", "w3"}
+_FFN_EXACT = {"w1", "w2", "w3"}  # without their digits they would be anything
 _ATTENTION_LEAVES = {
     "qproj", "kproj", "vproj", "oproj", "outproj", "cattn", "cq", "ck", "cv", "qkv", "qkvproj",
     "querykeyvalue", "query", "key", "value", "wq", "wk", "wv", "wqkv", "toq", "tok", "tov",
@@ -63,7 +63,7 @@ def layer_role(name: str) -> str:
             return "ffn"
         if word in _ATTENTION_PARENTS:
             return "attention"
-    if leaf in _FFN_EXACT or _word(leaf) in _FFN_LEAVES - {"w", "lin", "linear"}:
+    if leaf in _FFN_EXACT or _word(leaf) in _FFN_LEAVES:
         return "ffn"
     if _word(leaf) in _ATTENTION_LEAVES:
         return "attention"
@@ -164,7 +164,7 @@ def _reason(
         return "its weight is frozen"
     m, n = module.weight.shape
     k = config.rank_k
-    if k * (2 if config.method == "tangent" else 1) > min(m, n):
+    if config.needed_features > min(m, n):
         return f"too small for rank_k={k}"
     saved = 1 - k * (m + n) / (m * n)
     if saved < config.min_layer_utilization:

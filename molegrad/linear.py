@@ -24,7 +24,7 @@ from molegrad.autograd import STATS
 from molegrad.config import MoleGradConfig
 from molegrad.reference import acc_dtype
 
-_DENSE_STATE = ("basis_u", "basis_v", "counter", "stats")
+_WORKING_STATE = ("basis_u", "basis_v", "counter", "stats")
 
 
 class MoleLinear(nn.Linear):
@@ -67,7 +67,7 @@ class MoleLinear(nn.Linear):
         linear.__dict__.update(_own_containers(self))
         for attribute in ("config", "name", "_seed", "_guard"):
             linear.__dict__.pop(attribute, None)
-        for key in _DENSE_STATE:
+        for key in _WORKING_STATE:
             linear._buffers.pop(key, None)
             linear._parameters.pop(key, None)
             linear._non_persistent_buffers_set.discard(key)
@@ -76,7 +76,7 @@ class MoleLinear(nn.Linear):
 
     def _equip(self, config: MoleGradConfig, name: str) -> None:
         smallest, k = min(self.in_features, self.out_features), config.rank_k
-        needed = 2 * k if config.method == "tangent" else k
+        needed = config.needed_features
         if needed > smallest:
             raise ValueError(
                 f"rank_k={k} with method={config.method!r} needs a layer of at least {needed} "
@@ -236,7 +236,7 @@ def bases_state_dict(model: nn.Module) -> dict[str, Tensor]:
         f"{name}.{key}": layer._buffers[key]
         for name, layer in model.named_modules()
         if isinstance(layer, MoleLinear)
-        for key in _DENSE_STATE
+        for key in _WORKING_STATE
         if key in layer._buffers
     }
 

@@ -81,9 +81,8 @@ def lowrank_grad(
     y, g_probes = _left_product(a, b, start).split([k, start.shape[1] - k], dim=1)
 
     norm_sq = None
-    if probes is not None:  # Hutch++: ‖G‖² = ‖GV‖² + E ‖G (I − VVᵀ) ω‖²
-        residual = g_probes - y @ (v.mT @ probes.to(v.dtype))
-        norm_sq = y.square().sum() + residual.square().sum() / probes.shape[1]
+    if probes is not None:
+        norm_sq = hutch_norm_sq(y, g_probes, v, probes.to(v.dtype))
 
     u, r, status = orthonormalize(y, cond_max)
     if power_iters == 0:
@@ -97,6 +96,12 @@ def lowrank_grad(
     if norm_sq is None:
         norm_sq = w.square().sum()
     return u, w, norm_sq, status
+
+
+def hutch_norm_sq(y: Tensor, g_probes: Tensor, v: Tensor, probes: Tensor) -> Tensor:
+    """‖G‖²_F ≈ ‖G V‖² + ‖G (I − VVᵀ) Ω‖² / r (Hutch++, Meyer et al. 2021); batched."""
+    residual = g_probes - y @ (v.mT @ probes)
+    return y.square().sum((-2, -1)) + residual.square().sum((-2, -1)) / probes.shape[-1]
 
 
 def orthonormalize(y: Tensor, cond_max: float = 1e3) -> tuple[Tensor, Tensor, Tensor]:
@@ -148,14 +153,21 @@ def _cholesky_qr2(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q, lower2.mT @ lower.mT, cond
 
 
+def project_out(basis: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
+    """Block minus basis C, orthogonal to the orthonormal basis, and C; batched."""
+    inner = basis.mT @ block
+    rest = block - basis @ inner
+    again = basis.mT @ rest  # twice is enough (Kahan, Parlett)
+    return rest - basis @ again, inner + again
+
+
 def tangent_factors(
     u: Tensor, v: Tensor, y: Tensor, w: Tensor, cond_max: float = 1e3
 ) -> tuple[Tensor, Tensor]:
     """Factors of Ĝ = U Wᵀ + (I − UUᵀ) Y Vᵀ, the projection of G on the tangent space at (U, V)."""
     dtype = acc_dtype(y.dtype)
     u, v, y, w = (x.to(dtype) for x in (u, v, y, w))
-    y_perp = y - u @ (u.mT @ y)
-    y_perp = y_perp - u @ (u.mT @ y_perp)  # twice is enough (Kahan, Parlett)
+    y_perp, _ = project_out(u, y)
     left, r, _ = orthonormalize(torch.cat([u, y_perp], dim=1), cond_max)
     # U = L R₁ and Y⊥ = L R₂ exactly, also where U is orthonormal to rounding only.
     return left, torch.cat([w, v], dim=1) @ r.mT

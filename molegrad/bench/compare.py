@@ -27,7 +27,7 @@ from pathlib import Path
 from molegrad import build_info
 from molegrad.gpt import flags, paths
 from molegrad.gpt.flags import flag
-from molegrad.gpt.logger import METRICS
+from molegrad.gpt.logger import read_metrics
 from molegrad.gpt.train import base_train
 from molegrad.gpt.train_config import BaseTrainConfig
 
@@ -133,7 +133,7 @@ def run_once(config: BaseTrainConfig) -> dict:
         raise KeyboardInterrupt("a signal ended the run: the comparison can be started again")
     times = [
         record["train/dt"]
-        for record in read_jsonl(Path(result["folder"]) / METRICS)
+        for record in read_metrics(Path(result["folder"]))
         if "train/dt" in record and record["step"] > LEFT_OUT_STEPS
     ]
     return {

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import torch
 
-from molegrad.gpt import flags, hardware, schedule, setup
+from molegrad.gpt import flags, hardware, setup
 from molegrad.gpt.flags import flag
 from molegrad.gpt.model import GPT
-from molegrad.gpt.train import model_config
+from molegrad.gpt.train import model_config, total_steps
 from molegrad.gpt.train_config import BaseTrainConfig, resolve
 
 
@@ -74,14 +74,7 @@ def predict(config: BudgetConfig) -> Budget:
     with torch.device("meta"):
         model = GPT(model_config(config, config.vocab_size))
     setup.equip(model, config)
-    counts = model.count_parameters()
-    steps = schedule.total_steps(
-        config.total_batch_size,
-        config.num_iterations,
-        config.max_train_tokens,
-        config.target_param_data_ratio,
-        counts["matrix"] + counts["head"],
-    )
+    steps = total_steps(config, model)
     tokens = steps * config.total_batch_size
     flops = hardware.flops_per_token(model, config.max_seq_len).actual * tokens
     speed = hardware.PEAK_BF16[config.gpu] * config.expected_mfu

@@ -44,7 +44,7 @@ TASKS = {
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Evaluate a checkpoint of a run; the result goes to eval_NNNNNN.json beside it."""
+    """What both evaluations share; the two below name the stage, which decides the tasks."""
 
     run: str = flag("dummy", "name of the run")
     model_tag: str = flag("", "suffix of the stage's folder, as in training")
@@ -66,6 +66,7 @@ class EvalConfig:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.max_questions < 1:
             raise ValueError(f"max_questions must be at least 1, got {self.max_questions}")
+        chosen(self)
 
 
 @dataclass(frozen=True)
@@ -77,10 +78,6 @@ class BaseEvalConfig(EvalConfig):
 
     stage = "base"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        chosen(self)
-
 
 @dataclass(frozen=True)
 class ChatEvalConfig(EvalConfig):
@@ -90,10 +87,6 @@ class ChatEvalConfig(EvalConfig):
     """
 
     stage = "sft"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        chosen(self)
 
 
 def chosen(config) -> list[str]:

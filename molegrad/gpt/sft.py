@@ -15,25 +15,20 @@ How to run:
 """
 
 import json
-import math
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from molegrad.gpt import checkpoint, flags, hardware, schedule, setup, stages, train
+from molegrad.gpt import checkpoint, flags, schedule, setup, stages, train
 from molegrad.gpt.bpb import bits_per_byte
 from molegrad.gpt.chat import answer
 from molegrad.gpt.conversations import WEIGHTS, conversation_mixture
 from molegrad.gpt.corpus import open_corpus
-from molegrad.gpt.environment import machine_record
 from molegrad.gpt.flags import flag
-from molegrad.gpt.logger import RunLogger
-from molegrad.gpt.loop import Trainer
 from molegrad.gpt.sft_data import ConversationLoader, held_out_batches, render
 from molegrad.gpt.train_config import TrainFlags, compute_dtype, device_of, resolve
-from molegrad.monitor import aggregate, layer_metrics, memory_bytes
 
 QUESTIONS = ("What is 12 + 7?", "Spell the word tensor", "What does torch.relu do?", "Hello")
 
@@ -197,35 +192,7 @@ def _train(config, processes, device, folder: Path, saved_folder: Path | None, b
     setup.place(model, config, device)
     planned = setup.equip(model, config)
     optimizers = build_optimizers(model, config)
-    steps = total_steps(config, loader.rows_per_epoch, world)
-    costs = hardware.flops_per_token(model, length)
-    peak, peak_source = hardware.peak_flops(device, compute_dtype(config))
-    saved_config = {**flags.resolved(config), "tokenizer": tokenizer.fingerprint}
-    processes.print(
-        train.describe(
-            config, model, planned, optimizers, costs, steps, device, (peak, peak_source)
-        )
-    )
     sources = {s: dict(Counter(talk["source"] for talk in part)) for s, part in talks.items()}
-    processes.print(f"start: {base.name}; conversations: {json.dumps(sources)}")
-    saved = None
-    if saved_folder is not None:
-        saved = checkpoint.load(saved_folder, processes.rank, world)
-        train.check_same_model(saved, model, tokenizer)
-    if processes.first:
-        tokenizer.save(folder / "tokenizer")
-        record = {
-            **saved_config,
-            "steps": steps,
-            "parameters": model.count_parameters(),
-            "corpus": corpus.manifest,
-            "machine": machine_record(device, world),
-            "conversation_sources": sources,
-            "started_from": base.name,
-            "base_stage": base.folder.name,
-        }
-        (folder / "config.json").write_text(json.dumps(record, indent=1, default=str))
-
     token_bytes = tokenizer.token_bytes()
 
     def evaluate() -> dict:
@@ -255,46 +222,32 @@ def _train(config, processes, device, folder: Path, saved_folder: Path | None, b
         model.train()
         return texts
 
-    def monitor() -> dict:
-        means = aggregate(layer_metrics(model, optimizers)) if planned else {}
-        streaming = {f"streaming/{k}": v for k, v in means.items() if math.isfinite(v)}
-        return {"train/skipped_batches": loader.skipped, **streaming}
-
-    with RunLogger(
+    result = train.run_stage(
+        config,
+        processes,
         folder,
+        saved_folder,
+        model,
+        tokenizer,
+        planned,
+        optimizers,
+        loader,
+        total_steps(config, loader.rows_per_epoch, world),
+        evaluate,
+        sample,
         name=f"{config.run}-sft",
-        config=saved_config,
-        wandb=config.wandb,
-        resume_step=None if saved is None else saved.step,
-        active=processes.first,
-    ) as logger:
-        trainer = Trainer(
-            config,
-            model,
-            setup.wrap(model, config, processes),
-            optimizers,
-            loader,
-            steps,
-            folder,
-            logger,
-            evaluate=evaluate,
-            sample=sample,
-            monitor=monitor,
-            flops=costs,
-            peak=peak,
-            processes=processes,
-            saved_config=saved_config,
-        )
-        if saved is not None:
-            trainer.resume(saved)
-            processes.print(f"resumed {saved.folder} at step {saved.step}")
-        result = trainer.run()
-        held = {f"memory/{k}": v for k, v in memory_bytes(model, optimizers).items()}
-        skipped = {"train/skipped_batches": loader.skipped}
-        logger.log({"step": trainer.progress.step, **skipped, **held})
+        record={
+            "corpus": corpus.manifest,
+            "conversation_sources": sources,
+            "started_from": base.name,
+            "base_stage": base.folder.name,
+        },
+        note=f"start: {base.name}; conversations: {json.dumps(sources)}",
+        counters=lambda: {"train/skipped_batches": loader.skipped},
+    )
     if loader.skipped:
         processes.print(f"{loader.skipped} batches had no target and were skipped")
-    return {**result, "folder": str(folder), "skipped_batches": loader.skipped}
+    return {**result, "skipped_batches": loader.skipped}
 
 
 def build_optimizers(model, config: SFTConfig) -> list[torch.optim.Optimizer]:

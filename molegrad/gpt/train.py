@@ -14,6 +14,7 @@ How to run:
 import json
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -88,30 +89,6 @@ def _train(config, processes, device, folder: Path, saved_folder: Path | None) -
     setup.place(model, config, device)
     planned = setup.equip(model, config)
     optimizers = setup.build_optimizers(model, config)
-    counts = model.count_parameters()
-    steps = schedule.total_steps(
-        config.total_batch_size,
-        config.num_iterations,
-        config.max_train_tokens,
-        config.target_param_data_ratio,
-        counts["matrix"] + counts["head"],
-    )
-    costs = hardware.flops_per_token(model, length)
-    peak, peak_source = hardware.peak_flops(device, compute_dtype(config))
-    saved_config = {**flags.resolved(config), "tokenizer": tokenizer.fingerprint}
-    processes.print(
-        describe(config, model, planned, optimizers, costs, steps, device, (peak, peak_source))
-    )
-    saved = None
-    if saved_folder is not None:
-        saved = checkpoint.load(saved_folder, processes.rank, world)
-        check_same_model(saved, model, tokenizer)
-    if processes.first:
-        tokenizer.save(folder / "tokenizer")
-        record = {**saved_config, "steps": steps, "parameters": counts, "corpus": corpus.manifest}
-        record["machine"] = machine_record(device, world)
-        (folder / "config.json").write_text(json.dumps(record, indent=1, default=str))
-
     token_bytes = tokenizer.token_bytes()
     eval_steps = max(1, config.eval_tokens // (rows * length * world))
 
@@ -128,13 +105,92 @@ def _train(config, processes, device, folder: Path, saved_folder: Path | None) -
     def sample() -> list[str]:
         return sample_texts(model, tokenizer, compute_dtype(config))
 
+    return run_stage(
+        config,
+        processes,
+        folder,
+        saved_folder,
+        model,
+        tokenizer,
+        planned,
+        optimizers,
+        loader,
+        total_steps(config, model),
+        evaluate,
+        sample,
+        name=config.run,
+        record={"corpus": corpus.manifest},
+    )
+
+
+def total_steps(config: BaseTrainConfig, model: GPT) -> int:
+    """Steps of a base training, from whichever flag sets them."""
+    counts = model.count_parameters()
+    return schedule.total_steps(
+        config.total_batch_size,
+        config.num_iterations,
+        config.max_train_tokens,
+        config.target_param_data_ratio,
+        counts["matrix"] + counts["head"],
+    )
+
+
+def run_stage(
+    config,
+    processes: setup.Processes,
+    folder: Path,
+    saved_folder: Path | None,
+    model: GPT,
+    tokenizer: Tokenizer,
+    planned,
+    optimizers: list[torch.optim.Optimizer],
+    loader,
+    steps: int,
+    evaluate: Callable[[], dict],
+    sample: Callable[[], list[str]],
+    *,
+    name: str,
+    record: dict,
+    note: str = "",
+    counters: Callable[[], dict] | None = None,
+) -> dict:
+    """What every stage does once its parts are there: tell, record, resume, train, account.
+
+    Args:
+        config: resolved flags. planned: the conversion plan, or None. loader: as Trainer takes it.
+        name: the run's name for wandb. record: what config.json says beside the flags.
+        note: printed after the configuration. counters: further metrics of the stage.
+
+    Returns:
+        the last metrics, the memory held, "interrupted", "folder" and "best_bpb".
+    """
+    device, world = model.device, processes.world_size
+    costs = hardware.flops_per_token(model, config.max_seq_len)
+    peak = hardware.peak_flops(device, compute_dtype(config))
+    saved_config = {**flags.resolved(config), "tokenizer": tokenizer.fingerprint}
+    processes.print(describe(config, model, planned, optimizers, costs, steps, device, peak))
+    if note:
+        processes.print(note)
+    saved = None
+    if saved_folder is not None:
+        saved = checkpoint.load(saved_folder, processes.rank, world)
+        check_same_model(saved, model, tokenizer)
+    if processes.first:
+        tokenizer.save(folder / "tokenizer")
+        full = {**saved_config, "steps": steps, "parameters": model.count_parameters()}
+        full |= {"machine": machine_record(device, world), **record}
+        (folder / "config.json").write_text(json.dumps(full, indent=1, default=str))
+
+    def counted() -> dict:
+        return counters() if counters else {}
+
     def monitor() -> dict:
-        means = aggregate(layer_metrics(model, optimizers))
-        return {f"streaming/{k}": v for k, v in means.items() if math.isfinite(v)}
+        means = aggregate(layer_metrics(model, optimizers)) if planned else {}
+        return counted() | {f"streaming/{k}": v for k, v in means.items() if math.isfinite(v)}
 
     with RunLogger(
         folder,
-        name=config.run,
+        name=name,
         config=saved_config,
         wandb=config.wandb,
         resume_step=None if saved is None else saved.step,
@@ -151,9 +207,9 @@ def _train(config, processes, device, folder: Path, saved_folder: Path | None) -
             logger,
             evaluate=evaluate,
             sample=sample,
-            monitor=monitor if planned else None,
+            monitor=monitor if planned or counters else None,
             flops=costs,
-            peak=peak,
+            peak=peak[0],
             processes=processes,
             saved_config=saved_config,
         )
@@ -162,7 +218,7 @@ def _train(config, processes, device, folder: Path, saved_folder: Path | None) -
             processes.print(f"resumed {saved.folder} at step {saved.step}")
         result = trainer.run()
         held = {f"memory/{k}": v for k, v in memory_bytes(model, optimizers).items()}
-        logger.log({"step": trainer.progress.step, **held})
+        logger.log({"step": trainer.progress.step, **counted(), **held})
     return {**result, **held, "folder": str(folder), "best_bpb": trainer.progress.best_bpb}
 
 

@@ -22,8 +22,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from molegrad import bases
-from molegrad.autograd import STATS, hutch_norm_sq, trust_factor
+from molegrad.autograd import STATS, trust_factor
 from molegrad.optim.newton_schulz import newton_schulz
+from molegrad.reference import hutch_norm_sq
 
 ADJUST_LR = ("spectral", "original", "match_rms_adamw", "none")
 
