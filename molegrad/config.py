@@ -22,6 +22,11 @@ GRADIENT_MODES = ("dense", "factored")
 TARGET_GROUPS = ("ffn_only", "attention_only", "all")
 
 
+def explored_directions(k: int, decay: float) -> int:
+    """How many of k basis directions exploration replaces at every step: ⌈(1 − decay) k⌉ ≤ k."""
+    return min(k, math.ceil((1.0 - decay) * k - 1e-9))
+
+
 def _field(default: Any, help: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": help})
 
@@ -113,7 +118,7 @@ class MoleGradConfig:
     @property
     def explored(self) -> int:
         """Number of basis directions that are replaced by random ones at every step."""
-        return min(self.rank_k, math.ceil((1.0 - self.warm_start_decay) * self.rank_k - 1e-9))
+        return explored_directions(self.rank_k, self.warm_start_decay)
 
     @property
     def needed_features(self) -> int:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from molegrad import bases
 from molegrad.autograd import STATS
-from molegrad.config import MoleGradConfig
+from molegrad.config import MoleGradConfig, explored_directions
 from molegrad.reference import acc_dtype
 
 _WORKING_STATE = ("basis_u", "basis_v", "counter", "stats")
@@ -105,6 +105,12 @@ class MoleLinear(nn.Linear):
         self.reset_bases()
 
     @property
+    def rank(self) -> int:
+        """k: the width of the layer's bases, probe columns not counted."""
+        factored = self.config.gradient_mode == "factored"
+        return self.basis_v.shape[1] - (self.config.probes if factored else 0)
+
+    @property
     def trains(self) -> bool:
         """Whether the weight is trained (in factored mode its bases carry that mark)."""
         factored = self.config.gradient_mode == "factored"
@@ -113,7 +119,7 @@ class MoleLinear(nn.Linear):
     @torch.no_grad()
     def reset_bases(self) -> None:
         """Draw both bases anew from the seed, as a fresh layer has them."""
-        k = self.config.rank_k
+        k = self.rank
         for stream, basis in enumerate((self.basis_u, self.basis_v)):
             if basis.is_meta:
                 continue
@@ -134,17 +140,18 @@ class MoleLinear(nn.Linear):
             return torch.ops.molegrad.linear_dense(
                 input, self.weight, self.bias, self.basis_u, self.basis_v, self.counter,
                 self.stats, c.method, c.power_iters, c.probes,
-                c.trust_max if c.trust_scaling else 0.0, c.explored, self._seed, c.cond_max,
+                c.trust_max if c.trust_scaling else 0.0,
+                explored_directions(self.rank, c.warm_start_decay), self._seed, c.cond_max,
             )  # fmt: skip
         return torch.ops.molegrad.linear_factored(
             input, self.weight, self.bias, self.basis_u, self.basis_v, self.stats,
-            c.method, c.rank_k, c.power_iters, c.cond_max,
+            c.method, self.rank, c.power_iters, c.cond_max,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
         c = self.config
         return (
-            f"{super().extra_repr()}, rank_k={c.rank_k}, method={c.method}, "
+            f"{super().extra_repr()}, rank={self.rank}, method={c.method}, "
             f"gradient_mode={c.gradient_mode}"
         )
 

@@ -4,6 +4,7 @@ import json
 import pytest
 
 from molegrad import MoleGradConfig
+from molegrad.config import explored_directions
 
 
 def test_defaults_are_the_documented_ones():
@@ -14,7 +15,6 @@ def test_defaults_are_the_documented_ones():
         "ffn_only",
         0.95,
     )
-    assert c.explored == 2  # ceil(0.05 * 32)
     assert all(f.metadata["help"] for f in dataclasses.fields(c))
     with pytest.raises(dataclasses.FrozenInstanceError):
         c.rank_k = 3
@@ -25,7 +25,7 @@ def test_defaults_are_the_documented_ones():
     [(1.0, 8, 0), (0.95, 8, 1), (0.0, 8, 8), (0.9, 100, 10), (0.5, 1, 1)],
 )
 def test_explored_directions(decay, k, explored):
-    assert MoleGradConfig(rank_k=k, warm_start_decay=decay).explored == explored
+    assert explored_directions(k, decay) == explored
 
 
 @pytest.mark.parametrize(

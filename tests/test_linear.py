@@ -27,7 +27,7 @@ def config(mode="dense", method="tangent", **fields):
 
 def layer_estimate(layer: MoleLinear) -> torch.Tensor:
     """Ĝ of a factored layer from its sketches."""
-    k = layer.config.rank_k
+    k = layer.rank
     u, v = layer.basis_u.detach()[:, :k], layer.basis_v.detach()[:, :k]
     y, w = layer.basis_u.grad[:, :k], layer.basis_v.grad[:, :k]
     if layer.config.method == "power":
@@ -300,7 +300,7 @@ def test_bases_state_dict_resumes_exactly():
 def test_a_rank_that_does_not_fit_is_refused_and_repr_tells():
     with pytest.raises(ValueError, match="needs a layer of at least 8 features.*lower rank_k"):
         MoleLinear(6, 40, config=config())
-    assert "rank_k=4, method=tangent, gradient_mode=dense" in repr(
+    assert "rank=4, method=tangent, gradient_mode=dense" in repr(
         MoleLinear(24, 40, config=config())
     )
 

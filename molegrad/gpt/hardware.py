@@ -151,7 +151,7 @@ def flops_per_token(model: nn.Module, seq_len: int) -> Flops:
             c = module.config
             passes = 1.0 if c.method == "tangent" else max(c.power_iters, 0.5)
             weight_dense += 2 * m * n
-            weight_actual += (4 * c.rank_k * passes + 2 * c.probes) * (m + n)
+            weight_actual += (4 * module.rank * passes + 2 * c.probes) * (m + n)
     size = model.config
     common += 12 * size.depth * size.n_head * size.head_dim * seq_len
     return Flops(common + weight_actual, common + weight_dense, weight_actual)
