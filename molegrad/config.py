@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from molegrad.names import layer_role, matches
+
 Method = Literal["power", "tangent"]
 GradientMode = Literal["dense", "factored"]
 
@@ -40,7 +42,19 @@ class MoleGradConfig:
         TypeError: a field has the wrong type.
     """
 
-    rank_k: int = _field(32, "rank k of the kept gradient modes of each layer")
+    rank_k: int | float = _field(
+        32,
+        "rank k of the kept gradient modes of each layer: an integer, or a fraction between 0 and "
+        "1, a share of the layer's smaller side (to the nearest multiple of 8; of 1 where that "
+        "side is below 64)",
+    )
+    rank_overrides: str | tuple[str, ...] = _field(
+        (),
+        "ranks of single layers, as PATTERN=RANK (comma separated), e.g. "
+        "'attention=16,c_proj=0.25'; PATTERN is a role (ffn, attention), the end of a layer's "
+        "name, a parent's name or a regular expression; the first match wins, rank_k is for the "
+        "rest",
+    )
     power_iters: int = _field(
         1,
         "block power iterations of method 'power'; 1 costs two products with A and two with B, "
@@ -91,7 +105,7 @@ class MoleGradConfig:
     seed: int = _field(0, "seed of the initial bases, the exploration and the probes")
 
     def __post_init__(self) -> None:
-        self._require_int("rank_k", minimum=1)
+        _check_rank("rank_k", self.rank_k)
         self._require_int("power_iters", minimum=0)
         self._require_int("probes", minimum=0)
         self._require_int("seed", minimum=0)
@@ -109,6 +123,7 @@ class MoleGradConfig:
                 f"choice), got probes={self.probes}"
             )
         object.__setattr__(self, "target_layers", _normalized_targets(self.target_layers))
+        object.__setattr__(self, "rank_overrides", _normalized_overrides(self.rank_overrides))
         if self.method == "tangent" and self.power_iters != 1:
             raise ValueError(
                 f"power_iters={self.power_iters} has no meaning for method='tangent', which makes "
@@ -120,17 +135,33 @@ class MoleGradConfig:
         """Number of basis directions that are replaced by random ones at every step."""
         return explored_directions(self.rank_k, self.warm_start_decay)
 
-    @property
-    def needed_features(self) -> int:
-        """Least number of features on either side of a layer: the tangent estimate has rank 2k."""
-        return self.rank_k * (2 if self.method == "tangent" else 1)
+    def needed_features(self, k: int) -> int:
+        """Least number of features on either side of a layer of rank k: the tangent estimate has
+        rank 2k."""
+        return k * (2 if self.method == "tangent" else 1)
+
+    def rank_of(self, m: int, n: int, name: str = "") -> int:
+        """The rank k of an (m, n) layer: `rank_k`, or the first of `rank_overrides` that matches
+        the layer's dotted name."""
+        _, rank = _split_override(self.rank_source(name))
+        if isinstance(rank, int):
+            return rank
+        smallest = min(m, n)
+        unit = 8 if smallest >= 64 else 1
+        return unit * max(1, math.floor(rank * smallest / unit + 0.5))
+
+    def rank_source(self, name: str = "") -> str:
+        """The setting that `rank_of` goes by, such as "rank_k=32" or the override "c_proj=0.25"."""
+        for override in self.rank_overrides:
+            pattern, _ = _split_override(override)
+            if pattern == layer_role(name) or matches(pattern, name):
+                return override
+        return f"rank_k={self.rank_k!r}"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; `MoleGradConfig(**d)` gives the same configuration back."""
         values = dataclasses.asdict(self)
-        if isinstance(self.target_layers, tuple):
-            values["target_layers"] = list(self.target_layers)
-        return values
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
     def _require_int(self, name: str, minimum: int) -> None:
         value = getattr(self, name)
@@ -150,6 +181,59 @@ class MoleGradConfig:
         value = getattr(self, name)
         if value not in choices:
             raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+
+
+def _check_rank(name: str, rank: Any) -> None:
+    """An integer >= 1, or a fraction strictly between 0 and 1."""
+    if isinstance(rank, bool) or not isinstance(rank, (int, float)):
+        raise TypeError(f"{name} must be an integer or a fraction, got {rank!r}")
+    if isinstance(rank, int) and rank < 1:
+        raise ValueError(f"{name} must be at least 1, got {rank}")
+    if isinstance(rank, float) and not 0.0 < rank < 1.0:
+        raise ValueError(
+            f"{name} must be an integer, or a fraction between 0 and 1 (a share of the layer's "
+            f"smaller side), got {rank!r}"
+        )
+
+
+def _split_override(override: str) -> tuple[str, int | float]:
+    """Pattern and rank of "PATTERN=RANK"; the pattern itself may hold a "="."""
+    pattern, _, rank = override.rpartition("=")
+    try:
+        if not pattern.strip():
+            raise ValueError
+        return pattern.strip(), int(rank) if rank.strip().isdigit() else float(rank)
+    except ValueError:
+        raise ValueError(
+            f"rank_overrides has {override!r}, where PATTERN=RANK is wanted, such as "
+            "'attention=16' or 'c_proj=0.25'"
+        ) from None
+
+
+def _normalized_overrides(overrides: Any) -> tuple[str, ...]:
+    if isinstance(overrides, str):
+        entries = tuple(part.strip() for part in overrides.split(",") if part.strip())
+    elif isinstance(overrides, Sequence) and all(isinstance(o, str) for o in overrides):
+        entries = tuple(overrides)
+    else:
+        raise TypeError(
+            "rank_overrides must be a string such as 'attention=16,c_proj=0.25' or a list of such "
+            f"entries, got {overrides!r}"
+        )
+    for entry in entries:
+        pattern, rank = _split_override(entry)
+        _check_rank(f"rank_overrides: the rank of {pattern!r}", rank)
+        _check_pattern("rank_overrides", pattern)
+    return entries
+
+
+def _check_pattern(field: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(
+            f"{field} has {pattern!r}, which is no valid regular expression: {error}"
+        ) from None
 
 
 def _normalized_targets(targets: Any) -> str | tuple[str, ...]:
@@ -174,10 +258,5 @@ def _normalized_targets(targets: Any) -> str | tuple[str, ...]:
                 f"target_layers mixes the group {name!r} with names: give either one group "
                 f"({', '.join(TARGET_GROUPS)}) or names and patterns only"
             )
-        try:
-            re.compile(name)
-        except re.error as error:
-            raise ValueError(
-                f"target_layers has {name!r}, which is no valid regular expression: {error}"
-            ) from None
+        _check_pattern("target_layers", name)
     return names

@@ -1,14 +1,12 @@
 """Finding a model's large linear layers and converting them to MoleLinear, and back.
 
-`plan` says which layers would be taken and which left, and why; `convert` does it. Layers are
-found by the names nanochat, GPT-2 and Hugging Face models give them, the parents' names included:
-`h.0.mlp.c_proj` is a feed-forward layer, `h.0.attn.c_proj` an attention layer.
+`plan` says which layers would be taken at which rank and which left, and why; `convert` does it.
+Layers are found by their names (`molegrad.names`).
 """
 
 from __future__ import annotations
 
 import logging
-import re
 from collections import Counter
 from dataclasses import dataclass
 
@@ -17,59 +15,9 @@ from torch.nn.utils import parametrize
 
 from molegrad.config import TARGET_GROUPS, MoleGradConfig
 from molegrad.linear import MoleLinear
+from molegrad.names import layer_role, matches
 
 logger = logging.getLogger("molegrad")
-
-# Compared with name components in lower case without digits, dots and underscores.
-_FFN_PARENTS = {
-    "mlp", "ffn", "ff", "feedforward", "moe", "experts", "expert", "sharedexpert",
-    "sharedexperts", "blocksparsemoe", "densereludense", "intermediate", "mlps",
-}  # fmt: skip
-_ATTENTION_PARENTS = {
-    "attn", "attention", "selfattn", "selfattention", "crossattn", "crossattention",
-    "encoderattn", "encdecattention", "mha", "multiheadattention", "mixer",
-}  # fmt: skip
-_FFN_LEAVES = {
-    "cfc", "fc", "fcin", "fcout", "gateproj", "upproj", "downproj", "gateupproj",
-    "wi", "wo", "densehtoh", "gate", "up", "down",
-}  # fmt: skip
-_FFN_EXACT = {"w1", "w2", "w3"}  # without their digits they would be anything
-_ATTENTION_LEAVES = {
-    "qproj", "kproj", "vproj", "oproj", "outproj", "cattn", "cq", "ck", "cv", "qkv", "qkvproj",
-    "querykeyvalue", "query", "key", "value", "wq", "wk", "wv", "wqkv", "toq", "tok", "tov",
-    "toout", "inproj", "qlin", "klin", "vlin", "outlin",
-}  # fmt: skip
-_HEADS = {
-    "lmhead", "head", "embedout", "outputembeddings", "classifier", "score", "qaoutputs",
-    "unembed", "unembedding", "outputlayer", "prediction", "decoderhead",
-}  # fmt: skip
-
-
-def _word(component: str) -> str:
-    return re.sub(r"[^a-z]", "", component.lower())
-
-
-def layer_role(name: str) -> str:
-    """'ffn', 'attention', 'head' or 'other', read off a module's dotted name.
-
-    A parent that names its role decides before the layer's own name does, the innermost first.
-    """
-    *parents, leaf = name.split(".")
-    if _word(leaf) in _HEADS or any(_word(p) in _HEADS for p in parents[-1:]):
-        return "head"
-    for parent in reversed(parents):
-        word = _word(parent)
-        if word in _FFN_PARENTS:
-            return "ffn"
-        if word in _ATTENTION_PARENTS:
-            return "attention"
-    if leaf in _FFN_EXACT or _word(leaf) in _FFN_LEAVES:
-        return "ffn"
-    if _word(leaf) in _ATTENTION_LEAVES:
-        return "attention"
-    if parents and _word(parents[-1]) == "output" and _word(leaf) == "dense":
-        return "ffn"  # BERT's second feed-forward layer; its attention's one has such a parent
-    return "other"
 
 
 def _targeted(name: str, targets: str | tuple[str, ...]) -> str | None:
@@ -80,21 +28,21 @@ def _targeted(name: str, targets: str | tuple[str, ...]) -> str | None:
         if wanted is None:
             return "the output head stays dense" if role == "head" else None
         return None if role in wanted else f"not a target of {targets} (role: {role})"
-    for target in targets:
-        if name == target or name.endswith("." + target) or re.fullmatch(target, name):
-            return None
-        if target in name.split("."):  # the word stands in a parent's name
-            return None
+    if any(matches(target, name) for target in targets):
+        return None
     return f"matches none of {', '.join(targets)}"
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One linear layer: its dotted name(s), shape (m, n), and why it is left (None: taken)."""
+    """One linear layer: its dotted name, shape (m, n), why it is left (None: taken), its rank k
+    (the one it would have, where it is left) and the setting that the rank comes from."""
 
     name: str
     shape: tuple[int, int]
     reason: str | None
+    rank: int
+    rank_source: str
 
 
 @dataclass(frozen=True)
@@ -123,7 +71,9 @@ class ConversionPlan:
         width = max((len(layer.name) for layer in self.layers), default=0)
         for layer in self.layers:
             shape = f"{layer.shape[0]}x{layer.shape[1]}"
-            verdict = "taken" if layer.reason is None else f"left: {layer.reason}"
+            verdict = f"left: {layer.reason}"
+            if layer.reason is None:
+                verdict = f"taken, rank {layer.rank} ({layer.rank_source})"
             lines.append(f"  {layer.name:<{width}}  {shape:>12}  {verdict}")
         return "\n".join(lines)
 
@@ -134,15 +84,32 @@ def plan(model: nn.Module, config: MoleGradConfig) -> ConversionPlan:
     A layer is left if it is not targeted, if its weight is tied to another module, if it is a
     subclass of nn.Linear or parametrized, frozen, converted already, or if its factors would not
     save `config.min_layer_utilization` of the dense gradient.
+
+    Raises:
+        ValueError: one of `config.rank_overrides` matches no linear layer of the model.
     """
     owners: Counter[int] = Counter()
     for module in model.modules():
         owners.update(id(p) for p in module._parameters.values() if p is not None)
     layers = tuple(
-        LayerPlan(name, tuple(module.weight.shape), _reason(name, module, config, owners))
+        LayerPlan(
+            name,
+            tuple(module.weight.shape),
+            _reason(name, module, config, owners),
+            config.rank_of(*module.weight.shape, name),
+            config.rank_source(name),
+        )
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
     )
+    sources = {layer.rank_source for layer in layers}
+    for override in config.rank_overrides:
+        if override not in sources:
+            raise ValueError(
+                f"rank_overrides has {override!r}, which sets the rank of no linear layer of this "
+                "model: name a role (ffn, attention), the end of a layer's name, a parent or a "
+                "regular expression, and put narrower patterns before wider ones"
+            )
     return ConversionPlan(config, layers)
 
 
@@ -163,13 +130,14 @@ def _reason(
     if not module.weight.requires_grad:
         return "its weight is frozen"
     m, n = module.weight.shape
-    k = config.rank_k
-    if config.needed_features > min(m, n):
-        return f"too small for rank_k={k}"
+    k = config.rank_of(m, n, name)
+    source = f"rank {k} ({config.rank_source(name)})"
+    if config.needed_features(k) > min(m, n):
+        return f"too small for {source}"
     saved = 1 - k * (m + n) / (m * n)
     if saved < config.min_layer_utilization:
         return (
-            f"rank_k={k} saves {saved:.0%} of the dense gradient, less than "
+            f"{source} saves {saved:.0%} of the dense gradient, less than "
             f"min_layer_utilization={config.min_layer_utilization:.0%}"
         )
     return None

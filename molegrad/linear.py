@@ -33,7 +33,8 @@ class MoleLinear(nn.Linear):
     Args:
         in_features, out_features, bias, device, dtype: as nn.Linear takes them.
         config: the estimator; `config.target_layers` has no meaning here.
-        name: the layer's name in its model; with `config.seed` it seeds the layer's bases.
+        name: the layer's name in its model; with `config.seed` it seeds the layer's bases, and
+            `config.rank_overrides` go by it.
 
     Raises:
         ValueError: the rank does not fit the layer.
@@ -75,13 +76,14 @@ class MoleLinear(nn.Linear):
         return linear
 
     def _equip(self, config: MoleGradConfig, name: str) -> None:
-        smallest, k = min(self.in_features, self.out_features), config.rank_k
-        needed = config.needed_features
+        smallest = min(self.in_features, self.out_features)
+        k = config.rank_of(self.out_features, self.in_features, name)
+        needed = config.needed_features(k)
         if needed > smallest:
             raise ValueError(
-                f"rank_k={k} with method={config.method!r} needs a layer of at least {needed} "
-                f"features on both sides, this one is {self.in_features} -> {self.out_features}: "
-                "lower rank_k or leave the layer dense"
+                f"rank {k} ({config.rank_source(name)}) with method={config.method!r} needs a "
+                f"layer of at least {needed} features on both sides, this one is "
+                f"{self.in_features} -> {self.out_features}: lower rank_k or leave the layer dense"
             )
         self.config, self.name = config, name
         self._seed = (config.seed * 1_000_003 + zlib.crc32(name.encode())) % 2**62

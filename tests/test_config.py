@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 
 import pytest
 
@@ -32,8 +33,18 @@ def test_explored_directions(decay, k, explored):
     ("fields", "error", "message"),
     [
         ({"rank_k": 0}, ValueError, "rank_k must be at least 1, got 0"),
-        ({"rank_k": 2.0}, TypeError, "rank_k must be an integer, got 2.0"),
+        ({"rank_k": 2.0}, ValueError, "rank_k must be an integer, or a fraction between 0 and 1"),
+        ({"rank_k": 0.0}, ValueError, "rank_k must be an integer, or a fraction between 0 and 1"),
+        ({"rank_k": float("nan")}, ValueError, "a fraction between 0 and 1"),
         ({"rank_k": True}, TypeError, "rank_k must be an integer"),
+        ({"rank_k": "8"}, TypeError, "rank_k must be an integer or a fraction, got '8'"),
+        ({"rank_overrides": "attention"}, ValueError, "has 'attention', where PATTERN=RANK is"),
+        ({"rank_overrides": "=4"}, ValueError, "has '=4', where PATTERN=RANK is wanted"),
+        ({"rank_overrides": "ffn=x"}, ValueError, "has 'ffn=x', where PATTERN=RANK is wanted"),
+        ({"rank_overrides": ("ffn=0",)}, ValueError, "the rank of 'ffn' must be at least 1, got 0"),
+        ({"rank_overrides": "ffn=-8"}, ValueError, "the rank of 'ffn' must be an integer, or a"),
+        ({"rank_overrides": "h.[=8"}, ValueError, "'h.[', which is no valid regular expression"),
+        ({"rank_overrides": {"ffn": 8}}, TypeError, "rank_overrides must be a string such as"),
         ({"power_iters": -1}, ValueError, "power_iters must be at least 0"),
         ({"power_iters": 2}, ValueError, "power_iters=2 has no meaning for method='tangent'"),
         ({"method": "svd"}, ValueError, "method must be one of power, tangent; got 'svd'"),
@@ -51,7 +62,7 @@ def test_explored_directions(decay, k, explored):
     ],
 )
 def test_bad_values_name_field_value_and_remedy(fields, error, message):
-    with pytest.raises(error, match=message.replace("(", r"\(")):
+    with pytest.raises(error, match=re.escape(message)):
         MoleGradConfig(**fields)
 
 
@@ -61,6 +72,51 @@ def test_targets_are_normalised():
     assert MoleGradConfig(target_layers=["c_fc"]).target_layers == ("c_fc",)
 
 
+@pytest.mark.parametrize(
+    ("rank_k", "shape", "rank"),
+    [
+        (32, (768, 3072), 32),
+        (5, (8, 8), 5),
+        (0.125, (768, 3072), 96),
+        (0.125, (3072, 768), 96),  # of the smaller side
+        (0.25, (64, 100), 16),
+        (0.1, (200, 200), 24),  # 20 is half-way: upwards
+        (0.1, (190, 190), 16),  # 19 is nearer to 16
+        (0.001, (768, 768), 8),
+        (0.125, (24, 40), 3),  # narrow layers: no multiples of 8
+        (0.01, (24, 40), 1),
+    ],
+)
+def test_a_fraction_is_a_share_of_the_smaller_side(rank_k, shape, rank):
+    found = MoleGradConfig(rank_k=rank_k).rank_of(*shape)
+    assert found == rank and isinstance(found, int)
+
+
+def test_the_first_override_that_matches_sets_the_rank():
+    c = MoleGradConfig(rank_k=32, rank_overrides=r"h.0.mlp.c_proj=8, attention=16,c_proj=0.25")
+    ranks = {
+        "h.0.mlp.c_proj": 8,
+        "h.1.mlp.c_proj": 24,
+        "h.1.attn.c_proj": 16,
+        "h.1.mlp.c_fc": 32,
+        "": 32,
+    }
+    assert {name: c.rank_of(96, 384, name) for name in ranks} == ranks
+    assert c.rank_source("h.1.mlp.c_proj") == "c_proj=0.25"
+    assert c.rank_source("h.1.mlp.c_fc") == "rank_k=32"
+    pattern = MoleGradConfig(rank_overrides=(r"h\.(0|3)\..*=4", "mlp=12"))
+    found = [pattern.rank_of(96, 96, f"h.{i}.mlp.up") for i in range(4)]
+    assert found == [4, 12, 12, 4]
+
+
 def test_round_trip_through_json():
     c = MoleGradConfig(target_layers=["c_fc", "w1"], rank_k=7, method="power", power_iters=2)
     assert MoleGradConfig(**json.loads(json.dumps(c.to_dict()))) == c
+
+
+@pytest.mark.parametrize("rank_k", [32, 0.125])
+def test_integer_and_fraction_stay_apart_in_json(rank_k):
+    c = MoleGradConfig(rank_k=rank_k, rank_overrides="ffn=0.5,attention=4")
+    again = MoleGradConfig(**json.loads(json.dumps(c.to_dict())))
+    assert again == c and type(again.rank_k) is type(rank_k)
+    assert again.rank_overrides == ("ffn=0.5", "attention=4")

@@ -91,7 +91,7 @@ def test_the_plan_says_why_a_layer_is_left():
     assert "frozen" in reasons["c_q"]
     assert "parametrized" in reasons["c_k"]
     assert "Special" in reasons["c_v"]
-    assert "too small for rank_k=4" in reasons["c_proj"]
+    assert "too small for rank 4 (rank_k=4)" in reasons["c_proj"]
     small = plan(model, MoleGradConfig(rank_k=12, target_layers=["mlp"], min_layer_utilization=0.7))
     assert "saves 44% of the dense gradient, less than min_layer_utilization=70%" in str(small)
     assert "taken" in str(
@@ -99,6 +99,37 @@ def test_the_plan_says_why_a_layer_is_left():
     ) and "not a target of ffn_only (role: attention)" in str(
         plan(TinyGPT(), MoleGradConfig(rank_k=4))
     )
+
+
+def test_every_layer_has_its_rank_and_the_plan_shows_it():
+    config = MoleGradConfig(
+        rank_k=0.25, target_layers="all", rank_overrides=r"attention=2,c_proj=4,h\.1\..*=6",
+        min_layer_utilization=0,
+    )  # fmt: skip
+    planned = plan(TinyGPT(depth=2), config)
+    ranks = {layer.name: layer.rank for layer in planned.taken}
+    assert ranks["h.0.mlp.c_fc"] == 8 and ranks["h.1.mlp.c_fc"] == 6
+    assert ranks["h.1.mlp.c_proj"] == 4 and ranks["h.1.attn.c_proj"] == 2
+    lines = {line.split()[0]: line for line in str(planned).splitlines()[1:]}
+    assert lines["h.0.mlp.c_fc"].endswith("taken, rank 8 (rank_k=0.25)")
+    assert lines["h.1.mlp.c_proj"].endswith("taken, rank 4 (c_proj=4)")
+    model = convert(TinyGPT(depth=2), config)
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, MoleLinear)}
+    assert {name: layer.rank for name, layer in layers.items()} == ranks
+    loss = model(torch.randint(50, (2, 7))).square().mean()
+    loss.backward()
+    for name, layer in layers.items():
+        assert torch.linalg.matrix_rank(layer.weight.grad) <= 2 * ranks[name], name
+
+
+def test_an_override_that_is_too_large_or_matches_nothing_is_told():
+    config = MoleGradConfig(rank_k=4, target_layers="all", rank_overrides="c_fc=20")
+    assert "left: too small for rank 20 (c_fc=20)" in str(plan(TinyGPT(), config))
+    for wrong in ("atention=4", "mlp=8,c_fc=4"):
+        config = MoleGradConfig(rank_k=4, rank_overrides=wrong)
+        name = wrong.split(",")[-1]
+        with pytest.raises(ValueError, match=f"has '{name}', which sets the rank of no linear"):
+            plan(TinyGPT(), config)
 
 
 def test_converting_nothing_is_an_error_that_shows_the_plan():

@@ -67,6 +67,18 @@ def test_the_streaming_flags_of_the_readme():
     )
 
 
+@pytest.mark.parametrize(("word", "rank"), [("32", 32), ("0.125", 0.125), ("1e-2", 0.01)])
+def test_a_rank_is_a_number_or_a_share(word, rank):
+    words = ["--enable_streaming", f"--streaming_rank_k={word}"]
+    words += ["--streaming_rank_overrides=attention=16,c_proj=0.25"]
+    parsed = flags.parse(Example, words)
+    config = parsed.streaming_config()
+    assert config.rank_k == rank and type(config.rank_k) is type(rank)
+    assert config.rank_overrides == ("attention=16", "c_proj=0.25")
+    saved = json.loads(json.dumps(flags.resolved(parsed)))["streaming_rank_k"]
+    assert saved == rank and type(saved) is type(rank)
+
+
 def test_streaming_is_off_unless_asked_for():
     assert flags.parse(Example, ["--streaming_rank_k=8"]).streaming_config() is None
 
@@ -113,6 +125,8 @@ def test_an_unknown_flag_is_an_error_with_a_suggestion(capsys):
         (["--depth=three"], "three"),
         (["--compile=maybe"], "maybe"),
         (["--enable_streaming", "--streaming_rank_k=0"], "rank_k must be at least 1, got 0"),
+        (["--enable_streaming", "--streaming_rank_k=1.5"], "fraction between 0 and 1"),
+        (["--enable_streaming", "--streaming_rank_overrides=ffn"], "PATTERN=RANK is wanted"),
     ],
 )
 def test_a_wrong_value_is_named(words, phrase, capsys):
