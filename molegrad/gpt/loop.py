@@ -265,7 +265,7 @@ class Trainer:
         c, p = self.config, self.progress
         evaluate = self.evaluate is not None and self._due(c.eval_every)
         sample = self.sample is not None and self._due(c.sample_every)
-        save = self._due(max(0, c.save_every))
+        save = not self._keeps_nothing and self._due(max(0, c.save_every))
         if evaluate:
             metrics = self.evaluate()
             p.last |= metrics
@@ -321,7 +321,7 @@ class Trainer:
             for each, handler in before.items():
                 signal.signal(each, handler)
             name = signal.Signals(number).name
-            self.processes.print(f"{name}: finishing this step, then saving (again to quit)")
+            self.processes.print(f"{name}: finishing this step, then stopping (again to quit)")
 
         before = {}
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -332,10 +332,17 @@ class Trainer:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    @property
+    def _keeps_nothing(self) -> bool:
+        return self.config.save_every == -2
+
     def _interrupted(self) -> None:
-        folder = self.save()
+        stopped = f"stopped after step {self.progress.step} of {self.steps}"
+        if self._keeps_nothing:
+            self.processes.print(f"{stopped}; nothing is saved (--save-every=-2)")
+            return
         self.processes.print(
-            f"stopped after step {self.progress.step} of {self.steps}; saved {folder}\n"
+            f"{stopped}; saved {self.save()}\n"
             f"To go on: the same command with --resume (or --resume-from-step="
             f"{self.progress.step})"
         )

@@ -2,6 +2,7 @@
 
     $MOLEGRAD_HOME (default ~/.cache/molegrad)
         tokenizer/     tokenizer.json and its manifest
+        tokenizers/NAME/   further tokenizers
         data/          corpora, shards, token caches
         runs/NAME/     config.json, metrics.jsonl, checkpoints
         report/        report.md and plots
@@ -35,9 +36,9 @@ def home() -> Path:
     return _made(root.absolute())
 
 
-def tokenizer_dir() -> Path:
-    """The folder of the trained tokenizer."""
-    return _made(home() / "tokenizer")
+def tokenizer_dir(name: str = "") -> Path:
+    """The folder of the default tokenizer, or of the one called `name`."""
+    return _made(home() / "tokenizers" / check_run_name(name) if name else home() / "tokenizer")
 
 
 def data_dir() -> Path:

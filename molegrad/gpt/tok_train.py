@@ -2,6 +2,7 @@
 
 python -m scripts.tok_train --vocab-size=4096
 python -m scripts.tok_train --data=climbmix:8 --vocab-size=32768 --max-chars=2000000000
+python -m scripts.tok_train --vocab-size=265 --tokenizer=bytes   # one token a byte, no merges
 """
 
 import json
@@ -18,7 +19,7 @@ _HELD_OUT_BYTES = 4_000_000
 
 @dataclass(frozen=True)
 class TokTrainConfig:
-    """Train the tokenizer on a corpus and save it under $MOLEGRAD_HOME/tokenizer."""
+    """Train a tokenizer on a corpus and save it under $MOLEGRAD_HOME."""
 
     run: str = field(default="", metadata={"help": "also record the result in this run's folder"})
     data: str = field(
@@ -28,6 +29,9 @@ class TokTrainConfig:
         },
     )
     val_data: str = field(default="", metadata={"help": "held-out files for a local --data path"})
+    tokenizer: str = field(
+        default="", metadata={"help": "name to save it under; empty is the default tokenizer"}
+    )
     vocab_size: int = field(
         default=4096, metadata={"help": "entries, 256 bytes and 9 special tokens included"}
     )
@@ -49,6 +53,8 @@ class TokTrainConfig:
             raise ValueError(f"max_bytes={self.max_bytes} must be >= 0")
         if self.run:
             paths.check_run_name(self.run)
+        if self.tokenizer:
+            paths.check_run_name(self.tokenizer)
 
 
 def limited_texts(corpus: Corpus, max_chars: int, doc_cap: int) -> Iterator[str]:
@@ -95,7 +101,8 @@ def tok_train(config: TokTrainConfig) -> dict:
     measured = compression(tokenizer, corpus)
     if not measured["round_trip_exact"]:
         raise RuntimeError("the tokenizer does not give held-out text back; it was not saved")
-    path = tokenizer.save(paths.tokenizer_dir())
+    folder = paths.tokenizer_dir(config.tokenizer)
+    path = tokenizer.save(folder)
     manifest = {
         "config": asdict(config),
         "vocab_size": tokenizer.vocab_size,
@@ -106,7 +113,7 @@ def tok_train(config: TokTrainConfig) -> dict:
         **measured,
     }
     text = json.dumps(manifest, indent=1)
-    (paths.tokenizer_dir() / "manifest.json").write_text(text, encoding="utf-8")
+    (folder / "manifest.json").write_text(text, encoding="utf-8")
     if config.run:
         (paths.run_dir(config.run) / "tok_train.json").write_text(text, encoding="utf-8")
     print(f"corpus      {corpus.manifest['kind']}, SHA-256 {corpus.manifest['sha256'][:16]}")

@@ -74,14 +74,14 @@ class Tokenizer:
     def train(cls, text_iterator: Iterable[str], vocab_size: int) -> "Tokenizer":
         """Train on an iterator of texts; vocab_size counts the 256 bytes and the special tokens.
 
-        Raises ValueError when vocab_size leaves no room for a merge, or without any text. Too
-        little text gives a smaller vocabulary, with a warning.
+        With none left for merges, every byte is a token. Raises ValueError when vocab_size is less
+        than that, or without any text. Too little text gives a smaller vocabulary, with a warning.
         """
-        least = 256 + len(SPECIAL_TOKENS) + 1
+        least = 256 + len(SPECIAL_TOKENS)
         if vocab_size < least:
             raise ValueError(
-                f"vocab_size={vocab_size} is too small: 256 bytes, {len(SPECIAL_TOKENS)} special "
-                f"tokens and at least one merge need {least}"
+                f"vocab_size={vocab_size} is too small: 256 bytes and {len(SPECIAL_TOKENS)} "
+                f"special tokens need {least}"
             )
         seen = 0
 

@@ -34,6 +34,7 @@ from molegrad.gpt.tokens import CorpusTokens
 from molegrad.gpt.train_config import BaseTrainConfig, compute_dtype, device_of, resolve
 from molegrad.monitor import aggregate, layer_metrics, memory_bytes
 
+BuildOptimizers = Callable[[GPT, BaseTrainConfig], list[torch.optim.Optimizer]]
 PROMPTS = (
     "Return a new array",
     "The function computes",
@@ -48,8 +49,12 @@ def main(argv: list[str] | None = None) -> int:
     return 130 if base_train(config)["interrupted"] else 0
 
 
-def base_train(config: BaseTrainConfig) -> dict:
+def base_train(config: BaseTrainConfig, optimizers: BuildOptimizers | None = None) -> dict:
     """Train; returns the last metrics, with "interrupted", "folder" and "best_bpb".
+
+    Args:
+        optimizers: (model, resolved config) -> optimizers, in place of
+            `molegrad.gpt.setup.build_optimizers`. Their groups need no "initial_lr" and no "name".
 
     Raises:
         ValueError, FileNotFoundError: flags or data do not fit; the message names the remedy.
@@ -63,15 +68,15 @@ def base_train(config: BaseTrainConfig) -> dict:
     saved_folder = find_start(config, folder)
     processes.start(device)
     try:
-        return _train(config, processes, device, folder, saved_folder)
+        return _train(config, processes, device, folder, saved_folder, optimizers)
     finally:
         processes.end()
 
 
-def _train(config, processes, device, folder: Path, saved_folder: Path | None) -> dict:
+def _train(config, processes, device, folder: Path, saved_folder: Path | None, build) -> dict:
     if config.overwrite and processes.first:
         clear(folder)
-    tokenizer = Tokenizer.load(paths.tokenizer_dir())
+    tokenizer = Tokenizer.load(paths.tokenizer_dir(config.tokenizer))
     corpus = open_corpus(config.data, config.val_data, config.data_max_bytes)
     rows, length, world = config.device_batch_size, config.max_seq_len, processes.world_size
     loader = PackedLoader(
@@ -88,7 +93,10 @@ def _train(config, processes, device, folder: Path, saved_folder: Path | None) -
     model = GPT(model_config(config, tokenizer.vocab_size), seed=config.seed)
     setup.place(model, config, device)
     planned = setup.equip(model, config)
-    optimizers = setup.build_optimizers(model, config)
+    optimizers = (build or setup.build_optimizers)(model, config)
+    for group in (g for optimizer in optimizers for g in optimizer.param_groups):
+        group.setdefault("initial_lr", group["lr"])
+        group.setdefault("name", "?")
     token_bytes = tokenizer.token_bytes()
     eval_steps = max(1, config.eval_tokens // (rows * length * world))
 
@@ -281,8 +289,8 @@ def check_same_model(saved: checkpoint.Checkpoint, model: GPT, tokenizer: Tokeni
         raise ValueError(f"{saved.folder} was saved with {', '.join(differ)}: use the same flags")
     if saved.config.get("tokenizer") != tokenizer.fingerprint:
         raise ValueError(
-            f"{saved.folder} was trained with another tokenizer than the one in "
-            f"{paths.tokenizer_dir()}; a copy of its own is in {saved.folder.parent / 'tokenizer'}"
+            f"{saved.folder} was trained with another tokenizer than this run's; a copy of its own "
+            f"is in {saved.folder.parent / 'tokenizer'}"
         )
 
 

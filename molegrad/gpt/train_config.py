@@ -79,7 +79,9 @@ class TrainFlags(StreamingFields):
     eval_every: int = flag(250, "steps between evaluations of val/bpb; 0: at the end only; -1: no")
     eval_tokens: int = flag(0, "tokens per evaluation; 0 takes 10485760 on CUDA, 65536 elsewhere")
     sample_every: int = flag(2000, "steps between samples; 0: at the end only; -1: no")
-    save_every: int = flag(-1, "steps between checkpoints; -1 or 0: at the end only")
+    save_every: int = flag(
+        -1, "steps between checkpoints; -1 or 0: at the end only; -2: never, not even on Ctrl-C"
+    )
     keep_last: int = flag(2, "checkpoints to keep; 0 keeps all")
     resume: bool = flag(False, "go on from the newest checkpoint of this run, if there is one")
     resume_from_step: int = flag(-1, "go on from the checkpoint of this step; -1 is off")
@@ -101,6 +103,11 @@ class TrainFlags(StreamingFields):
         for name in ("momentum", "momentum_start", "adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
+        if self.save_every < -2:
+            raise ValueError(
+                f"save_every must be a number of steps, -1 (at the end) or -2 (never), got "
+                f"{self.save_every}"
+            )
         if self.log_every < 1:
             raise ValueError(f"log_every must be at least 1, got {self.log_every}")
         if self.num_iterations == 0 or self.max_train_tokens == 0:
@@ -141,6 +148,7 @@ class BaseTrainConfig(TrainFlags):
     )
     val_data: str = flag("", "validation text for local data; empty splits some off")
     data_max_bytes: int = flag(0, "use only this much of the corpus; 0 is all")
+    tokenizer: str = flag("", "name of a tokenizer that tok_train made; empty is the default one")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -185,6 +185,17 @@ def test_a_signal_ends_the_run_after_the_step_and_saves(number, tmp_path, capsys
     assert_same(weights(resumed), weights(whole))
 
 
+def test_nothing_is_saved_where_that_is_asked_for(tmp_path, capsys):
+    trainer(tmp_path / "whole", save_every=-2).run()
+    kill = {4: lambda: os.kill(os.getpid(), signal.SIGINT)}
+    cut = trainer(tmp_path / "cut", loader=Batches(hooks=kill), save_every=-2)
+    assert cut.run()["interrupted"]
+    assert "stopped after step 3 of 8; nothing is saved" in capsys.readouterr().out
+    for name in ("whole", "cut"):
+        assert checkpoint.latest(tmp_path / name) is None
+        assert not list((tmp_path / name).rglob("*.safetensors"))
+
+
 @pytest.mark.parametrize("values", [{}, FACTORED], ids=["dense", "factored"])
 def test_a_nan_stops_before_it_reaches_a_weight(values, tmp_path):
     model = stirred(small(), std=0.05)

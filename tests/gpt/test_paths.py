@@ -8,6 +8,7 @@ def test_folders_lie_under_home(tmp_path, monkeypatch):
     assert paths.home() == tmp_path / "home"
     expected = {
         "tokenizer": paths.tokenizer_dir(),
+        "tokenizers/bytes": paths.tokenizer_dir("bytes"),
         "data": paths.data_dir(),
         "report": paths.report_dir(),
         "runs/first-1.0_a": paths.run_dir("first-1.0_a"),

@@ -31,6 +31,13 @@ def test_trains_saves_and_records(text_file, capsys):
     assert f"{manifest['bytes_per_token']:.3f} bytes per token" in capsys.readouterr().out
 
 
+def test_a_named_tokenizer_leaves_the_default_one_alone(text_file):
+    tok_train(TokTrainConfig(data=str(text_file), vocab_size=300))
+    tok_train(TokTrainConfig(data=str(text_file), vocab_size=265, tokenizer="bytes"))
+    assert Tokenizer.load(paths.tokenizer_dir()).vocab_size == 300
+    assert Tokenizer.load(paths.tokenizer_dir("bytes")).vocab_size == 265
+
+
 def test_compression_counts_held_out_text(text_file):
     corpus = open_corpus(str(text_file))
     tokenizer = Tokenizer.train(corpus.texts("train"), 280)
@@ -52,7 +59,8 @@ def test_limited_texts(text_file):
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("max_chars", 0), ("doc_cap", 0), ("max_bytes", -1), ("run", "a/b")]
+    ("field", "value"),
+    [("max_chars", 0), ("doc_cap", 0), ("max_bytes", -1), ("run", "a/b"), ("tokenizer", "a/b")],
 )
 def test_bad_values_are_named(field, value):
     with pytest.raises(ValueError, match=str(value)):

@@ -82,9 +82,16 @@ def test_fingerprint_depends_on_the_merges(tokenizer):
     assert other.fingerprint != tokenizer.fingerprint
 
 
-@pytest.mark.parametrize("size", [0, 256, 265])
+def test_without_merges_every_byte_is_a_token():
+    bytewise = Tokenizer.train(iter([TEXT]), 265)
+    assert bytewise.vocab_size == 265 and len(bytewise.encode(TEXT)) == len(TEXT.encode())
+    assert bytewise.decode(bytewise.encode(TEXT)) == TEXT
+    assert bytewise.fingerprint == Tokenizer.train(iter(["other"]), 265).fingerprint
+
+
+@pytest.mark.parametrize("size", [0, 256, 264])
 def test_vocabulary_too_small(size):
-    with pytest.raises(ValueError, match=f"vocab_size={size} is too small.*need 266"):
+    with pytest.raises(ValueError, match=f"vocab_size={size} is too small.*need 265"):
         Tokenizer.train(iter([TEXT]), size)
 
 

@@ -130,6 +130,22 @@ def test_without_a_tokenizer_the_remedy_is_named(text):
         train(text, "--run=a", "--num-iterations=1")
 
 
+def test_optimizers_and_tokenizer_can_be_given(text):
+    Tokenizer.train(text.read_text().splitlines(), 265).save(paths.tokenizer_dir("bytes"))
+    given = []
+
+    def build(model, config):
+        given.append((model, config))
+        return [torch.optim.SGD(model.parameters(), lr=0.3)]
+
+    words = [*SIZES, f"--data={text}", "--run=a", "--tokenizer=bytes", "--num-iterations=4"]
+    result = base_train(parse(BaseTrainConfig, [*words, "--save-every=-2"]), build)
+    ((model, config),) = given
+    assert model.config.vocab_size == 265 and config.dtype == "float32"
+    assert result["memory/optimizer_state"] == 0 and result["val/bpb"] > 0
+    assert checkpoint.latest(paths.run_dir("a") / "base") is None
+
+
 def test_length_by_tokens_and_by_ratio(text):
     assert train(text, "--run=a", "--max-train-tokens=500")["step"] == 3
     ratio = "--target-param-data-ratio=0.005"  # of 98304 + 300 * 64 weights: 587 tokens

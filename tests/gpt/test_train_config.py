@@ -53,6 +53,7 @@ def test_matrix_lr_follows_the_optimizer():
         ({"momentum": 1.0}, r"momentum must lie in \[0, 1\)"),
         ({"log_every": 0}, "log_every must be at least 1"),
         ({"num_iterations": 0}, "must be positive, or -1"),
+        ({"save_every": -3}, "save_every must be a number of steps, -1"),
         ({"resume": True, "overwrite": True}, "give one of them"),
         ({"target_param_data_ratio": 0.0}, "target_param_data_ratio must be positive"),
         ({"embedding_lr": -1.0}, "embedding_lr must not be negative"),
