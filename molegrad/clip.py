@@ -14,7 +14,7 @@ def factored_norm_sq(layer: MoleLinear) -> Tensor:
 
     Tangent: ‖W‖² + ‖(I − UUᵀ) Y‖². Power: ‖W‖².
     """
-    k = layer.config.rank_k
+    k = layer.rank
     w = layer.basis_v.grad[:, :k]
     norm_sq = w.square().sum()
     if layer.config.method == "tangent":

@@ -11,20 +11,23 @@ from molegrad.linear import MoleLinear
 
 
 def matrix_param_groups(*modules: nn.Module, exclude: Iterable[nn.Module] = ()) -> list[dict]:
-    """Parameter groups for `Muon` with the weight of every linear layer inside `modules`.
+    """Parameter groups with the weight of every linear layer inside `modules`.
+
+    For any optimizer of `molegrad.optim`; those of kind "dense" are for torch's too.
 
     Args:
         modules: usually the transformer blocks; embeddings and the output head are no matrices in
-            Muon's sense and must not be among them.
+            this sense and must not be among them.
         exclude: linear layers to leave out (they then belong to `other_params`).
 
     Returns:
-        one group of kind "dense" (plain layers and those in dense mode) and one of kind "factored"
-        for each configuration, whose params are weight, basis_u, basis_v of each layer in turn.
+        one group of kind "dense" (plain layers and those in dense mode), and groups of kind
+        "factored", whose params are weight, basis_u, basis_v of each layer in turn; layers of
+        different ranks share a group.
     """
     excluded = {id(m) for root in exclude for m in root.modules()}
     dense: list[nn.Parameter] = []
-    factored: dict[tuple, dict[str, Any]] = {}
+    factored: dict[tuple, dict[str, Any]] = {}  # by options
     seen: set[int] = set()
     for layer in (m for root in modules for m in root.modules() if isinstance(m, nn.Linear)):
         if id(layer) in excluded or id(layer.weight) in seen:
@@ -37,19 +40,16 @@ def matrix_param_groups(*modules: nn.Module, exclude: Iterable[nn.Module] = ()) 
         if not layer.trains:
             continue
         c = layer.config
-        key = (c.rank_k, c.method, c.explored, c.probes, c.trust_scaling, c.trust_max, c.cond_max)
+        options = {
+            "probes": c.probes,
+            "method": c.method,
+            "warm_start_decay": c.warm_start_decay,
+            "trust_max": c.trust_max if c.trust_scaling else 0.0,
+            "cond_max": c.cond_max,
+            "seed": c.seed,
+        }
         group = factored.setdefault(
-            key,
-            {
-                "kind": "factored",
-                "params": [],
-                "rank_k": c.rank_k,
-                "method": c.method,
-                "explored": c.explored,
-                "trust_max": c.trust_max if c.trust_scaling else 0.0,
-                "cond_max": c.cond_max,
-                "seed": c.seed,
-            },
+            tuple(options.values()), {"kind": "factored", "params": [], **options}
         )
         group["params"] += [layer.weight, layer.basis_u, layer.basis_v]
     groups = list(factored.values())
