@@ -29,6 +29,12 @@ def explored_directions(k: int, decay: float) -> int:
     return min(k, math.ceil((1.0 - decay) * k - 1e-9))
 
 
+def rank_unit(m: int, n: int) -> int:
+    """Ranks that are chosen for an (m, n) layer are multiples of this: 8, the width of the
+    kernels' vectors, or 1 for a layer with a side below 64."""
+    return 8 if min(m, n) >= 64 else 1
+
+
 def _field(default: Any, help: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": help})
 
@@ -102,6 +108,26 @@ class MoleGradConfig:
         "'dense' writes the estimate to weight.grad (any optimizer works); 'factored' keeps "
         "sketches as gradients of two small parameters and needs molegrad.optim.Muon",
     )
+    energy_target: float = _field(
+        0.0,
+        "wanted share ||estimate|| / ||gradient|| of each layer (energy_capture, between 0 and 1), "
+        "which adaptive ranks follow (needs probes >= 1); 0 keeps the ranks fixed",
+    )
+    rank_interval: int = _field(50, "adaptive rank: steps between two decisions")
+    rank_min: int = _field(8, "adaptive rank: least rank of a layer")
+    rank_max: int = _field(
+        0,
+        "adaptive rank: largest rank of a layer; 0 leaves it to method, width and "
+        "min_layer_utilization",
+    )
+    rank_budget: float = _field(
+        1.0,
+        "adaptive rank: limit of all factors' numbers, sum of k (m + n), as a multiple of what "
+        "they are at the start; 0 is no limit",
+    )
+    rank_hysteresis: float = _field(
+        0.05, "adaptive rank: relative distance from energy_target that changes no rank"
+    )
     seed: int = _field(0, "seed of the initial bases, the exploration and the probes")
 
     def __post_init__(self) -> None:
@@ -122,6 +148,7 @@ class MoleGradConfig:
                 "trust_scaling=True needs the norm estimate: set probes to 1 or more (4 is a good "
                 f"choice), got probes={self.probes}"
             )
+        self._check_adaptive_rank()
         object.__setattr__(self, "target_layers", _normalized_targets(self.target_layers))
         object.__setattr__(self, "rank_overrides", _normalized_overrides(self.rank_overrides))
         if self.method == "tangent" and self.power_iters != 1:
@@ -146,9 +173,8 @@ class MoleGradConfig:
         _, rank = _split_override(self.rank_source(name))
         if isinstance(rank, int):
             return rank
-        smallest = min(m, n)
-        unit = 8 if smallest >= 64 else 1
-        return unit * max(1, math.floor(rank * smallest / unit + 0.5))
+        unit = rank_unit(m, n)
+        return unit * max(1, math.floor(rank * min(m, n) / unit + 0.5))
 
     def rank_source(self, name: str = "") -> str:
         """The setting that `rank_of` goes by, such as "rank_k=32" or the override "c_proj=0.25"."""
@@ -157,6 +183,26 @@ class MoleGradConfig:
             if pattern == layer_role(name) or matches(pattern, name):
                 return override
         return f"rank_k={self.rank_k!r}"
+
+    def _check_adaptive_rank(self) -> None:
+        self._require_int("rank_interval", minimum=1)
+        self._require_int("rank_min", minimum=1)
+        self._require_int("rank_max", minimum=0)
+        self._require_number("rank_budget", 0.0, 1e6)
+        self._require_number("rank_hysteresis", 0.0, 1.0)
+        self._require_number("energy_target", 0.0, 1.0)
+        if self.energy_target == 1.0:
+            raise ValueError("energy_target must be below 1: only a dense gradient captures all")
+        if self.energy_target > 0 and self.probes < 1:
+            raise ValueError(
+                f"energy_target={self.energy_target} needs the norm estimate: set probes to 1 or "
+                f"more (4 is a good choice), got probes={self.probes}"
+            )
+        if 0 < self.rank_max < self.rank_min:
+            raise ValueError(
+                f"rank_max={self.rank_max} is below rank_min={self.rank_min}: lower rank_min or "
+                "raise rank_max (0 is no limit)"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; `MoleGradConfig(**d)` gives the same configuration back."""

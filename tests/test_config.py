@@ -58,6 +58,17 @@ def test_explored_directions(decay, k, explored):
         ({"target_layers": ("ffn_only", "c_q")}, ValueError, "mixes the group 'ffn_only'"),
         ({"target_layers": ("h.[",)}, ValueError, "no valid regular expression"),
         ({"target_layers": 3}, TypeError, "target_layers must be"),
+        (
+            {"energy_target": 0.9},
+            ValueError,
+            "energy_target=0.9 needs the norm estimate: set probe",
+        ),
+        ({"energy_target": 1.0, "probes": 4}, ValueError, "energy_target must be below 1"),
+        ({"energy_target": -0.1}, ValueError, "energy_target must lie between 0 and 1"),
+        ({"rank_interval": 0}, ValueError, "rank_interval must be at least 1"),
+        ({"rank_min": 16, "rank_max": 8}, ValueError, "rank_max=8 is below rank_min=16"),
+        ({"rank_budget": -1}, ValueError, "rank_budget must lie between 0"),
+        ({"rank_hysteresis": 2}, ValueError, "rank_hysteresis must lie between 0 and 1"),
         ({"min_layer_utilization": -0.1}, ValueError, "min_layer_utilization must lie between"),
     ],
 )
