@@ -157,11 +157,6 @@ class MoleGradConfig:
                 "one linear pass: leave it at 1 or choose method='power'"
             )
 
-    @property
-    def explored(self) -> int:
-        """Number of basis directions that are replaced by random ones at every step."""
-        return explored_directions(self.rank_k, self.warm_start_decay)
-
     def needed_features(self, k: int) -> int:
         """Least number of features on either side of a layer of rank k: the tangent estimate has
         rank 2k."""
