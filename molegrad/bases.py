@@ -79,3 +79,24 @@ def extend(basis: Tensor, block: Tensor, cond_max: float) -> tuple[Tensor, Tenso
     q, r, _ = torch.ops.molegrad.orthonormalize(torch.cat([basis, rest], dim=-1), cond_max)
     basis_c = r[..., :k]
     return q, basis_c, basis_c @ inner + r[..., k:]
+
+
+def resized(basis: Tensor, rank: int, seed: int, step: int) -> Tensor:
+    """A basis of `rank` directions: the first ones of `basis`, and seeded random ones behind them.
+
+    Args:
+        basis: (rows, k) with orthonormal columns, the strongest direction first.
+        rank: at most rows.
+        seed, step: determine the random directions.
+
+    Returns:
+        (rows, rank) with orthonormal columns, of which the first min(k, rank) are `basis`'s own.
+    """
+    rows, k = basis.shape
+    if rank <= k:
+        return basis[:, :rank].clone()
+    counter = torch.tensor(step, dtype=torch.int64, device=basis.device)
+    random = rademacher(rows, rank - k, counter, seed, basis.dtype)
+    rest, _ = project_out(basis, random)
+    rest = torch.ops.molegrad.orthonormalize(rest)[0]
+    return torch.cat([basis, rest], dim=1)

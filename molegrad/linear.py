@@ -126,13 +126,40 @@ class MoleLinear(nn.Linear):
             if basis.is_meta:
                 continue
             rows, width = basis.shape
-            seed = self._seed + 101 * (stream + 1)
+            seed = self.basis_seed(stream)
             options = {"device": basis.device, "dtype": basis.dtype}
             basis[:, :k] = bases.initial_basis(rows, k, seed, **options)
             if width > k:
                 basis[:, k:] = bases.rademacher(
                     rows, width - k, torch.zeros_like(self.counter), seed + 1, basis.dtype
                 )
+
+    def basis_seed(self, stream: int) -> int:
+        """Seed of the random directions of basis_u (stream 0) or basis_v (stream 1)."""
+        return self._seed + 101 * (stream + 1)
+
+    def set_bases(self, basis_u: Tensor, basis_v: Tensor) -> None:
+        """Other bases (m, k) and (n, k), of any rank, in dense mode.
+
+        Raises:
+            ValueError: the layer is in factored mode, where its optimizer has a state to fit
+                (`resize_rank`), or the bases do not fit the layer.
+        """
+        k = basis_v.shape[-1]
+        wanted = ((self.out_features, k), (self.in_features, k))
+        if self.config.gradient_mode == "factored":
+            raise ValueError(
+                f"layer {self.name or 'MoleLinear'} is in factored mode: change its bases with "
+                "resize_rank of its optimizer"
+            )
+        if (tuple(basis_u.shape), tuple(basis_v.shape)) != wanted:
+            raise ValueError(
+                f"layer {self.name or 'MoleLinear'} ({self.in_features} -> {self.out_features}) "
+                f"needs bases {wanted[0]} and {wanted[1]}, got {tuple(basis_u.shape)} and "
+                f"{tuple(basis_v.shape)}"
+            )
+        self.basis_u = basis_u.to(self.basis_u.device, self.basis_u.dtype)
+        self.basis_v = basis_v.to(self.basis_v.device, self.basis_v.dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         if not (torch.is_grad_enabled() and self.trains):
