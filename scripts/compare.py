@@ -1,6 +1,6 @@
-"""Compare dense and low-rank training: python -m scripts.compare --json"""
+"""Compare methods of training: python -m scripts.compare --json"""
 
-from molegrad.bench.compare import main
+from molegrad.lab.command import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

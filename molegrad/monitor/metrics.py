@@ -1,4 +1,4 @@
-"""Metrics of converted layers, and memory measured on the tensors that exist.
+"""Metrics of converted layers.
 
 Reading them makes the host wait for the device, so read them at the logging interval only.
 """
@@ -97,43 +97,3 @@ def aggregate(metrics: dict[str, dict[str, float]]) -> dict[str, float]:
         if key != "memory_saved_mb":
             result[key] = result[key] / len(values) if values else math.nan
     return result
-
-
-def memory_bytes(
-    model: nn.Module, optimizers: Iterable[torch.optim.Optimizer] = ()
-) -> dict[str, int]:
-    """Bytes of weights, bases, gradients and optimizer state, counted on the tensors that exist.
-
-    Where a gradient is not there just now (after zero_grad), the parameter that will get one
-    stands for it, as both have one shape and dtype. Storage shared by several tensors (the
-    optimizer's references to the bases) counts once.
-    """
-    bases, weights, gradients = set(), [], []
-    for layer in model.modules():
-        if isinstance(layer, MoleLinear):
-            bases.update((layer.basis_u, layer.basis_v))
-    for p in model.parameters():
-        if p not in bases:
-            weights.append(p)
-        if p.grad is not None:
-            gradients.append(p.grad)
-        elif p.requires_grad:
-            gradients.append(p)
-    seen = {t.untyped_storage().data_ptr() for t in (*weights, *bases)}
-    state = [
-        value
-        for optimizer in optimizers
-        for entries in optimizer.state.values()
-        for value in entries.values()
-        if isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() not in seen
-    ]
-    return {
-        "weights": _bytes(weights),
-        "bases": _bytes(bases),
-        "gradients": _bytes(gradients),
-        "optimizer_state": _bytes(state),
-    }
-
-
-def _bytes(tensors: Iterable[torch.Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
