@@ -2,13 +2,29 @@
 
 | parameters | group | optimizer |
 |---|---|---|
-| matrices of converted layers, factored mode | `matrix_param_groups` kind "factored" | `Muon` |
-| matrices of converted layers, dense mode, and of plain nn.Linear | kind "dense" | `Muon` |
+| matrices, factored mode | `matrix_param_groups`, "factored" | Muon, AdamW, Adafactor, SGD |
+| matrices, dense mode and nn.Linear | "dense" | the same, or torch's |
 | embeddings, output head, norms, biases | `other_params` | torch.optim.AdamW |
+
+All are classes of `molegrad.optim.factored.FactoredOptimizer`; a new one says what its step does
+with the estimate of a bucket of layers (`molegrad.optim.bucket`).
 """
 
+from molegrad.optim.adafactor import Adafactor
+from molegrad.optim.adamw import AdamW
+from molegrad.optim.factored import FactoredOptimizer
 from molegrad.optim.groups import matrix_param_groups, other_params
 from molegrad.optim.muon import Muon
 from molegrad.optim.newton_schulz import newton_schulz
+from molegrad.optim.sgd import SGD
 
-__all__ = ["Muon", "matrix_param_groups", "newton_schulz", "other_params"]
+__all__ = [
+    "SGD",
+    "Adafactor",
+    "AdamW",
+    "FactoredOptimizer",
+    "Muon",
+    "matrix_param_groups",
+    "newton_schulz",
+    "other_params",
+]

@@ -1,245 +1,29 @@
-"""What all optimizers on factored gradients share.
+"""The base class of the optimizers that take dense and factored groups.
 
-A layer in factored mode has no weight gradient: its gradient arrives as sketches Y = GV (m, k) and
-W = GᵀU (n, k) in `basis_u.grad` and `basis_v.grad` (`molegrad.linear`). In an orthonormal basis
-L = [U, Y⊥] of the left side the estimate is Ĝ = L Fᵀ, in one R = [V, W⊥] of the right side too it
-is Ĝ = L C Rᵀ with a small core C; no matrix of the weight's size is ever formed. An optimizer makes
-its update from these and then turns the layer's bases to the directions it wants to see next.
+What: `FactoredOptimizer` validates groups, gathers the layers of factored groups into buckets
+(`molegrad.optim.bucket`), saves and restores the layers' bases and changes their ranks. A subclass
+says what a step does with a dense group and with a bucket, and which state a layer has.
 
-`FactoredOptimizer` is the base class: it validates groups, gathers layers of one shape and rank
-into a `Bucket` of stacked tensors (one batched operation instead of one for each layer), saves and
-restores the bases and changes ranks. A subclass says what it does with a dense group, with a
-bucket, and which state a layer has.
+Why: a layer in factored mode has no weight gradient; its gradient arrives as sketches in
+`basis_u.grad` and `basis_v.grad` (`molegrad.linear`), and its optimizer also owns how the bases
+follow the gradient.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from molegrad import bases
-from molegrad.autograd import STATS, trust_factor
-from molegrad.config import explored_directions
-from molegrad.reference import hutch_norm_sq
+from molegrad.autograd import STATS
+from molegrad.optim.bucket import Bucket
 
 FACTORED_KEYS = ("probes", "method", "warm_start_decay", "trust_max", "cond_max", "seed")
-
-
-class Bucket(NamedTuple):
-    """One step's layers of one shape (m, n), rank k, dtype and device; there are `size` of them.
-
-    Tensors are stacked: u (size, m, k), v (size, n, k), y (size, m, k), w (size, n, k), and of the
-    r probes (random columns Ω on the right side) omega (size, n, r) and g_omega = GΩ (size, m, r).
-    """
-
-    group: dict[str, Any]
-    first: int  # index of the first layer in its group: seeds the random directions
-    weights: list[Tensor]
-    bases_u: list[Tensor]
-    bases_v: list[Tensor]
-    states_u: list[dict[str, Any]]
-    states_v: list[dict[str, Any]]
-    u: Tensor
-    v: Tensor
-    y: Tensor
-    w: Tensor
-    g_omega: Tensor
-    omega: Tensor
-
-    @property
-    def size(self) -> int:
-        return len(self.weights)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.u.shape[-2], self.v.shape[-2]
-
-    @property
-    def rank(self) -> int:
-        return self.u.shape[-1]
-
-    @property
-    def explored(self) -> int:
-        """How many of the k directions are replaced by random ones after each step."""
-        return explored_directions(self.rank, self.group["warm_start_decay"])
-
-    def stacked(self, name: str, side: str = "u") -> Tensor:
-        """State `name` of all layers, (size, ...)."""
-        states = self.states_u if side == "u" else self.states_v
-        return torch.stack([state[name] for state in states])
-
-    def keep(self, name: str, new: Tensor, finite: Tensor, side: str = "u") -> None:
-        """State `name` ← `new` (size, ...), except of layers that are not `finite` (size,)."""
-        states = self.states_u if side == "u" else self.states_v
-        mask = finite.view(-1, *[1] * (new.dim() - 1))
-        old = torch.stack([state[name] for state in states])
-        for state, value in zip(states, torch.where(mask, new, old), strict=True):
-            state[name].copy_(value)
-
-
-class Estimate(NamedTuple):
-    """Ĝ = left (c_w Wᵀ + c_v Vᵀ) of a bucket, `left` an orthonormal basis of span(U, Y).
-
-    left (size, m, j) with j = min(2k, m); u_c, c_w, c_v (size, j, k), U = left u_c; the power
-    method has no c_v. The others are (size,): ‖G‖²_F by Hutch++ (nan without probes), ‖Ĝ‖²_F before
-    the trust factor, and the trust factor, which is in c_w and c_v already.
-    """
-
-    left: Tensor
-    u_c: Tensor
-    c_w: Tensor
-    c_v: Tensor | None
-    norm_sq: Tensor
-    captured_sq: Tensor
-    trust: Tensor
-
-
-def estimate(bucket: Bucket) -> Estimate:
-    """The estimate that a bucket's sketches stand for."""
-    u, v, y, w = bucket.u, bucket.v, bucket.y, bucket.w
-    cond_max, trust_max = bucket.group["cond_max"], bucket.group["trust_max"]
-    if bucket.group["method"] == "power":  # Ĝ = U₁ Wᵀ with U₁ = orth(Y): clipping scales Y, not U₁
-        u_1, _, _ = torch.ops.molegrad.orthonormalize(y, cond_max)
-        left, u_c, c_w = extend(u, u_1, cond_max)
-        c_v = None
-        captured_sq = w.square().sum((-2, -1))
-    else:  # Ĝ = U Wᵀ + (I − UUᵀ) Y Vᵀ
-        left, u_c, y_c = extend(u, y, cond_max)
-        c_w, c_v = u_c, y_c - u_c @ (u.mT @ y)
-        captured_sq = w.square().sum((-2, -1)) + c_v.square().sum((-2, -1))
-    norm_sq = torch.full_like(captured_sq, math.nan)
-    if c_v is not None and bucket.omega.shape[-1]:  # the power method's layers measure it
-        norm_sq = hutch_norm_sq(y, bucket.g_omega, v, bucket.omega)
-    trust = torch.ones_like(captured_sq)
-    if trust_max > 0:
-        trust = trust_factor(norm_sq, captured_sq, trust_max)
-        c_w = c_w * trust[:, None, None]
-        c_v = None if c_v is None else c_v * trust[:, None, None]
-    return Estimate(left, u_c, c_w, c_v, norm_sq, captured_sq, trust)
-
-
-def right_factor(bucket: Bucket, est: Estimate) -> Tensor:
-    """F (size, n, j) with Ĝ = left Fᵀ."""
-    factor = bucket.w @ est.c_w.mT
-    return factor if est.c_v is None else factor + bucket.v @ est.c_v.mT
-
-
-def two_sided(bucket: Bucket, est: Estimate) -> tuple[Tensor, Tensor, Tensor]:
-    """right (size, n, i) orthonormal, i = min(2k, n); V in it (size, i, k); the core C of Ĝ.
-
-    Ĝ = left C rightᵀ, C (size, j, i).
-    """
-    right, v_c, w_c = extend(bucket.v, bucket.w, bucket.group["cond_max"])
-    core = est.c_w @ w_c.mT
-    return right, v_c, core if est.c_v is None else core + est.c_v @ v_c.mT
-
-
-def extend(basis: Tensor, block: Tensor, cond_max: float) -> tuple[Tensor, Tensor, Tensor]:
-    """`bases.extend`, for any rank: where span(basis, block) may be all of space, the unit vectors.
-
-    Args:
-        basis, block: (…, rows, k); basis with orthonormal columns.
-
-    Returns:
-        q (…, rows, min(2k, rows)) orthonormal, basis and block in its coordinates.
-    """
-    rows, k = basis.shape[-2:]
-    if 2 * k <= rows:
-        return bases.extend(basis, block, cond_max)
-    unit = torch.eye(rows, dtype=basis.dtype, device=basis.device)
-    return unit.expand(*basis.shape[:-2], rows, rows), basis, block
-
-
-def truncate(core: Tensor, start: Tensor, iters: int, cond_max: float):
-    """Leading k modes of `core`, by block iteration.
-
-    Args:
-        core: (…, j, i).
-        start: (…, i, k), approximate right modes, such as those of the step before.
-
-    Returns:
-        P (…, j, k) and Q (…, i, k) orthonormal, the modes ordered by strength; S = PᵀCQ (…, k, k);
-        the condition number of the kept modes (…).
-    """
-    orth = torch.ops.molegrad.orthonormalize
-    p = orth(core @ start, cond_max)[0]
-    for _ in range(iters):
-        q = orth(core.mT @ p, cond_max)[0]
-        p, r, _ = orth(core @ q, cond_max)
-    diagonal = r.diagonal(dim1=-2, dim2=-1)
-    return p, p.mT @ core @ q, q, diagonal.amax(-1) / diagonal.amin(-1)
-
-
-def without_explored(core: Tensor, bucket: Bucket) -> Tensor:
-    """A momentum's core (size, k, k) without the modes that `turn` replaces by random ones."""
-    kept = bucket.rank - bucket.explored
-    mask = (torch.arange(bucket.rank, device=core.device) < kept).to(core.dtype)
-    return core * mask * mask[:, None]
-
-
-def resized_core(core: Tensor, k: int) -> Tensor:
-    """A momentum's core (k', k') for rank k: its leading part, or itself with zeros around it."""
-    kept = min(k, core.shape[0])
-    new = core.new_zeros(k, k)
-    new[:kept, :kept] = core[:kept, :kept]
-    return new
-
-
-def all_finite(x: Tensor) -> Tensor:
-    """Which of the stacked matrices x (size, …) hold neither NaN nor Inf: (size,)."""
-    return x.isfinite().flatten(1).all(-1)
-
-
-def turn(bucket: Bucket, est: Estimate, new_u: Tensor, new_v: Tensor, condition, finite) -> None:
-    """Bases ← new modes, the weakest replaced by random directions, new probes behind them.
-
-    Args:
-        new_u, new_v: (size, m, k), (size, n, k), orthonormal, the strongest mode first.
-        condition: (size,), of the modes, for the statistics.
-        finite: (size,), false where the old bases must stay.
-
-    The random directions depend on seed, step and place only, so that a resumed run and every
-    data-parallel process draw the same ones. Also writes the layers' statistics.
-    """
-    step = bucket.states_u[0]["step"]
-    seed = bucket.group["seed"] + 7919 * (bucket.first + 1)
-    turned_v = _turned(bucket, bucket.v, new_v, finite, step, seed + 1)
-    overlap = (bucket.v.mT @ turned_v).square().sum((-2, -1)) / bucket.rank
-    rows = [est.norm_sq, est.captured_sq, est.trust, condition, (1 - overlap).clamp_min(0)]
-    stats = torch.zeros(bucket.size, len(STATS), device=bucket.u.device)
-    stats[:, : len(rows)] = torch.stack([row.float() for row in rows], dim=1)
-    for params, new, offset in (
-        (bucket.bases_u, _turned(bucket, bucket.u, new_u, finite, step, seed), 3),
-        (bucket.bases_v, turned_v, 4),
-    ):
-        probes = bucket.omega.shape[-1]
-        if probes:
-            random = _random(new, probes, step, seed + offset)
-            new = torch.cat([new, random], dim=-1)
-        for basis, value in zip(params, new, strict=True):
-            basis.copy_(value)
-    for state, row in zip(bucket.states_v, stats, strict=True):
-        state["stats"].copy_(row)
-
-
-def _turned(bucket: Bucket, old, new, finite, step, seed: int) -> Tensor:
-    explored = bucket.explored
-    if explored:
-        random = _random(new, explored, step, seed)
-        new = torch.cat([new[..., : bucket.rank - explored], random], dim=-1)
-    new, _, _ = torch.ops.molegrad.orthonormalize(new, bucket.group["cond_max"])
-    return torch.where(finite[:, None, None], new, old)
-
-
-def _random(like: Tensor, columns: int, step: Tensor, seed: int) -> Tensor:
-    """Random signs (size, rows, columns) for `like` (size, rows, …), other ones for each layer."""
-    size, rows = like.shape[:2]
-    return bases.rademacher(size * rows, columns, step, seed, like.dtype).view(size, rows, columns)
 
 
 class FactoredOptimizer(Optimizer):
@@ -266,12 +50,17 @@ class FactoredOptimizer(Optimizer):
         """One step of a dense group."""
         raise NotImplementedError
 
+    def _new_dense_state(self, group: dict[str, Any], p: Tensor) -> dict[str, Tensor]:
+        """The state of a matrix of a dense group before its first step."""
+        raise NotImplementedError
+
     def _factored_step(self, bucket: Bucket) -> None:
         """One step of a bucket; calls `turn` at its end."""
         raise NotImplementedError
 
     def _new_state(self, basis_u: Tensor, basis_v: Tensor, k: int) -> tuple[dict, dict]:
-        """What a layer adds to the states of its left and right basis before its first step."""
+        """What the states of a layer's left and right basis hold before its first step, beside what
+        every subclass has."""
         raise NotImplementedError
 
     def _resized(self, state_u: dict, state_v: dict, k: int) -> None:
@@ -297,6 +86,30 @@ class FactoredOptimizer(Optimizer):
             else:
                 self._dense_step(group)
         return loss
+
+    def _dense(self, group: dict[str, Any]) -> Iterator[tuple[Tensor, dict]]:
+        """The parameters of a dense group that have a gradient, each with its state."""
+        for p in group["params"]:
+            if p.grad is not None:
+                state = self.state[p]
+                if not state:
+                    state.update(self._new_dense_state(group, p))
+                yield p, state
+
+    def planned_state_bytes(self) -> int:
+        """Bytes of the state it will hold, without bases and counters; allocates nothing."""
+        total = 0
+        for group in self.param_groups:
+            params = [p.detach().to("meta") for p in group["params"]]
+            if group["kind"] == "dense":
+                states = [self._new_dense_state(group, p) for p in params]
+            else:
+                states = []
+                for u, v in zip(params[1::3], params[2::3], strict=True):
+                    states += self._new_state(u, v, u.shape[1] - group["probes"])
+            tensors = [t for state in states for t in state.values()]
+            total += sum(t.numel() * t.element_size() for t in tensors)
+        return total
 
     def _buckets(self, group: dict[str, Any]) -> list[Bucket]:
         params = group["params"]
@@ -389,14 +202,12 @@ class FactoredOptimizer(Optimizer):
         """
         super().load_state_dict(state_dict)
         for group in self.param_groups:
-            if group["kind"] != "factored":
-                continue
-            for index, p in enumerate(group["params"]):
-                state = self.state.get(p)
-                if index % 3 and state:
+            for p in group["params"]:
+                state = self.state.get(p, {})
+                if "step" in state:  # torch leaves this key where it was loaded from
+                    state["step"] = state["step"].to(p.device)
+                if "basis" in state:
                     self._restore(p, state["basis"])
-                    if "step" in state:  # torch leaves this key where it was loaded from
-                        state["step"] = state["step"].to(p.device)
 
     @torch.no_grad()
     def _restore(self, p: Tensor, saved: Tensor) -> None:

@@ -24,6 +24,9 @@ def matrix_param_groups(*modules: nn.Module, exclude: Iterable[nn.Module] = ()) 
         one group of kind "dense" (plain layers and those in dense mode), and groups of kind
         "factored", whose params are weight, basis_u, basis_v of each layer in turn; layers of
         different ranks share a group.
+
+    Raises:
+        ValueError: a factored layer asks for trust_scaling with method "power".
     """
     excluded = {id(m) for root in exclude for m in root.modules()}
     dense: list[nn.Parameter] = []
@@ -40,6 +43,12 @@ def matrix_param_groups(*modules: nn.Module, exclude: Iterable[nn.Module] = ()) 
         if not layer.trains:
             continue
         c = layer.config
+        if c.trust_scaling and c.method == "power":
+            raise ValueError(
+                f"layer {layer.name or 'MoleLinear'}: trust_scaling=True in factored mode needs "
+                "method='tangent', got 'power', whose norm estimate does not reach the optimizer: "
+                "switch trust_scaling off or choose the other method or gradient_mode='dense'"
+            )
         options = {
             "probes": c.probes,
             "method": c.method,

@@ -2,12 +2,9 @@
 
 Dense groups: momentum, Newton–Schulz, weight −= lr · scale · polar(momentum) (Jordan et al. 2024).
 
-Factored groups (`molegrad.optim.factored`) never see a matrix of the weight's size except the
-weight. A layer's momentum is kept as U S Vᵀ, whose bases U and V *are* the layer's sketch bases. In
-the orthonormal bases L = [U, Y⊥] and R = [V, W⊥] both gradient and momentum are small cores of at
-most 2k × 2k, where the momentum's average, its polar factor (exact) and its truncation to rank k
-all take place (the update of MoFaSGD, Mahdavi et al. 2025, with a block iteration in place of its
-SVD, which would make the host wait for the device).
+Factored groups never see a matrix of the weight's size except the weight: the momentum is kept in
+factored form (`molegrad.optim.momentum`), and its polar factor is taken exactly, on a core of at
+most 2k × 2k.
 """
 
 from __future__ import annotations
@@ -19,17 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from molegrad.optim.factored import (
-    Bucket,
-    FactoredOptimizer,
-    all_finite,
-    estimate,
-    resized_core,
-    truncate,
-    turn,
-    two_sided,
-    without_explored,
-)
+from molegrad.optim.momentum import FactoredMomentum
 from molegrad.optim.newton_schulz import newton_schulz
 
 ADJUST_LR = ("spectral", "original", "match_rms_adamw", "none")
@@ -49,7 +36,7 @@ def lr_scale(adjust_lr: str, m: int, n: int) -> float:
     }[adjust_lr]
 
 
-class Muon(FactoredOptimizer):
+class Muon(FactoredMomentum):
     """Momentum, orthogonalised.
 
     Args:
@@ -104,12 +91,7 @@ class Muon(FactoredOptimizer):
     def _dense_step(self, group: dict[str, Any]) -> None:
         mu = group["momentum"]
         by_shape: dict[tuple, list[tuple[Tensor, Tensor]]] = defaultdict(list)
-        for p in group["params"]:
-            if p.grad is None:
-                continue
-            state = self.state[p]
-            if not state:
-                state["momentum_buffer"] = torch.zeros_like(p.grad)
+        for p, state in self._dense(group):
             buffer = state["momentum_buffer"].lerp_(p.grad, 1 - mu)
             update = p.grad.lerp(buffer, mu) if group["nesterov"] else buffer
             by_shape[(p.shape, p.dtype, p.device)].append((p, update))
@@ -117,33 +99,20 @@ class Muon(FactoredOptimizer):
             lr = group["lr"] * lr_scale(group["adjust_lr"], *shape)
             directions = newton_schulz(torch.stack([u for _, u in pairs]), group["ns_steps"])
             for (p, _), direction in zip(pairs, directions.unbind(), strict=True):
-                p.mul_(1 - group["lr"] * group["weight_decay"])
+                if group["weight_decay"]:
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(direction.to(p.dtype), alpha=-lr)
 
-    def _factored_step(self, bucket: Bucket) -> None:
-        group, (m, n) = bucket.group, bucket.shape
-        mu, lr = group["momentum"], group["lr"]
-        est = estimate(bucket)
-        right, v_c, gradient_c = two_sided(bucket, est)
-        momentum_c = est.u_c @ bucket.stacked("core") @ v_c.mT
-        average = mu * momentum_c + (1 - mu) * gradient_c  # (size, ≤2k, ≤2k)
-        direction = mu * average + (1 - mu) * gradient_c if group["nesterov"] else average
-        update = est.left @ polar(direction)  # (size, m, ≤2k): the update is update · rightᵀ
-        scale = -lr * lr_scale(group["adjust_lr"], m, n)
-        for i, weight in enumerate(bucket.weights):
-            torch.ops.molegrad.lowrank_update_(
-                weight, update[i], right[i], scale, lr * group["weight_decay"]
-            )
-        p, core, q, condition = truncate(average, v_c, group["truncation_iters"], group["cond_max"])
-        finite = all_finite(average)
-        bucket.keep("core", without_explored(core, bucket), finite)
-        turn(bucket, est, est.left @ p, right @ q, condition, finite)
+    def _new_dense_state(self, group: dict[str, Any], p: Tensor) -> dict[str, Tensor]:
+        return {"momentum_buffer": torch.zeros_like(p)}
 
-    def _new_state(self, basis_u: Tensor, basis_v: Tensor, k: int) -> tuple[dict, dict]:
-        return {"core": basis_u.new_zeros(k, k)}, {}
+    def _average(self, group: dict[str, Any], momentum: Tensor, gradient: Tensor):
+        mu = group["momentum"]
+        average = mu * momentum + (1 - mu) * gradient
+        return average, mu * average + (1 - mu) * gradient if group["nesterov"] else average
 
-    def _resized(self, state_u: dict, state_v: dict, k: int) -> None:
-        state_u["core"] = resized_core(state_u["core"], k)
+    def _update(self, group: dict[str, Any], direction: Tensor, m: int, n: int):
+        return polar(direction), -group["lr"] * lr_scale(group["adjust_lr"], m, n)
 
 
 def polar(core: Tensor) -> Tensor:
