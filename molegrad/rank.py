@@ -57,6 +57,11 @@ HELD = 1.5  # what a captured direction counts over a promised one, see `_fit`
 _NORM, _CAPTURED = STATS.index("gradient_norm_sq"), STATS.index("captured_norm_sq")
 
 
+def layer_ranks(model: nn.Module) -> dict[str, int]:
+    """The rank of every MoleLinear in `model`, by its name there."""
+    return {n: m.rank for n, m in model.named_modules() if isinstance(m, MoleLinear)}
+
+
 @dataclass(frozen=True)
 class RankChange:
     """A layer's rank from `old` to `new`; the energy_capture that was read (nan: none was)."""
@@ -163,6 +168,15 @@ class RankController:
     def ranks(self) -> dict[str, int]:
         """Each layer's rank now."""
         return {name: w.layer.rank for name, w in self._watched.items()}
+
+    def metrics(self) -> dict[str, float]:
+        """rank_mean, rank_min and rank_max over the layers."""
+        ranks = self.ranks.values()
+        return {
+            "rank_mean": sum(ranks) / len(ranks),
+            "rank_min": min(ranks),
+            "rank_max": max(ranks),
+        }
 
     @torch.no_grad()
     def observe(self) -> None:

@@ -357,6 +357,24 @@ def test_a_graph_of_an_earlier_step_may_live_on(mode):
     assert stream.changes
 
 
+def test_processes_with_other_readings_decide_the_same(monkeypatch):
+    """Two processes in this one: `all_reduce` adds the readings of both, as they were before."""
+    spectra = {"a": (0.001, 0.3), "b": (0.02, 0.001)}  # of the first and of the second process
+    both = [Stream({name: spectrum(rates[i]) for name, rates in spectra.items()}) for i in range(2)]
+    alone = [copy.deepcopy(stream).run(12).controller.ranks for stream in both]
+    assert alone[0] != alone[1]
+    for stream in both:
+        stream.run(11)
+        stream.backward()
+        stream.controller.observe()
+    sums = sum(stream.controller._sums for stream in both)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda x: x.copy_(sums))
+    assert both[0].controller.step() == both[1].controller.step() != []
+    assert both[0].controller.ranks == both[1].controller.ranks
+
+
 def test_what_cannot_work_is_said():
     stream = Stream({"a": spectrum(1.0)}, "factored")
     with pytest.raises(ValueError, match="no optimizer has the bases of a"):

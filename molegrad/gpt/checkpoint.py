@@ -8,7 +8,7 @@ What: `save` writes a step folder; `load` reads it back; `latest` finds the newe
         optimizer.safetensors   every tensor of the optimizers' states
         meta.json               step, configuration, sizes, the optimizers' other state
         rank_0.safetensors      bases, counters, random states of process 0 (rank_1 ... likewise)
-        rank_0.json             its position in the data
+        rank_0.json             its position in the data, the ranks of the converted layers
 
 Why: no pickle, so that a checkpoint can be read anywhere and cannot run code. A folder is written
 under another name, flushed to the disk and renamed, so what has the name is complete. It holds
@@ -30,6 +30,7 @@ from torch import Tensor
 from molegrad import bases_state_dict, load_bases_state_dict
 from molegrad.gpt import paths
 from molegrad.gpt.model import GPT, GPTConfig
+from molegrad.rank import RankController, layer_ranks
 
 FORMAT = 1
 _STEP = re.compile(r"step_(\d+)")
@@ -48,6 +49,7 @@ class Checkpoint:
     bases: dict[str, Tensor]
     random: dict[str, Tensor]
     loader: dict
+    ranks: dict = field(default_factory=dict)  # of the layers, or the state of a RankController
     extra: dict = field(default_factory=dict)  # anything JSON-able the caller gave
 
 
@@ -99,6 +101,7 @@ def save(
     keep_last: int = 0,
     rank: int = 0,
     world_size: int = 1,
+    ranks: RankController | None = None,
 ) -> Path:
     """Write FOLDER/step_NNNNNN and return it; every rank must call this.
 
@@ -109,6 +112,7 @@ def save(
         loader: the data loader's state_dict, JSON-able; each rank's own.
         extra: anything else JSON-able (the loop's counters).
         keep_last: remove all but this many newest step folders; 0 keeps all.
+        ranks: what adapts the layers' ranks, if anything does.
 
     Raises:
         OSError: the disk is full or not writable; earlier checkpoints are untouched.
@@ -120,6 +124,7 @@ def save(
         temporary.mkdir(parents=True)
     _barrier(world_size)
     own = {"bases": bases_state_dict(model), "random": _random_states(model.device)}
+    own["ranks"] = ranks.state_dict() if ranks else {"ranks": layer_ranks(model)}
     tensors: dict[str, Tensor] = {}
     tree = _flatten({**own, "loader": loader or {}}, tensors)
     _write_tensors(temporary / f"rank_{rank}.safetensors", tensors)
@@ -181,6 +186,7 @@ def load(folder: Path, rank: int = 0, world_size: int = 1) -> Checkpoint:
         bases=own["bases"],
         random=own["random"],
         loader=own["loader"],
+        ranks=own.get("ranks", {}),
         extra=meta["extra"],
     )
 
@@ -199,15 +205,25 @@ def read_meta(folder: Path) -> dict:
     return meta
 
 
-def restore(checkpoint: Checkpoint, model: GPT, optimizers=(), loader=None) -> None:
-    """Put everything back: weights, bases, optimizers, data position, random states.
+def restore(
+    checkpoint: Checkpoint,
+    model: GPT,
+    optimizers=(),
+    loader=None,
+    ranks: RankController | None = None,
+) -> None:
+    """Put everything back: weights, ranks, bases, optimizers, data position, random states.
 
-    `model` must be converted, and the optimizers made, as they were when it was saved.
+    `model` must be converted, and the optimizers made, as they were when it was saved; `ranks`, if
+    given, gives the layers the ranks that they had come to.
 
     Raises:
         RuntimeError, ValueError: something does not fit; the message names it.
     """
     model.load_state_dict(checkpoint.model)
+    if ranks is not None and "sums" in checkpoint.ranks:
+        ranks.load_state_dict(checkpoint.ranks)
+    _check_ranks(checkpoint, layer_ranks(model))
     load_bases_state_dict(model, checkpoint.bases)
     if len(optimizers) != len(checkpoint.optimizers):
         raise ValueError(
@@ -219,6 +235,18 @@ def restore(checkpoint: Checkpoint, model: GPT, optimizers=(), loader=None) -> N
     if loader is not None:
         loader.load_state_dict(checkpoint.loader)
     _set_random_states(checkpoint.random, model.device)
+
+
+def _check_ranks(checkpoint: Checkpoint, now: dict[str, int]) -> None:
+    saved = checkpoint.ranks.get("ranks", {})
+    for name in saved.keys() & now.keys():
+        if saved[name] != now[name]:
+            adaptive = "sums" in checkpoint.ranks
+            flag = "energy_target" if adaptive else "rank_k and --streaming_rank_overrides"
+            raise ValueError(
+                f"{checkpoint.folder} was saved with rank {saved[name]} of {name}, this run has "
+                f"{now[name]}: resume with the same --streaming_{flag}"
+            )
 
 
 def load_model(folder: Path, device: torch.device | str = "cpu") -> tuple[GPT, dict]:

@@ -30,9 +30,10 @@ from molegrad.gpt import checkpoint, guard
 from molegrad.gpt.hardware import Flops, flops_per_token, peak_flops, peak_memory_bytes
 from molegrad.gpt.logger import RunLogger
 from molegrad.gpt.schedule import lr_multiplier, momentum_at
-from molegrad.gpt.setup import Processes
+from molegrad.gpt.setup import Processes, wrap
 from molegrad.gpt.train_config import compute_dtype
 from molegrad.optim import Muon
+from molegrad.rank import RankController
 
 _SMOOTHING = 0.9  # of the printed loss, an exponential average without bias at the start
 
@@ -107,6 +108,9 @@ class Trainer:
         micro = config.device_batch_size * config.max_seq_len * self.processes.world_size
         self.accumulation = max(1, config.total_batch_size // micro)
         self.guard = guard.NonFiniteGuard(model)
+        streaming = config.streaming_config()
+        adaptive = streaming is not None and streaming.energy_target > 0
+        self.ranks = RankController(model, optimizers, streaming) if adaptive else None
         self.stop_signal = 0
         self._batch: tuple[Tensor, Tensor] | None = None
         self._position: dict = {}
@@ -114,7 +118,8 @@ class Trainer:
 
     def resume(self, saved: checkpoint.Checkpoint) -> None:
         """Go on from a checkpoint: everything is put back, the data position included."""
-        checkpoint.restore(saved, self.model, self.optimizers, self.loader)
+        with self._other_shapes() if self.ranks else contextlib.nullcontext():
+            checkpoint.restore(saved, self.model, self.optimizers, self.loader, self.ranks)
         self.progress = Progress(**saved.extra["progress"])
 
     def run(self) -> dict:
@@ -147,6 +152,8 @@ class Trainer:
                     now = self._now()
                     self._log(value, multiplier, (now - mark) / (progress.step - since), since)
                     mark, since = now, progress.step
+                if self.ranks:
+                    self._adapt_ranks(self.ranks)
                 if self._occasional():
                     mark = self._now()
         if progress.step < self.steps:
@@ -191,9 +198,33 @@ class Trainer:
                 (loss / self.accumulation).backward()
             total += loss.detach() / self.accumulation
             self._fetch(position=last)  # while the device is busy
+        if self.ranks:
+            self.ranks.observe()
         if self.config.grad_clip > 0:
             clip_grad_norm_(self.model, self.config.grad_clip)
         return total
+
+    def _adapt_ranks(self, ranks: RankController) -> None:
+        """Ranks follow the captured energy, where a decision is due; between two steps."""
+        changes = ranks.decide()
+        if changes:
+            with self._other_shapes():
+                ranks.apply(changes)
+            for change in changes:
+                self.processes.print(f"step {self.progress.step:05d} | {change}")
+
+    @contextlib.contextmanager
+    def _other_shapes(self):
+        """Around a change of the parameters' shapes: what knows the old ones is made anew."""
+        rewrap = self.config.compile or self.processes.world_size > 1
+        if rewrap:
+            self.called = None  # data parallelism lets go of the parameters
+        yield
+        self.flops = flops_per_token(self.model, self.config.max_seq_len)
+        if rewrap:
+            if self.config.compile:
+                torch.compiler.reset()  # every change would count towards its limit of compilations
+            self.called = wrap(self.model, self.config, self.processes)
 
     def _read(self, loss: Tensor, finite: Tensor, step: int) -> float:
         """The loss averaged over processes: the one place that waits for the device."""
@@ -249,6 +280,8 @@ class Trainer:
         watch = self.monitor is not None and c.monitor_every > 0
         watch = watch and (p.step // c.monitor_every > since // c.monitor_every)
         extra = self.monitor() if watch else {}
+        if watch and self.ranks:
+            extra |= {f"streaming/{k}": v for k, v in self.ranks.metrics().items()}
         fresh = {k: v for k, v in p.last.items() if not k.startswith("val/")}
         self.logger.log({**fresh, **extra})
         self._paces.append(dt)
@@ -305,6 +338,7 @@ class Trainer:
             keep_last=self.config.keep_last,
             rank=self.processes.rank,
             world_size=self.processes.world_size,
+            ranks=self.ranks,
         )
 
     # Signals

@@ -12,6 +12,7 @@ from molegrad.gpt import checkpoint, guard, setup
 from molegrad.gpt.logger import RunLogger, read_metrics
 from molegrad.gpt.loop import Trainer
 from molegrad.gpt.train_config import BaseTrainConfig, resolve
+from molegrad.rank import layer_ranks
 from tests.gpt.test_model import small, stirred, tokens
 
 FACTORED = {
@@ -140,6 +141,12 @@ def test_accumulated_micro_batches_equal_one_batch(values, tmp_path):
     assert_same(weights(one), weights(two), exact=False)
 
 
+ADAPTIVE = {
+    "streaming_probes": 2,
+    "streaming_energy_target": 0.9,
+    "streaming_rank_interval": 3,
+    "streaming_rank_budget": 0.0,
+}
 STREAM = {k: v for k, v in FACTORED.items() if k != "streaming_gradient_mode"}
 
 
@@ -153,9 +160,14 @@ STREAM = {k: v for k, v in FACTORED.items() if k != "streaming_gradient_mode"}
         FACTORED,
         {**FACTORED, "streaming_probes": 2, "total_batch_size": 160, "grad_clip": 1.0},
         {**FACTORED, "streaming_method": "power"},
+        {**STREAM, **ADAPTIVE},
+        {**FACTORED, **ADAPTIVE, "total_batch_size": 160, "grad_clip": 1.0},
     ],
-    ids=["dense", "adamw", "tangent", "power", "factored", "accumulated", "factored-power"],
-)
+    ids=[
+        "dense", "adamw", "tangent", "power", "factored", "accumulated", "factored-power",
+        "adaptive", "factored-adaptive",
+    ],
+)  # fmt: skip
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(values, tmp_path):
     whole = trainer(tmp_path, **values)
     whole.run()
@@ -166,6 +178,42 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(values, tmp_path):
     assert losses(tmp_path) == recorded
     assert_same(weights(resumed), expected)
     assert resumed.progress.reads == whole.progress.reads
+    assert resumed.progress.flops == whole.progress.flops
+    assert layer_ranks(resumed.model) == layer_ranks(whole.model)
+
+
+@pytest.mark.parametrize("values", [STREAM, FACTORED], ids=["dense", "factored"])
+def test_ranks_adapt_and_every_change_is_told_and_counted(values, tmp_path, capsys):
+    built = trainer(tmp_path, monitor_every=1, **values, **ADAPTIVE)
+    built.monitor = dict
+    costs = built.flops.actual
+    built.run()
+    ranks = layer_ranks(built.model)
+    assert set(ranks.values()) != {4} and built.flops.actual != costs
+    lines = [line for line in capsys.readouterr().out.splitlines() if " | rank of " in line]
+    last = {line.split("rank of ")[1].split(":")[0]: line for line in lines}
+    for name, rank in ranks.items():
+        assert rank == 4 or f" -> {rank} (energy 0." in last[name]
+    assert {line.split()[1] for line in lines} <= {"00003", "00006"}
+    recorded = read_metrics(tmp_path)[-1]
+    assert recorded["streaming/rank_max"] == max(ranks.values())
+    assert recorded["streaming/rank_mean"] == sum(ranks.values()) / len(ranks)
+    assert recorded["streaming/rank_min"] == min(ranks.values())
+
+
+def test_adapted_ranks_are_not_resumed_without_what_adapts_them(tmp_path):
+    values = {**FACTORED, **ADAPTIVE}
+    trainer(tmp_path, **values).run()
+    with pytest.raises(ValueError, match=r"was saved with rank .* --streaming_energy_target"):
+        trainer(tmp_path, resume=8, **{**values, "streaming_energy_target": 0.0})
+    trainer(tmp_path / "fixed", **FACTORED).run()
+    with pytest.raises(
+        ValueError, match=r"this run has 8: resume with the same --streaming_rank_k"
+    ):
+        trainer(tmp_path / "fixed", resume=8, **{**FACTORED, "streaming_rank_k": 8})
+    later = trainer(tmp_path / "fixed", resume=8, steps=14, **values)  # switched on later
+    later.run()
+    assert set(layer_ranks(later.model).values()) != {4}
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -253,7 +301,11 @@ def _worker(rank, world, port, folder, values):
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("values", [{}, FACTORED], ids=["dense", "factored"])
+@pytest.mark.parametrize(
+    "values",
+    [{}, {**FACTORED, **ADAPTIVE, "streaming_rank_interval": 2}],
+    ids=["dense", "factored"],
+)
 def test_two_processes_equal_one_with_twice_the_micro_batches(values, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -264,6 +316,7 @@ def test_two_processes_equal_one_with_twice_the_micro_batches(values, tmp_path):
     torch.multiprocessing.spawn(_worker, (2, port, str(folder), values), nprocs=2)
     both = [torch.load(folder / f"weights_{rank}.pt", weights_only=True) for rank in (0, 1)]
     assert_same(both[0], both[1])
+    assert ("streaming_rank_k" in values) == (set(layer_ranks(one.model).values()) == {8})
     assert_same(weights(one), both[0], exact=False)
     assert losses(folder) == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
     assert (checkpoint.latest(folder) / "rank_1.safetensors").exists()
