@@ -133,7 +133,7 @@ class Adafactor(FactoredOptimizer):
         bucket.keep("column", column, finite, "v")
         row, column = _scales(row, column)
         left, factor = est.left * row[..., None], factor * column[..., None]
-        norm_sq = _product_norm_sq(left, factor)
+        norm_sq = ((left.mT @ left) * (factor.mT @ factor)).sum((-2, -1)).clamp_min(0)
         decay = group["lr"] * group["weight_decay"]
         for i, weight in enumerate(bucket.weights):
             rate = _rate(group, bucket.states_u[i]["step"], weight)
@@ -148,12 +148,6 @@ class Adafactor(FactoredOptimizer):
 
     def _resized(self, state_u: dict, state_v: dict, k: int) -> None:
         pass  # rows and columns stay what they are
-
-
-def _product_norm_sq(left: Tensor, factor: Tensor) -> Tensor:
-    """‖left factorᵀ‖²_F (size,) from Gram matrices; in float64, as the sum cancels."""
-    left, factor = left.double(), factor.double()
-    return ((left.mT @ left) * (factor.mT @ factor)).sum((-2, -1)).clamp_min(0)
 
 
 def _averages(group, step: Tensor, row: Tensor, new_row, column: Tensor, new_column):
@@ -178,5 +172,4 @@ def _rate(group, step: Tensor, weight: Tensor) -> Tensor | float:
 
 def _excess(group, norm_sq: Tensor, weight: Tensor) -> Tensor:
     """How many times too large an update of squared norm `norm_sq` is, at least 1."""
-    rms = (norm_sq / weight.numel()).sqrt().to(acc_dtype(weight.dtype))
-    return (rms / group["clip"]).clamp_min(1.0)
+    return ((norm_sq / weight.numel()).sqrt() / group["clip"]).clamp_min(1.0)

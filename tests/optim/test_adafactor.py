@@ -80,7 +80,7 @@ def test_factored_is_dense_with_the_materialised_estimate(method, relative, k, e
 
 
 def test_float32_is_close_to_float64():
-    """Also with rows and columns of very different size, where the update's norm cancels."""
+    """Also with rows and columns of very different size."""
     layer = factored_layer(torch.float32)
     dense = torch.nn.Parameter(layer.weight.detach().double())
     options = {"lr": 0.1, "relative": False, "clip": 0.1}
@@ -94,7 +94,7 @@ def test_float32_is_close_to_float64():
         dense.grad = _estimate64(layer)
         optimizer.step()
         reference.step()
-    torch.testing.assert_close(layer.weight.double(), dense, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(layer.weight.double(), dense, rtol=1e-4, atol=1e-5)
 
 
 def _estimate64(layer):

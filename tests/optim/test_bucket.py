@@ -81,9 +81,22 @@ def test_exploration_replaces_the_weakest_and_differs_between_layers_and_steps()
             torch.testing.assert_close(a[:, :3], b[:, :3])
             assert (a[:, 3] @ b[:, 3]).abs() < 0.9
             assert (a[:, :3].mT @ a[:, 3]).abs().max() < 1e-12
+        for layer in layers:  # nor is there momentum along the new one
+            core = optimizers[0].state[layer.basis_u]["core"]
+            assert not core[3].any() and not core[:, 3].any() and core[:3, :3].all()
         seen += [layer.basis_u.detach()[:, 3:].clone() for layer in layers]
     for i in range(4):
         assert set(seen[i][:, 1].tolist()) == {-1.0, 1.0}  # the probe
         for j in range(i):
             assert (seen[i][:, 0] @ seen[j][:, 0]).abs() < 0.9
             assert not torch.equal(seen[i][:, 1], seen[j][:, 1])
+
+
+def test_both_sides_of_a_square_layer_explore_differently():
+    layer = common.factored_layer(n=30, m=30, warm_start_decay=0.0, probes=1)
+    optimizer = Muon(matrix_param_groups(layer))
+    backward(layer)
+    optimizer.step()
+    u, v = layer.basis_u.detach(), layer.basis_v.detach()
+    assert torch.linalg.matrix_norm(u[:, :4].mT @ v[:, :4], 2) < 0.95
+    assert not torch.equal(u[:, 4], v[:, 4])
