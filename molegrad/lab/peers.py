@@ -112,7 +112,8 @@ def _arguments(kind: type) -> set[str]:
 def _check_options(name: str, options: dict, known) -> None:
     unknown = sorted(set(options) - set(known))
     if unknown:
-        raise ValueError(f"{name} has no option {', '.join(unknown)}: it takes {', '.join(known)}")
+        takes = ", ".join(sorted(known))
+        raise ValueError(f"{name} has no option {', '.join(unknown)}: it takes {takes}")
 
 
 # In the backward pass
@@ -270,9 +271,8 @@ def _adapt(optimizer: Optimizer, projector: type) -> Optimizer:
     def make_plain(optimizer, state_dict) -> None:
         for key, state in state_dict["state"].items():
             plain = {k: v for k, v in state.items() if k != "projection"}
-            if "projector" in plain:  # torch's load_state_dict would take texts apart
-                values = vars(plain["projector"])
-                plain["projector"] = {k: v for k, v in values.items() if not isinstance(v, str)}
+            if "projector" in plain:
+                plain["projector"] = dict(vars(plain["projector"]))
             state_dict["state"][key] = plain  # a copy: `state` is the optimizer's own
 
     def make_objects(optimizer) -> None:
@@ -281,6 +281,7 @@ def _adapt(optimizer: Optimizer, projector: type) -> Optimizer:
                 state = optimizer.state.get(p, {})
                 if "projector" in state:
                     held = projector.__new__(projector)
+                    # torch's load_state_dict takes texts in a state apart
                     vars(held).update(state["projector"], proj_type=group["proj_type"])
                     state["projector"] = held
         show_projections(optimizer, (), {})

@@ -167,38 +167,32 @@ def test_asking_for_the_state_dict_leaves_the_optimizer_as_it_is(name):
     assert_equal(weights(model), weights(other))
 
 
-def test_bytes_of_state():
-    """What the papers say is kept of an (m, n) matrix, smaller side d, larger side D."""
-    r = 4
-    formulas = {
-        "adamw": lambda d, D, m, n: 2 * m * n,
-        "muon": lambda d, D, m, n: m * n,
-        "in-backward-muon": lambda d, D, m, n: m * n,
-        "in-backward-adamw": lambda d, D, m, n: 2 * m * n,
-        "galore": lambda d, D, m, n: d * r + 2 * r * D,
-        "apollo": lambda d, D, m, n: d * r + 2 * r * D + 1,  # and the norm that limits its growth
-        "apollo-mini": lambda d, D, m, n: d + 2 * D + 1,
-        "fira": lambda d, D, m, n: d * r + 2 * r * D + 1,
-        "ldadam": lambda d, D, m, n: d * r + 2 * r * D + m * n,
-        "mofasgd": lambda d, D, m, n: (m + n + 1) * r,
-        "dion": lambda d, D, m, n: m * n + n * r,
-    }
-    assert set(formulas) == set(PEERS)
-    for name, formula in formulas.items():
-        if PACKAGES.get(name.split("-")[0]) and importlib.util.find_spec("transformers") is None:
-            continue
-        model = net()
-        optimizer = make(name, model)
-        train(model, optimizer, 2)
-        held = memory_bytes(model, [optimizer])["optimizer_state"]
-        steps = 8 if "adamw" in name else 0  # torch's AdamW counts steps in tensors
-        shapes = [tuple(p.shape) for p in model.parameters()]
-        assert held == steps + 4 * sum(formula(min(s), max(s), *s) for s in shapes), name
-        stored = [
-            t for state in optimizer.state.values() for t in state.values()
-            if isinstance(t, torch.Tensor)
-        ]  # fmt: skip
-        for tensor in stored:  # no view that keeps more alive than it shows
+STATE = {  # numbers kept of an (m, n) matrix of smaller side d and larger side D, at rank r
+    "adamw": lambda m, n, d, D, r: 2 * m * n,
+    "muon": lambda m, n, d, D, r: m * n,
+    "galore": lambda m, n, d, D, r: d * r + 2 * r * D,
+    "apollo": lambda m, n, d, D, r: d * r + 2 * r * D + 1,  # 1: the norm that limits its growth
+    "apollo-mini": lambda m, n, d, D, r: d + 2 * D + 1,
+    "fira": lambda m, n, d, D, r: d * r + 2 * r * D + 1,
+    "ldadam": lambda m, n, d, D, r: d * r + 2 * r * D + m * n,
+    "mofasgd": lambda m, n, d, D, r: (m + n + 1) * r,
+    "dion": lambda m, n, d, D, r: m * n + n * r,
+    "in-backward-muon": lambda m, n, d, D, r: m * n,
+    "in-backward-adamw": lambda m, n, d, D, r: 2 * m * n,
+}
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_bytes_of_state_are_the_papers(name):
+    model = net()
+    optimizer = make(name, model)
+    train(model, optimizer, 2)
+    shapes = [tuple(p.shape) for p in model.parameters()]
+    counters = 2 if "adamw" in name else 0  # torch's AdamW counts steps in tensors
+    numbers = counters + sum(STATE[name](*s, min(s), max(s), 4) for s in shapes)
+    assert memory_bytes(model, [optimizer])["optimizer_state"] == 4 * numbers
+    for tensor in (t for state in optimizer.state.values() for t in state.values()):
+        if isinstance(tensor, torch.Tensor):  # no view that keeps more alive than it shows
             assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
 
 
@@ -223,7 +217,29 @@ def test_a_rank_can_be_a_share_of_the_smaller_side(name):
     assert ranks == {(16, 24): 4, (48, 32): 8, (16, 16): 4}
 
 
-# What the options of the packages do
+# What the options do
+
+
+@pytest.mark.parametrize("name", ORDINARY)
+def test_weight_decay_is_decoupled(name):
+    _, params, plain = filled(name)
+    before = [p.detach().clone() for p in params]
+    _, _, decayed = filled(name, weight_decay=3.0)
+    for w, change, both in zip(before, plain(), decayed(), strict=True):
+        decayed_one = w if name in OWN else w - change  # a package decays after its step
+        torch.testing.assert_close(both - change, 0.01 * 3.0 * decayed_one, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [n for n in ORDINARY if n not in ("muon", "mofasgd", "dion")])
+def test_betas_and_eps_reach_the_adam_within(name):
+    _, _, plain = filled(name)
+    _, _, damped = filled(name, eps=1e3)
+    for full, small_one in zip(plain(), damped(), strict=True):
+        assert small_one.norm() < 0.1 * full.norm()
+    (_, _, plain), (_, _, changed) = filled(name), filled(name, betas=(0.1, 0.5))
+    for seed, alike in ((0, True), (1, False)):  # corrected for bias, the first step is the same
+        a, b = plain(seed)[0], changed(seed)[0]
+        assert ((a - b).norm() < 0.02 * a.norm()) == alike
 
 
 def test_galores_options():
