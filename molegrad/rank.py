@@ -14,8 +14,10 @@ three running sums over the columns of Y = GV, W = GᵀU and over the leading bl
 "power" projects on one side only: C(j) = Σ ‖wᵢ‖² over the first j columns of W.) The columns are
 ordered by strength, as orthogonal iteration leaves them. In dense mode the sketches are gone after
 the backward pass, and those of the estimate Ĝ = weight.grad stand for them. A larger rank is
-extrapolated by the slope of C at its end. As C is concave this promises too much, so that a rank
-rises towards what the target needs from below, by no more than a doubling at a time.
+extrapolated by the slope of the second half of C. As C is concave this promises too much, so that a
+rank rises towards what the target needs from below. No decision more than doubles or halves a rank:
+a wider basis follows a gradient that turns better than its own first columns tell, a narrower one
+worse.
 
 Why not the singular values of the momentum, which are there too: noise is averaged out of them, so
 that they promise for a small rank a share of the momentum, not of the gradient.
@@ -99,8 +101,9 @@ class EnergyCurve:
 
     @property
     def slope(self) -> float:
-        """Gain per direction at rank k: the mean over the last quarter."""
-        span = max(1, self.rank // 4)
+        """Gain per direction at rank k: the mean over the last half, as the very last ones have
+        had little time to turn towards the gradient."""
+        span = max(1, self.rank // 2)
         inner = self(self.rank - span) if span < self.rank else 0.0
         return max(0.0, self.captured - inner) / span
 
@@ -292,7 +295,10 @@ class RankController:
         energy = math.sqrt(curve.captured)
         top = min(target * (1 + band), (target + 1) / 2)  # near 1, too, there is a way back
         if energy > top:
-            enough = (j for j in w.choices(w.lower, k) if curve(j) >= target**2)
+            # Not the target, and by half at most: fewer directions also follow the gradient less
+            # well, and the rank would soon be raised again.
+            low = max(w.lower, -(-k // 2))
+            enough = (j for j in w.choices(low, k) if curve(j) >= top**2)
             return next(enough, k)
         if energy < target * (1 - band):
             high = min(2 * k, w.upper)
