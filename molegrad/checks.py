@@ -40,8 +40,8 @@ def matrix(op: str, name: str, x: Tensor) -> None:
     _require(x.dim() == 2, op, f"{name} must be a matrix, got shape {_shape(x)}")
 
 
-def tokens(op: str, a: Tensor, b: Tensor) -> None:
-    """a (…, T, n) and b (…, T, m): same dtype and leading dimensions."""
+def tokens(op: str, a: Tensor, b: Tensor, same_dtype: bool = True) -> None:
+    """a (…, T, n) and b (…, T, m): same leading dimensions, and dtype where that is asked for."""
     _require(
         a.dim() >= 2 and b.dim() >= 2, op,
         "a and b need at least two dimensions (…, T, features), "
@@ -53,7 +53,9 @@ def tokens(op: str, a: Tensor, b: Tensor) -> None:
         f"got a {_shape(a)} and b {_shape(b)}",
     )  # fmt: skip
     _require(
-        a.dtype == b.dtype, op, f"expected a and b of the same dtype, got {a.dtype} and {b.dtype}"
+        a.dtype == b.dtype or not same_dtype,
+        op,
+        f"expected a and b of the same dtype, got {a.dtype} and {b.dtype}",
     )
 
 
@@ -158,13 +160,55 @@ def lowrank_update_(weight, u, w, alpha=-1.0, decay=0.0) -> None:
     )
 
 
-def rademacher(rows, cols, counter, seed=0) -> None:
-    op = "rademacher"
-    _require(rows >= 0 and cols >= 0, op, f"rows and cols must be >= 0, got {rows} and {cols}")
+def step_counter(op: str, counter: Tensor) -> None:
     _require(
         counter.dtype == torch.int64 and counter.dim() == 0, op,
         f"expected counter as an int64 scalar tensor, got {_shape(counter)} of {counter.dtype}",
     )  # fmt: skip
+
+
+def rademacher(rows, cols, counter, seed=0) -> None:
+    op = "rademacher"
+    _require(rows >= 0 and cols >= 0, op, f"rows and cols must be >= 0, got {rows} and {cols}")
+    step_counter(op, counter)
+
+
+def sampling(op: str, share: float, block: int) -> None:
+    _require(share > 0, op, f"share must be positive, got {share}")
+    _require(block >= 1, op, f"block must be at least 1, got {block}")
+
+
+def sampled_grad_(grad, a, b, a_scale, basis, counter, share, block=16, alpha=1.0, seed=0) -> None:
+    op = "sampled_grad_"
+    if a.dtype == torch.float8_e4m3fn:
+        floating(op, b=b, grad=grad, a_scale=a_scale, basis=basis)
+        tokens(op, a, b, same_dtype=False)
+        _require(a.device == b.device, op, f"expected a and b on the same device, got {a.device} "
+                 f"and {b.device}")  # fmt: skip
+    else:
+        floating(op, a=a, b=b, grad=grad, a_scale=a_scale, basis=basis)
+        tokens(op, a, b)
+    m, n = b.shape[-1], a.shape[-1]
+    _require(
+        tuple(grad.shape) == (m, n), op,
+        f"expected grad of shape {(m, n)}, got {_shape(grad)}",
+    )  # fmt: skip
+    if a_scale is not None:
+        _require(
+            a_scale.numel() == a.shape[:-1].numel(), op,
+            f"expected a_scale with one number per token ({a.shape[:-1].numel()}), "
+            f"got {_shape(a_scale)}",
+        )  # fmt: skip
+    if basis is not None:
+        matrix(op, "basis", basis)
+        d, k = basis.shape
+        _require(
+            d == min(m, n) and k <= d, op,
+            f"expected basis ({min(m, n)}, k <= {min(m, n)}) on the narrower side, "
+            f"got {_shape(basis)}",
+        )  # fmt: skip
+    step_counter(op, counter)
+    sampling(op, share, block)
 
 
 def linear(op: str, x, weight, bias, basis_u, basis_v, rank_k) -> None:

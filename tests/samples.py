@@ -64,6 +64,10 @@ def sample_inputs(name: str, requires_grad: bool = False) -> list[tuple]:
             (weight.clone(), u, v, -0.1, 0.01),
             (weight.to(torch.bfloat16), u, v, 0.5),
         ],
+        "sampled_grad_": [
+            (randn(13, 11), a.detach(), b.detach(), None, v, counter, 0.4, 4),
+            (randn(13, 11).to(torch.bfloat16), a3, b3, torch.rand(1, 19), None, counter, 0.5, 8, -2.0),
+        ],
         "rademacher": [(5, 3, counter, 7)],
         "linear_dense": [
             (*linear, counter, stats, method, 1, probes, trust, 1, 3, 1e3)
