@@ -85,6 +85,12 @@ class Method:
     peer: Peer | None = None
 
     @property
+    def family(self) -> str:
+        """The label without a rank: what several ranks of one method share."""
+        words = split(self.label, ":")
+        return ":".join(w for w in words if _key(w).removeprefix(PREFIX) not in ("rank", "rank_k"))
+
+    @property
     def rank(self) -> int | float | None:
         """The rank k (a fraction: of a layer's smaller side), None for dense methods."""
         if self.peer is not None:

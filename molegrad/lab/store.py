@@ -50,6 +50,14 @@ class Run:
     tokenizer: str
     peer: Peer | None = None
 
+    @property
+    def title(self) -> str:
+        """The method with its rank, for people."""
+        rank = self.peer.rank if self.peer else None
+        if self.config.enable_streaming:
+            rank = getattr(self.config, PREFIX + "rank_k")
+        return self.label if rank is None else f"{self.label}, k = {rank:g}"
+
     @functools.cached_property
     def key(self) -> str:
         """What makes two runs the same."""

@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 
 from molegrad.config import MoleGradConfig
-from molegrad.lab.sweep import Cell, LabConfig, Text, cells, search, seed_runs
+from molegrad.lab.store import Run
+from molegrad.lab.sweep import Cell, LabConfig, Search, Text, cells, search, seed_runs
 
 MIB = 2**20
 
@@ -75,44 +76,45 @@ def summarise(
     config: LabConfig,
     text: Text,
     known: Mapping[str, dict],
-    times: Mapping[tuple, dict] | None = None,
-    equal_time: Mapping[tuple, list[dict]] | None = None,
+    times: Mapping[str, dict] | None = None,
+    longer: Mapping[str, Sequence[Run]] | None = None,
 ) -> list[dict]:
-    """One row per cell whose sweep is complete, those of one setting together, dense first.
+    """One row per cell whose learning rate is chosen, those of one setting together, dense first.
 
     Args:
-        times: (setting, index of the method) -> timing, see `molegrad.lab.timing`.
-        equal_time: the same keys -> runs trained as long as dense takes.
+        known: key -> record. times: from `molegrad.lab.timing.measure_times`.
+        longer: from `molegrad.lab.timing.equal_time_runs`.
     """
-    times, equal_time = times or {}, equal_time or {}
     rows = []
-    for setting, group in groupby(cells(config), key=lambda cell: cell.setting):
-        dense_runs: list[dict] = []
-        dense_row: dict = {}
-        for index, cell in enumerate(group):
-            found = search(config, text, cell, known)
-            if found.best is None:
-                continue
-            runs = [found.best]
-            if found.best["status"] == "ok":
-                seeds = seed_runs(config, text, cell, found.lr)
-                runs = [known[run.key] for run in seeds if run.key in known]
-            row = _row(cell, found, runs, config.max_seq_len)
-            dense_runs, dense_row = (runs, row) if index == 0 else (dense_runs, dense_row)
-            if row["status"] == "ok" and dense_row.get("status") == "ok":
-                row |= gap(runs, dense_runs)
-                row["curve_gaps"] = _curve_gaps(runs, dense_runs)
-                if longer := equal_time.get((setting, index)):
-                    equal = gap(longer, dense_runs)
-                    row["equal_time"] = {**equal, "steps": longer[0]["config"]["num_iterations"]}
-            row["time"] = times.get((setting, index))
-            rows.append(row)
+    dense_runs: list[dict] = []
+    for cell in cells(config):
+        if cell.reference:
+            dense_runs = []
+        found = search(config, text, cell, known)
+        if found.best is None:
+            continue
+        if found.best["status"] != "ok":
+            rows.append(_row(cell, found, [found.best]))
+            continue
+        seeds = seed_runs(config, text, cell, found.lr)
+        runs = [known[run.key] for run in seeds if run.key in known]
+        row = _row(cell, found, runs)
+        dense_runs = runs if cell.reference else dense_runs
+        row |= gap(runs, dense_runs)
+        row["curve_gaps"] = _curve_gaps(runs, dense_runs)
+        row["time"] = (times or {}).get(seeds[0].time_key)
+        if extra := (longer or {}).get(seeds[0].key):
+            equal = gap([known[run.key] for run in extra if run.key in known], dense_runs)
+            row["equal_time"] = {"steps": extra[0].config.num_iterations, **equal}
+        rows.append(row)
     return rows
 
 
-def _row(cell: Cell, found, runs: list[dict], seq_len: int) -> dict:
+def _row(cell: Cell, found: Search, runs: list[dict]) -> dict:
     row = {
         "method": cell.method.label,
+        "family": cell.method.family,
+        "reference": cell.reference,
         "rank": cell.method.rank,
         "rank_share": rank_share(cell),
         "depth": cell.depth,
@@ -205,11 +207,12 @@ def held_bytes(row: dict) -> int:
 
 
 def _line(row: dict, dense: dict) -> str:
-    name = [row["method"], "" if row["rank"] is None else f"{row['rank']:g}"]
+    name = [row["method"].replace("|", "\\|"), "" if row["rank"] is None else f"{row['rank']:g}"]
     edge = " (edge)" if row["lr_at_edge_of_sweep"] else ""
     name.append(f"{row['lr']:g}{edge}")
     if row["status"] != "ok":
-        cells = [*name, f"failed: {row['reason']}"]
+        reason = row["reason"].replace("|", "\\|")
+        cells = [*name, f"failed: {reason}"]
         return "| " + " | ".join(cells + [""] * (len(COLUMNS) - len(cells))) + " |"
     time = row["time"]
     share = held_bytes(dense) / held_bytes(row) if dense["status"] == "ok" else None
@@ -217,7 +220,7 @@ def _line(row: dict, dense: dict) -> str:
     cells = [
         *name,
         f"{row['bpb']:.4f}",
-        _percent(row) if row is not dense else "",
+        "" if row["reference"] else _percent(row),
         _percent(row.get("equal_time")),
         f"{time['ratio']:.2f} ({time['ratio_low']:.2f}–{time['ratio_high']:.2f})" if time else "",
         f"{time['ms']:.1f}" if time else "",

@@ -139,6 +139,7 @@ class Cell:
     width: int
     batch: int  # tokens per step
     steps: int
+    reference: bool  # dense, which the others are compared with
 
     @property
     def setting(self) -> tuple[int, int, int, int]:
@@ -170,11 +171,11 @@ def prepare_text(config: LabConfig) -> Text:
 def cells(config: LabConfig) -> list[Cell]:
     """All cells, those of one table together, dense first."""
     return [
-        Cell(method, depth, width, batch, steps)
+        Cell(method, depth, width, batch, steps, index == 0)
         for depth, width in config.size_list
         for batch in config.batch_list
         for steps in config.lengths(batch)
-        for method in config.method_list()
+        for index, method in enumerate(config.method_list())
     ]
 
 

@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -183,6 +184,11 @@ def main() -> int:
             result = TASKS[job["task"]](Run.from_dict(job["run"]))
     except KeyboardInterrupt:
         return 130
+    except Exception as error:
+        traceback.print_exc()
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        print(json.dumps({"status": "failed", "reason": reason}), flush=True)
+        return 1
     print(json.dumps(result), flush=True)
     return 0
 
@@ -206,7 +212,7 @@ class Workers:
         environment = dict(os.environ)
         if run.config.threads:
             environment["OMP_NUM_THREADS"] = str(run.config.threads)
-        with open(folder / LOG, "w+", encoding="utf-8") as log:
+        with open(folder / LOG, "w", encoding="utf-8") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "molegrad.lab.worker"],
                 stdin=subprocess.PIPE,
@@ -220,22 +226,27 @@ class Workers:
                 output, _ = process.communicate(json.dumps({"task": task, "run": run.to_dict()}))
             finally:
                 self._processes.discard(process)
-            log.seek(0)
-            words = [line.strip() for line in log if line.strip()]
         if process.returncode == 130:
             raise KeyboardInterrupt("a signal ended the run")
         if process.returncode == 0:
             shutil.rmtree(folder, ignore_errors=True)
-            return json.loads(output.splitlines()[-1])
-        reason = words[-1] if words else f"the process ended with status {process.returncode}"
-        if process.returncode < 0:
-            reason = f"{signal.Signals(-process.returncode).name} ended the process"
-        return {"status": "failed", "reason": reason, "log": str(folder / LOG)}
+            return json.loads(output)
+        if output:
+            failed = json.loads(output)
+        else:
+            failed = {"status": "failed", "reason": _ending(process.returncode)}
+        return {**failed, "log": str(folder / LOG)}
 
     def stop(self) -> None:
         """End all processes that run."""
         for process in list(self._processes):
             process.terminate()
+
+
+def _ending(status: int) -> str:
+    if status >= 0:
+        return f"the process ended with status {status}"
+    return f"{signal.Signals(-status).name} ended the process"
 
 
 def work_off(
@@ -254,7 +265,7 @@ def work_off(
     """
     workers = Workers()
     running: dict[Future, Run] = {}
-    with _terminable(), ThreadPoolExecutor(jobs) as pool:
+    with ThreadPoolExecutor(jobs) as pool:
         try:
             while True:
                 active = {run.key for run in running.values()}
@@ -271,7 +282,7 @@ def work_off(
 
 
 @contextlib.contextmanager
-def _terminable() -> Iterator[None]:
+def terminable() -> Iterator[None]:
     """SIGTERM as Ctrl-C, so that no process is left behind."""
     if threading.current_thread() is not threading.main_thread():
         yield

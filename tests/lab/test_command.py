@@ -4,7 +4,7 @@ import pytest
 
 from molegrad.gpt import paths
 from molegrad.lab import store
-from molegrad.lab.command import CompareConfig, main, train_all
+from molegrad.lab.command import CompareConfig, compare, main
 
 TINY = [
     *("--vocab=bytes", "--matrix-lrs=0.02", "--seeds=1", "--sizes=2x64", "--max-seq-len=32"),
@@ -16,8 +16,8 @@ TINY = [
 def test_what_is_known_is_not_trained_again(home, text, fake):
     calls, known = [], {}
     for expected, seeds in ((4, 2), (4, 2), (6, 4)):
-        config = CompareConfig(methods="dense", seeds=seeds)
-        train_all(config, text, known, lambda words: None, fake(calls))
+        config = CompareConfig(methods="dense", seeds=seeds, time_steps=0)
+        compare(config, text, known, lambda words: None, fake(calls))
         assert len(calls) == expected == len(known)
 
 
@@ -32,9 +32,27 @@ def test_a_run_that_ends_badly_does_not_stop_the_sweep(home, text, fake):
         return good(run)
 
     known = {}
-    train_all(CompareConfig(methods="dense", jobs=2), text, known, said.append, perform)
+    config = CompareConfig(methods="dense", jobs=2, time_steps=0)
+    compare(config, text, known, said.append, perform)
     assert len(calls) == 4 and [r["status"] for r in known.values()].count("failed") == 1
     assert any("failed: SIGKILL ended the process (a.log)" in words for words in said)
+
+
+def test_equal_time_trains_once_more(home, text, fake):
+    calls, known = [], {}
+    config = CompareConfig(methods="factored-tangent", seeds=2, equal_time=True)
+
+    def time(run):
+        return [0.5 if run.config.enable_streaming else 1.0] * run.config.num_iterations
+
+    def rows():
+        return compare(config, text, known, lambda words: None, fake(calls), time)
+
+    dense, low = rows()
+    assert low["time"]["ratio"] == 0.5 and low["equal_time"]["steps"] == 600
+    assert "equal_time" not in dense and len(low["equal_time"]["gaps"]) == 2
+    assert [run.config.num_iterations for run in calls].count(600) == 2
+    assert rows() == [dense, low] and len(calls) == 2 * 4 + 2
 
 
 @pytest.fixture
@@ -46,6 +64,7 @@ def data(home):
 
 def test_the_command_trains_for_real(home, data, capsys):
     arguments = [data, *TINY, "--methods=factored-tangent", "--ranks=8", "--jobs=2", "--json"]
+    arguments += ["--time-steps=0", f"--plots={home / 'plots'}"]
     assert main([*arguments, "--list"]) == 0
     shown = capsys.readouterr().out
     assert "0 runs are in the store; 2 or more are to be made" in shown
@@ -66,6 +85,8 @@ def test_the_command_trains_for_real(home, data, capsys):
     assert dense["memory"]["model"]["saved"] > dense["memory"]["matrix"]["saved"]
     assert [step for step, _ in store.read_runs()[_key(dense)]["curve"]] == [2, 4, 6, 8]
     assert (home / "table.md").read_text().rstrip() in out
+    drawn = sorted(file.name for file in (home / "plots").iterdir())
+    assert drawn == ["gap_length.svg", "gap_memory.svg"]
     assert not list((home / "runs").iterdir())  # nothing is left but the records
     assert main(arguments) == 0  # all is known
     assert "bits per byte in" not in capsys.readouterr().out
@@ -77,9 +98,16 @@ def _key(row):
 
 
 def test_contradictions_are_told_before_anything_is_trained(home, data, capsys):
-    assert main([data, *TINY, "--methods=dense-power:optimizer=adamw:gradient_mode=factored"]) == 2
-    assert "needs --optimizer=muon" in capsys.readouterr().err
-    with pytest.raises(SystemExit) as stop:
-        main(["--methods=sparse"])
-    assert stop.value.code == 2 and "unknown method 'sparse'" in capsys.readouterr().err
+    assert main([data, *TINY, "--methods=dense-tangent:power_iters=3"]) == 2
+    assert "power_iters=3 has no meaning" in capsys.readouterr().err
+    assert main([data, *TINY, "--methods=dion:momentun=0.9"]) == 2
+    assert "dion has no option momentun" in capsys.readouterr().err
+    for flag, words in (
+        ("--methods=sparse", "unknown method 'sparse'"),
+        ("--time-steps=-1", "time_steps must not be negative"),
+        ("--equal-time=True --time-steps=0", "equal_time needs step times"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(flag.split())
+        assert stop.value.code == 2 and words in capsys.readouterr().err
     assert not (paths.report_dir() / store.RUNS).exists()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from molegrad import MoleGradConfig
-from molegrad.monitor import aggregate, layer_metrics, memory_bytes
+from molegrad.monitor import aggregate, layer_metrics
 from molegrad.monitor.metrics import METRICS
 from molegrad.optim import Muon, matrix_param_groups, other_params
 from tests.models import perceptron
@@ -53,19 +53,3 @@ def test_unknown_is_nan_and_no_layers_is_empty():
     assert math.isnan(layer_metrics(model, optimizers)["0"]["energy_capture"])
     assert layer_metrics(torch.nn.Linear(2, 2)) == {}
     assert math.isnan(aggregate({})["energy_capture"]) and aggregate({})["memory_saved_mb"] == 0
-
-
-def test_memory_is_counted_on_the_tensors():
-    model, optimizers = trained("factored", probes=0)
-    counted = memory_bytes(model, optimizers)
-    weights = 24 * 40 + 40 + 40 * 20 + 20
-    bases = 4 * (24 + 40) + 4 * (40 + 20)
-    assert counted["weights"] == 4 * weights
-    assert counted["bases"] == 4 * bases
-    assert counted["gradients"] == 4 * (bases + 60)  # sketches and two biases
-    cores = 2 * (4 * 16 + 8 + 4 * 6)  # core, step, statistics of two layers
-    adam = 2 * 4 * 60 + 2 * 4
-    assert counted["optimizer_state"] == cores + adam
-    dense, dense_optimizers = trained("dense", probes=0)
-    counted = memory_bytes(dense, dense_optimizers)
-    assert counted["gradients"] == 4 * weights and counted["bases"] == 4 * bases
