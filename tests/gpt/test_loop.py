@@ -316,7 +316,7 @@ def test_two_processes_equal_one_with_twice_the_micro_batches(values, tmp_path):
     torch.multiprocessing.spawn(_worker, (2, port, str(folder), values), nprocs=2)
     both = [torch.load(folder / f"weights_{rank}.pt", weights_only=True) for rank in (0, 1)]
     assert_same(both[0], both[1])
-    assert ("streaming_rank_k" in values) == (set(layer_ranks(one.model).values()) == {32})
+    assert 4 not in layer_ranks(one.model).values(), "the ranks were to change on the way"
     assert_same(weights(one), both[0], exact=False)
     assert losses(folder) == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
     assert (checkpoint.latest(folder) / "rank_1.safetensors").exists()
