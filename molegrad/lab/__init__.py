@@ -8,5 +8,6 @@ timing.py    step times, measured alone
 summary.py   gaps to dense with confidence intervals, tables
 plots.py     Pareto plots
 command.py   python -m scripts.compare
-peers.py     other people's optimizers for the block matrices
+peers.py     other people's optimizers for the block matrices, and references.py theirs that
+             have no package
 """

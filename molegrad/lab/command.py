@@ -44,7 +44,7 @@ from molegrad.lab.worker import build_peer, terminable, work_off
 class CompareConfig(LabConfig):
     """Compare training methods: quality, memory and time against tuned dense Muon."""
 
-    time_steps: int = flag(30, "steps to time each method with, alone, after the sweep; 0 is off")
+    time_steps: int = flag(30, "steps to time each method with after the sweep, alone; 0 is off")
     time_again: bool = flag(False, "measure step times that are in the store once more")
     equal_time: bool = flag(False, "train every method as long as dense takes, too")
     list: bool = flag(False, "print the runs that would be made and how many are known, no more")

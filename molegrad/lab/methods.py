@@ -25,9 +25,12 @@ from molegrad.config import MoleGradConfig
 from molegrad.gpt.flags import PREFIX
 from molegrad.gpt.train_config import BaseTrainConfig
 
+_HINTS = typing.get_type_hints(BaseTrainConfig)
 METHODS: dict[str, dict] = {
     "dense": {},
-    "adamw": {"optimizer": "adamw"},
+    **{
+        name: {"optimizer": name} for name in typing.get_args(_HINTS["optimizer"]) if name != "muon"
+    },
     "molegrad": {"enable_streaming": True},  # to be completed by overrides
     **{
         f"{mode}-{method}": {
@@ -105,7 +108,7 @@ def peer_module():
 
 
 def parse_methods(text: str, ranks: str = "", common: str = "") -> list[Method]:
-    """The methods of a --methods flag; "dense" is always the first.
+    """The methods of a --methods flag; "dense" is always the first (it may have rates of its own).
 
     Args:
         text: comma separated specifications.
@@ -121,8 +124,9 @@ def parse_methods(text: str, ranks: str = "", common: str = "") -> list[Method]:
         if name in shared:
             raise ValueError(f"--common={common}: use {remedy} for all methods")
     rank_list = [number(rank, "--ranks") for rank in split(ranks, ",")]
-    specs = ["dense", *(spec for spec in split(text, ",") if spec != "dense")]
-    return [method for spec in specs for method in _methods(spec, shared, rank_list)]
+    methods = [m for spec in split(text, ",") for m in _methods(spec, shared, rank_list)]
+    dense = [m for m in methods if m.label == "dense"] or _methods("dense", shared, rank_list)
+    return [dense[0], *(m for m in methods if m.label != "dense")]
 
 
 def _methods(spec: str, shared: dict, ranks: list) -> list[Method]:
@@ -157,7 +161,6 @@ def _methods(spec: str, shared: dict, ranks: list) -> list[Method]:
 
 def _overrides(spec: str, words: list[str], free: bool = False) -> dict:
     """Flag -> value of the words NAME=VALUE; "rank" and "rates" besides, and "options" if free."""
-    hints = typing.get_type_hints(BaseTrainConfig)
     result: dict = {"options": {}} if free else {}
     for word in words:
         name, equals, text = word.partition("=")
@@ -175,14 +178,14 @@ def _overrides(spec: str, words: list[str], free: bool = False) -> dict:
         elif name in RESERVED or PREFIX + name in RESERVED:
             remedy = RESERVED.get(name) or RESERVED[PREFIX + name]
             raise ValueError(f"{spec!r}: {name} is the same for all methods; use {remedy}")
-        elif name in hints:
-            result[name] = typed(name, text, hints[name])
-        elif PREFIX + name in hints:
-            result[PREFIX + name] = typed(name, text, hints[PREFIX + name])
+        elif name in _HINTS:
+            result[name] = typed(name, text, _HINTS[name])
+        elif PREFIX + name in _HINTS:
+            result[PREFIX + name] = typed(name, text, _HINTS[PREFIX + name])
         elif free:
             result["options"][name] = _literal(text)
         else:
-            known = [*hints, *(n.removeprefix(PREFIX) for n in hints), "rank", "matrix_lrs"]
+            known = [*_HINTS, *(n.removeprefix(PREFIX) for n in _HINTS), "rank", "matrix_lrs"]
             raise ValueError(f"{spec!r}: unknown flag {name!r}; {_nearest(name, known)}")
     return result
 

@@ -90,7 +90,7 @@ def measure(run: Run) -> dict:
     if not math.isfinite(result["val/bpb"]):
         return {**record, "status": "failed", "reason": f"bits per byte are {result['val/bpb']}"}
     metrics = read_metrics(Path(result["folder"]))
-    curve = [[m["step"], m["val/bpb"]] for m in metrics if "val/bpb" in m]
+    curve = [[m["step"], m["val/bpb"]] for m in metrics if isinstance(m.get("val/bpb"), float)]
     monitored = [m for m in metrics if any(name.startswith("streaming/") for name in m)]
     last = monitored[-1] if monitored else {}
     return {

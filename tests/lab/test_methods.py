@@ -17,6 +17,9 @@ def test_every_method_is_made_of_flags_that_exist():
 def test_dense_comes_first_and_once():
     assert [m.label for m in parse_methods("factored-power,dense")] == ["dense", "factored-power"]
     assert [m.label for m in parse_methods("")] == ["dense"]
+    tuned, other = parse_methods("dense:momentum=0.9,dense:matrix_lrs=0.1|0.2")
+    assert (tuned.label, tuned.rates) == ("dense", (0.1, 0.2))
+    assert other.label == "dense:momentum=0.9"
 
 
 def test_overrides_have_the_types_of_the_flags():
