@@ -19,6 +19,7 @@ from torch import nn
 
 from molegrad.gpt.loss import default_chunk
 from molegrad.linear import MoleLinear
+from molegrad.optim import FactoredOptimizer
 
 # Dense bf16 FLOP/s with float32 accumulation, from the makers' data sheets; the first name that
 # occurs in the device's name counts.
@@ -162,21 +163,20 @@ def memory_estimate(
 ) -> dict[str, int]:
     """Bytes a training step is expected to hold, by kind, and "total".
 
-    Weights are exact. Gradients: one number per parameter that takes one, in its own dtype.
-    Optimizer: two per AdamW parameter, one per dense Muon matrix, bases and core per factored one.
+    Weights (bases among them) and what `molegrad.optim` keeps for them are exact. Gradients: one
+    number per parameter that takes one, in its own dtype. Another optimizer: two numbers per
+    parameter, as AdamW has.
     Activations: what the backward pass of one micro-batch of `tokens` keeps, about 22 numbers of
     `activation_bytes` per token, block and unit of width. Logits: one chunk in float32, twice.
     """
     params = list(model.parameters())
     state = 0
     for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            if isinstance(optimizer, torch.optim.AdamW):
-                state += sum(2 * p.numel() * p.element_size() for p in group["params"])
-            elif group.get("kind", "dense") == "factored":
-                state += 4 * sum(p.numel() for p in group["params"] if p.requires_grad)
-            else:
-                state += sum(p.numel() * p.element_size() for p in group["params"])
+        if isinstance(optimizer, FactoredOptimizer):
+            state += optimizer.planned_state_bytes()
+        else:
+            owned = [p for group in optimizer.param_groups for p in group["params"]]
+            state += sum(2 * p.numel() * p.element_size() for p in owned)
     config = model.config
     chunk = config.loss_chunk or default_chunk(config.vocab_size, model.device.type)
     sizes = {

@@ -2,7 +2,7 @@
 
 | parameters | optimizer | learning rate |
 |---|---|---|
-| block matrices (dense, or factored by MoleGrad) | Muon (or AdamW) | matrix_lr |
+| block matrices, dense or factored | --optimizer, of molegrad.optim | matrix_lr |
 | embedding | AdamW | embedding_lr · (width / 768)^-½ |
 | output head | AdamW | unembedding_lr · (width / 768)^-½ |
 | anything else | AdamW | scalar_lr |
@@ -17,10 +17,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from molegrad import ConversionPlan, convert, plan
+from molegrad import ConversionPlan, convert, optim, plan
 from molegrad.gpt.model import GPT
 from molegrad.gpt.train_config import compute_dtype
-from molegrad.optim import Muon, matrix_param_groups
+
+ADAM_EPS = 1e-10
 
 
 @dataclass(frozen=True)
@@ -97,28 +98,15 @@ def build_optimizers(model: GPT, config) -> list[torch.optim.Optimizer]:
         _adam_group("head", groups["head"], config.unembedding_lr * scale),
         _adam_group("scalar", groups["scalar"], config.scalar_lr),
     ]
-    optimizers = []
-    if config.optimizer == "adamw":
-        matrices = _adam_group("matrix", groups["matrix"], config.matrix_lr)
-        adam.append({**matrices, "weight_decay": config.weight_decay})
-    else:
-        matrices = matrix_param_groups(model.transformer["h"])
-        for group in matrices:
-            group["name"] = f"matrix_{group['kind']}"
-        if matrices:
-            muon = Muon(
-                matrices,
-                lr=config.matrix_lr,
-                momentum=config.momentum,
-                weight_decay=config.weight_decay,
-                adjust_lr=config.muon_adjust_lr,
-            )
-            optimizers.append(muon)
+    matrices = optim.matrix_param_groups(model.transformer["h"])
+    for group in matrices:
+        group["name"] = f"matrix_{group['kind']}"
+    optimizers = [_matrix_optimizer(matrices, config)] if matrices else []
     adam = [group for group in adam if group["params"]]
     adamw = torch.optim.AdamW(
         adam,
         betas=(config.adam_beta1, config.adam_beta2),
-        eps=1e-10,
+        eps=ADAM_EPS,
         weight_decay=0.0,
         fused=model.device.type in ("cuda", "cpu"),
     )
@@ -127,6 +115,23 @@ def build_optimizers(model: GPT, config) -> list[torch.optim.Optimizer]:
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
     return optimizers
+
+
+def _matrix_optimizer(groups: list[dict], config) -> torch.optim.Optimizer:
+    """What config.optimizer names, for the block matrices."""
+    shared = {"lr": config.matrix_lr, "weight_decay": config.weight_decay}
+    if config.optimizer == "muon":
+        return optim.Muon(
+            groups, momentum=config.momentum, adjust_lr=config.muon_adjust_lr, **shared
+        )
+    if config.optimizer == "adamw":
+        return optim.AdamW(
+            groups, betas=(config.adam_beta1, config.adam_beta2), eps=ADAM_EPS, **shared
+        )
+    if config.optimizer == "sgd":
+        return optim.SGD(groups, momentum=config.momentum, **shared)
+    # Projections start at zero here: steps in proportion to the weight would hardly move them.
+    return optim.Adafactor(groups, relative=False, **shared)
 
 
 def wrap(model: GPT, config, processes: Processes) -> nn.Module:

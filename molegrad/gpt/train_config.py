@@ -16,6 +16,10 @@ import torch
 from molegrad.gpt.flags import StreamingFields, flag
 from molegrad.gpt.hardware import pick_device
 
+# Where matrix_lr is not given; see the optimizers' docstrings for what a learning rate means. In
+# the subspace of a factored gradient AdamW takes twice the rate.
+MATRIX_LR = {"muon": 0.02, "adamw": 0.002, "adafactor": 0.002, "sgd": 0.3}
+
 
 @dataclass(frozen=True)
 class TrainFlags(StreamingFields):
@@ -51,9 +55,13 @@ class TrainFlags(StreamingFields):
     num_iterations: int = flag(-1, "number of steps; -1 derives it from the flags below")
     max_train_tokens: int = flag(-1, "train on this many tokens; -1 is no limit of this kind")
 
-    optimizer: Literal["muon", "adamw"] = flag("muon", "optimizer of the block matrices")
+    optimizer: Literal["muon", "adamw", "adafactor", "sgd"] = flag(
+        "muon", "optimizer of the block matrices, dense or factored (molegrad.optim)"
+    )
     matrix_lr: float = flag(
-        0.0, "learning rate of the block matrices; 0 takes 0.02 for muon and 0.002 for adamw"
+        0.0,
+        "learning rate of the block matrices; 0 takes 0.02 for muon, 0.002 for adamw (0.004 where "
+        "gradients are factored), 0.002 for adafactor and 0.3 for sgd",
     )
     embedding_lr: float = flag(0.2, "learning rate of the embedding (AdamW)")
     unembedding_lr: float = flag(0.004, "learning rate of the output head (AdamW)")
@@ -64,7 +72,7 @@ class TrainFlags(StreamingFields):
     muon_adjust_lr: Literal["original", "spectral", "match_rms_adamw", "none"] = flag(
         "original", "how Muon's learning rate follows a matrix's shape; see molegrad.optim.muon"
     )
-    momentum: float = flag(0.95, "Muon's momentum after its warm-up")
+    momentum: float = flag(0.95, "momentum of Muon, after its warm-up, and of SGD")
     momentum_start: float = flag(0.85, "Muon's momentum at the first step")
     momentum_warmup_steps: int = flag(300, "steps of Muon's momentum warm-up")
     warmup_steps: int = flag(0, "steps of linear learning-rate warm-up")
@@ -114,13 +122,7 @@ class TrainFlags(StreamingFields):
             raise ValueError("num_iterations and max_train_tokens must be positive, or -1 for off")
         if self.resuming and self.overwrite:
             raise ValueError("overwrite deletes what resume would go on from: give one of them")
-        streaming = self.streaming_config()
-        factored = streaming is not None and streaming.gradient_mode == "factored"
-        if factored and self.optimizer != "muon":
-            raise ValueError(
-                f"streaming_gradient_mode='factored' needs --optimizer=muon, got {self.optimizer}: "
-                "with another optimizer use --streaming_gradient_mode=dense"
-            )
+        self.streaming_config()  # checked now, not when the model is there
 
     @property
     def resuming(self) -> bool:
@@ -176,7 +178,10 @@ def resolve(config, device: torch.device, world_size: int = 1):
     if config.compile is None:
         values["compile"] = gpu
     if config.matrix_lr == 0:
-        values["matrix_lr"] = 0.02 if config.optimizer == "muon" else 0.002
+        streaming = config.streaming_config()
+        factored = streaming is not None and streaming.gradient_mode == "factored"
+        doubled = factored and config.optimizer == "adamw"
+        values["matrix_lr"] = MATRIX_LR[config.optimizer] * (2 if doubled else 1)
     length = config.max_seq_len or (2048 if gpu else 256)
     rows = config.device_batch_size or (32 if gpu else 16)
     micro = length * rows * world_size

@@ -36,8 +36,8 @@ class AdamW(FactoredOptimizer):
         lr: learning rate. In a dense group every number of the weight moves by about lr a step. In
             a factored one every number of the (n, k) update in the subspace does, and the weight
             moves by its product with the orthonormal U: by about lr √(k/m) in root mean square,
-            with a spectral norm of up to lr √(nk). So a factored group wants a larger lr than a
-            dense one, between 1 and √(m/k) times.
+            lr (√n + √k) in spectral norm where a dense step of random signs has lr (√n + √m). So a
+            factored group takes a larger lr, about twice a dense one's.
         betas: decay rates β₁, β₂ of the two moments.
         eps: ε, added to the root of the second moment; in units of the gradient.
         weight_decay: decoupled, weight ← (1 − lr · weight_decay) weight.

@@ -6,7 +6,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from molegrad import MoleGradConfig, convert
-from molegrad.gpt import hardware
+from molegrad.gpt import hardware, setup
+from molegrad.gpt.train_config import BaseTrainConfig
+from molegrad.monitor import memory_bytes
 from tests.gpt.test_model import small, stirred, tokens
 
 
@@ -100,6 +102,25 @@ def test_memory_estimate_of_exact_parts():
     assert sizes["weights"] == 4 * total and sizes["gradients"] == 4 * total
     assert sizes["optimizer"] == 8 * total
     assert sizes["total"] == sum(v for k, v in sizes.items() if k != "total")
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw", "adafactor", "sgd"])
+def test_the_state_of_our_optimizers_is_that_of_their_tensors(optimizer):
+    model = small()
+    factored = {"enable_streaming": True, "streaming_gradient_mode": "factored"}
+    small_rank = {"streaming_rank_k": 4, "streaming_min_layer_utilization": 0.0}
+    config = BaseTrainConfig(optimizer=optimizer, matrix_lr=0.1, **factored, **small_rank)
+    setup.equip(model, config)
+    optimizers = setup.build_optimizers(model, config)
+    sizes = hardware.memory_estimate(model, optimizers, tokens=48, activation_bytes=4)
+    idx, targets = tokens(2, 24)
+    model(idx, targets).backward()
+    for each in optimizers:
+        each.step()
+    held = memory_bytes(model, optimizers)
+    assert sizes["weights"] == held["weights"] + held["bases"]
+    counters = 400 * len(list(model.parameters()))  # steps and statistics, which are not planned
+    assert sizes["optimizer"] <= held["optimizer_state"] < sizes["optimizer"] + counters
 
 
 def test_keeping_freed_memory_never_raises():

@@ -42,8 +42,16 @@ def test_a_batch_that_does_not_divide_names_those_that_do():
 
 
 def test_matrix_lr_follows_the_optimizer():
-    assert resolve(BaseTrainConfig(), CPU).matrix_lr == 0.02
-    assert resolve(BaseTrainConfig(optimizer="adamw"), CPU).matrix_lr == 0.002
+    def rate(optimizer, **values):
+        return resolve(BaseTrainConfig(optimizer=optimizer, **values), CPU).matrix_lr
+
+    rates = {"muon": 0.02, "adamw": 0.002, "adafactor": 0.002, "sgd": 0.3}
+    factored = {"enable_streaming": True, "streaming_gradient_mode": "factored"}
+    for optimizer, expected in rates.items():
+        assert rate(optimizer) == rate(optimizer, enable_streaming=True) == expected
+        doubled = 2 if optimizer == "adamw" else 1
+        assert rate(optimizer, **factored) == doubled * expected
+        assert rate(optimizer, **factored, matrix_lr=0.7) == 0.7
 
 
 @pytest.mark.parametrize(
@@ -57,14 +65,7 @@ def test_matrix_lr_follows_the_optimizer():
         ({"resume": True, "overwrite": True}, "give one of them"),
         ({"target_param_data_ratio": 0.0}, "target_param_data_ratio must be positive"),
         ({"embedding_lr": -1.0}, "embedding_lr must not be negative"),
-        (
-            {
-                "enable_streaming": True,
-                "streaming_gradient_mode": "factored",
-                "optimizer": "adamw",
-            },
-            "needs --optimizer=muon",
-        ),
+        ({"enable_streaming": True, "streaming_rank_k": 0}, "rank_k must be at least 1"),
     ],
 )
 def test_contradictions_are_named(values, phrase):
