@@ -173,42 +173,28 @@ def rademacher(rows, cols, counter, seed=0) -> None:
     step_counter(op, counter)
 
 
-def sampling(op: str, share: float, block: int) -> None:
+def sampled_grad_(grad, a, b, a_scale, counter, share, block=4, alpha=1.0, seed=0) -> None:
+    op = "sampled_grad_"
+    float8 = a.dtype == torch.float8_e4m3fn
+    floating(op, b=b, grad=grad, a_scale=a_scale, a=None if float8 else a)
+    tokens(op, a, b, same_dtype=not float8)
+    _require(
+        a.device == b.device,
+        op,
+        f"expected a and b on the same device, got {a.device} and {b.device}",
+    )
+    shape = (b.shape[-1], a.shape[-1])
+    _require(tuple(grad.shape) == shape, op, f"expected grad of shape {shape}, got {_shape(grad)}")
+    count = b.shape[:-1].numel()
+    _require(
+        a_scale is None or a_scale.numel() == count,
+        op,
+        f"expected a_scale with one number for each of the {count} tokens, "
+        f"got {'none' if a_scale is None else _shape(a_scale)}",
+    )
+    step_counter(op, counter)
     _require(share > 0, op, f"share must be positive, got {share}")
     _require(block >= 1, op, f"block must be at least 1, got {block}")
-
-
-def sampled_grad_(grad, a, b, a_scale, basis, counter, share, block=16, alpha=1.0, seed=0) -> None:
-    op = "sampled_grad_"
-    if a.dtype == torch.float8_e4m3fn:
-        floating(op, b=b, grad=grad, a_scale=a_scale, basis=basis)
-        tokens(op, a, b, same_dtype=False)
-        _require(a.device == b.device, op, f"expected a and b on the same device, got {a.device} "
-                 f"and {b.device}")  # fmt: skip
-    else:
-        floating(op, a=a, b=b, grad=grad, a_scale=a_scale, basis=basis)
-        tokens(op, a, b)
-    m, n = b.shape[-1], a.shape[-1]
-    _require(
-        tuple(grad.shape) == (m, n), op,
-        f"expected grad of shape {(m, n)}, got {_shape(grad)}",
-    )  # fmt: skip
-    if a_scale is not None:
-        _require(
-            a_scale.numel() == a.shape[:-1].numel(), op,
-            f"expected a_scale with one number per token ({a.shape[:-1].numel()}), "
-            f"got {_shape(a_scale)}",
-        )  # fmt: skip
-    if basis is not None:
-        matrix(op, "basis", basis)
-        d, k = basis.shape
-        _require(
-            d == min(m, n) and k <= d, op,
-            f"expected basis ({min(m, n)}, k <= {min(m, n)}) on the narrower side, "
-            f"got {_shape(basis)}",
-        )  # fmt: skip
-    step_counter(op, counter)
-    sampling(op, share, block)
 
 
 def linear(op: str, x, weight, bias, basis_u, basis_v, rank_k) -> None:

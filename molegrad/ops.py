@@ -68,10 +68,8 @@ def _fake_tangent_factors(u, v, y, w, cond_max=1e3):
     return u.new_empty((m, 2 * k), dtype=dtype), u.new_empty((n, 2 * k), dtype=dtype)
 
 
-def _fake_sampled_grad_(grad, a, b, a_scale, basis, counter, share, block=16, alpha=1.0, seed=0):
-    k = 0 if basis is None else basis.shape[1]
-    moments = b.new_empty((min(grad.shape), k), dtype=acc_dtype(b.dtype))
-    return moments, b.new_empty((len(reference.SAMPLING),), dtype=torch.float32)
+def _fake_sampled_grad_(grad, a, b, a_scale, counter, share, block=4, alpha=1.0, seed=0):
+    return b.new_empty((len(reference.SAMPLING),), dtype=torch.float32)
 
 
 def _linear(x, weight, bias, *rest):
@@ -146,8 +144,8 @@ OPS: dict[str, Op] = {
         _nothing,
     ),
     "sampled_grad_": Op(
-        "(Tensor(a!) grad, Tensor a, Tensor b, Tensor? a_scale, Tensor? basis, Tensor counter, "
-        "float share, int block=16, float alpha=1.0, int seed=0) -> (Tensor moments, Tensor stats)",
+        "(Tensor(a!) grad, Tensor a, Tensor b, Tensor? a_scale, Tensor counter, "
+        "float share, int block=4, float alpha=1.0, int seed=0) -> Tensor",
         reference.sampled_grad_,
         checks.sampled_grad_,
         _fake_sampled_grad_,
@@ -344,46 +342,39 @@ def sampled_grad_(
     a: Tensor,
     b: Tensor,
     a_scale: Tensor | None,
-    basis: Tensor | None,
     counter: Tensor,
     share: float,
-    block: int = 16,
+    block: int = 4,
     alpha: float = 1.0,
     seed: int = 0,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """grad += alpha Ĝ in place, Ĝ an unbiased estimate of G = BᵀA for about `share` of its cost.
 
-    Let X (T, F) be the wider of A and B (B where they are equally wide) and Z (T, d) the other.
-    The modes of G along the basis Q, G QQᵀ or QQᵀ G, are exact. The rest is a sum over tokens t
-    and blocks β of `block` neighbouring features of X, of which each pair (t, β) is taken with
-    probability min(1, ‖x_tβ‖ ‖z_t(I − QQᵀ)‖ / τ) and weighted by its inverse (Poisson sampling
-    with probability proportional to size, which has the least variance for its cost). Zeros of
-    X, of which activations such as relu² have many, cost nothing and lose nothing.
+    Let X (T, F) be the wider of A and B (B where they are equally wide) and Z (T, d) the other. G
+    is a sum over tokens t and blocks β of `block` neighbouring features of X. Each pair (t, β) is
+    taken with probability min(1, ‖x_tβ‖ ‖z_t‖ / τ) and weighted by its inverse: Poisson sampling
+    with probability proportional to size, which has the least variance for its expected number of
+    terms. τ follows from `share`. Zeros of X, of which activations such as relu² and their
+    gradients have many, cost nothing and lose nothing: where no more than `share` of the blocks
+    hold anything else, the estimate is G itself.
 
     Args:
-        grad: (m, n), any floating dtype, the gradient or momentum that is added to.
-        a, b: as in `lowrank_grad`; `a` may be float8_e4m3fn with `a_scale`.
+        grad: (m, n), any floating dtype, the gradient or the momentum that is added to.
+        a, b: as in `lowrank_grad`; `a` may be float8_e4m3fn, from `quantize_rows`.
         a_scale: (…, T) float32, the factor of each token's row of `a`; None is 1.
-        basis: Q (min(m, n), k) with orthonormal columns, V where n <= m and U otherwise; k may be
-            0. The estimate is unbiased for any Q.
-        counter, seed: decide the sample, like `rademacher`'s.
-        share: of the pairs to take, 0 < share; from 1 on G itself is added.
-        block: features per block, >= 1.
+        counter, seed: decide the sample, as in `rademacher`.
+        share: of the pairs to take, > 0; from 1 on G itself is added.
+        block: features per block, >= 1; the smaller, the smaller the variance.
 
     Returns:
-        moments (min(m, n), k): Zᵀ diag(‖x_t‖²) Z Q over every eighth token, whose orth is the next
-        basis (subspace iteration on the modes that would cost most variance), in float32 (float64
-        for float64 inputs), and stats (2) float32: the share taken and E‖Ĝ − G‖²_F.
+        (2,) float32: the share of the pairs that was taken, and E‖Ĝ − G‖²_F given A and B.
 
     Raises:
         RuntimeError: shapes, dtypes, devices, share or block do not fit.
 
-    Source: Drineas, Kannan, Mahoney (2006) for sampled products; Hansen and Hurwitz (1943) for
-    probabilities proportional to size; the exact modes are a control variate.
+    Source: Drineas, Kannan, Mahoney (2006), sampled matrix products.
     """
-    return torch.ops.molegrad.sampled_grad_(
-        grad, a, b, a_scale, basis, counter, share, block, alpha, seed
-    )
+    return torch.ops.molegrad.sampled_grad_(grad, a, b, a_scale, counter, share, block, alpha, seed)
 
 
 def lowrank_update_(

@@ -230,9 +230,8 @@ def rademacher(rows: int, cols: int, counter: Tensor, seed: int = 0) -> Tensor:
 
 
 THRESHOLD_TOKENS, THRESHOLD_STEPS = 512, 8
-MOMENT_STRIDE = 8
-# What `sampled_grad_` tells of its sample: the share of (token, block) pairs kept, E‖Ĝ − G‖²_F.
-SAMPLING = ("kept_share", "sampling_noise_sq")
+# What `sampled_grad_` tells of its sample: the share of (token, block) pairs taken, E‖Ĝ − G‖²_F.
+SAMPLING = ("sampled_share", "sampling_noise_sq")
 
 
 def sampled_grad_(
@@ -240,79 +239,56 @@ def sampled_grad_(
     a: Tensor,
     b: Tensor,
     a_scale: Tensor | None,
-    basis: Tensor | None,
     counter: Tensor,
     share: float,
-    block: int = 16,
+    block: int = 4,
     alpha: float = 1.0,
     seed: int = 0,
-) -> tuple[Tensor, Tensor]:
-    """grad += alpha Ĝ with E Ĝ = G = BᵀA: exact modes plus a sampled rest; see `ops`.
-
-    The wider of A and B is X (T, F), the other Z (T, d); Q (d, k) is the basis, on Z's side. With
-    X̃ the sample of X, Ĝ (or its transpose) is XᵀZ QQᵀ + X̃ᵀZ (I − QQᵀ) = X̃ᵀZ + ((X − X̃)ᵀZQ) Qᵀ.
-    """
+) -> Tensor:
+    """grad += alpha Ĝ with E Ĝ = G = BᵀA from a sample X̃ of the wider of A and B; see `ops`."""
     dtype = acc_dtype(b.dtype)
     a, b = _tokens(a), _tokens(b)
     wide_a = a.shape[1] > b.shape[1]
     total = a.shape[0]
     out = grad if grad.dtype == dtype else torch.zeros_like(grad, dtype=dtype)
     factor = alpha if out is grad else 1.0
-    q = None if basis is None or basis.shape[1] == 0 else basis.to(dtype)
-    features, narrow = max(a.shape[1], b.shape[1]), min(a.shape[1], b.shape[1])
-    moments = b.new_zeros((narrow, 0 if q is None else q.shape[1]), dtype=dtype)
-    sums = torch.zeros(len(SAMPLING), dtype=dtype, device=a.device)
 
     def part(rows: slice) -> tuple[Tensor, Tensor]:
+        """X (·, F) and Z (·, d), the wide and the narrow operand."""
         x = a[rows].to(dtype)
         if a_scale is not None:
             x = x * a_scale.reshape(-1)[rows].to(dtype)[:, None]
         return (x, b[rows].to(dtype)) if wide_a else (b[rows].to(dtype), x)
 
     sampling = share < 1.0 and total > 0
+    stats = torch.tensor([0.0 if sampling else 1.0, 0.0], dtype=dtype, device=a.device)
     if sampling:
         stride = max(1, total // THRESHOLD_TOKENS)
-        threshold = _threshold(_scores(*part(slice(None, None, stride)), q, block), share)
+        threshold = _threshold(_scores(*part(slice(None, None, stride)), block), share)
     for start in range(0, total, TOKEN_CHUNK):
-        rows = slice(start, min(start + TOKEN_CHUNK, total))
-        x, z = part(rows)
-        kept = x
+        x, z = part(slice(start, start + TOKEN_CHUNK))
         if sampling:
-            scores = _scores(x, z, q, block)
+            scores = _scores(x, z, block)
+            first, pairs = start * scores.shape[1] + 1, scores.shape[1]
+            index = torch.arange(first, first + scores.numel(), device=a.device).view_as(scores)
             inclusion = (scores / threshold).clamp(max=1.0)
-            pairs = scores.shape[1]
-            index = torch.arange(
-                start * pairs + 1, rows.stop * pairs + 1, device=a.device, dtype=torch.int64
-            )
-            uniform = _random_bits(index, counter, seed).view(-1, pairs).to(dtype) * 2.0**-24
-            chosen = uniform < inclusion
-            weight = torch.where(chosen, 1.0 / inclusion, 0.0)
-            kept = x * weight.repeat_interleave(block, dim=1)[:, :features]
-            missed = torch.where(inclusion > 0, 1.0 / inclusion - 1.0, 0.0)
-            sums[0] += chosen.sum()
-            sums[1] += (scores.square() * missed).sum()
-        product = kept.mT @ z
-        if q is not None and sampling:
-            z_q = z @ q
-            product += ((x - kept).mT @ z_q) @ q.mT
-            few, z_few = x[::MOMENT_STRIDE], z[::MOMENT_STRIDE]
-            moments += z_few.mT @ (z_q[::MOMENT_STRIDE] * few.square().sum(1, keepdim=True))
-        out.add_(product.mT if wide_a else product, alpha=factor)
+            chosen = _random_bits(index, counter, seed).to(dtype) * 2.0**-24 < inclusion
+            inverse = torch.where(inclusion > 0, 1.0 / inclusion, 1.0)
+            weight = torch.where(chosen, inverse, 0.0).repeat_interleave(block, dim=1)
+            x = x * weight[:, : x.shape[1]]
+            stats[0] += chosen.sum() / (total * pairs)
+            stats[1] += (scores.square() * (inverse - 1.0)).sum()
+        product = z.mT @ x if wide_a else x.mT @ z
+        out.add_(product, alpha=factor)
     if out is not grad:
         grad.add_(out, alpha=alpha)
-    pairs = total * -(-features // block)
-    sums[0] = sums[0] / max(1, pairs) if sampling else 1.0
-    return moments, sums.to(torch.float32)
+    return stats.to(torch.float32)
 
 
-def _scores(x: Tensor, z: Tensor, q: Tensor | None, block: int) -> Tensor:
-    """‖x_tβ‖ ‖z_t (I − QQᵀ)‖ of every token t and block β of features of X: (T, ⌈F / block⌉)."""
-    z_sq = z.square().sum(1)
-    if q is not None:
-        z_sq = (z_sq - (z @ q).square().sum(1)).clamp_min(0.0)
-    pad = -x.shape[1] % block
-    blocks = torch.nn.functional.pad(x, (0, pad)).view(x.shape[0], -1, block)
-    return (blocks.square().sum(2) * z_sq[:, None]).sqrt()
+def _scores(x: Tensor, z: Tensor, block: int) -> Tensor:
+    """‖x_tβ‖ ‖z_t‖ of every token t and block β of features of X: (T, ⌈F / block⌉)."""
+    blocks = torch.nn.functional.pad(x, (0, -x.shape[1] % block)).view(x.shape[0], -1, block)
+    return (blocks.square().sum(2) * z.square().sum(1, keepdim=True)).sqrt()
 
 
 def _threshold(scores: Tensor, share: float) -> Tensor:

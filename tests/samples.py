@@ -65,8 +65,9 @@ def sample_inputs(name: str, requires_grad: bool = False) -> list[tuple]:
             (weight.to(torch.bfloat16), u, v, 0.5),
         ],
         "sampled_grad_": [
-            (randn(13, 11), a.detach(), b.detach(), None, v, counter, 0.4, 4),
-            (randn(13, 11).to(torch.bfloat16), a3, b3, torch.rand(1, 19), None, counter, 0.5, 8, -2.0),
+            (randn(13, 11), a.detach(), b.detach(), None, counter, 0.4, 4),
+            (randn(13, 11).bfloat16(), a3, b3, torch.rand(1, 19), counter, 0.5, 8, -2.0),
+            (randn(11, 13), b3, a3, None, counter, 2.0, 3, 1.0, 5),
         ],
         "rademacher": [(5, 3, counter, 7)],
         "linear_dense": [
