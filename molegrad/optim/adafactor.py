@@ -128,7 +128,7 @@ class Adafactor(FactoredOptimizer):
             bucket.stacked("column", "v"),
             factor.square().sum(-1) / m,
         )
-        finite = all_finite(core)
+        finite = all_finite(row) & all_finite(column)  # with them the core
         bucket.keep("row", row, finite)
         bucket.keep("column", column, finite, "v")
         row, column = _scales(row, column)

@@ -1,8 +1,8 @@
 """AdamW on dense gradients, and in the subspace of the leading left modes on factored ones.
 
-Dense groups are torch.optim.AdamW. A factored layer's moments M
-and V (n, k) are those of the gradient in its left basis, ĜᵀU. A step first turns the basis to U',
-then goes in the new one, with R = UᵀU' (k, k):
+Dense groups are torch.optim.AdamW. A factored layer's moments M and V (n, k) are those of the
+gradient in its left basis, ĜᵀU. A step first turns the basis to U', then goes in the new one, with
+R = UᵀU' (k, k):
 
     U'       the k leading left modes of β₁ U Mᵀ + (1 − β₁) Ĝ, which has rank 2k and stays factored
     M'       β₁ M R + (1 − β₁) ĜᵀU'
@@ -125,7 +125,7 @@ class AdamW(FactoredOptimizer):
         decay = group["lr"] * group["weight_decay"]
         for i, weight in enumerate(bucket.weights):
             torch.ops.molegrad.lowrank_update_(weight, new_u[i], update[i], -group["lr"], decay)
-        finite = all_finite(average)
+        finite = all_finite(average) & all_finite(second)
         bucket.keep("exp_avg", first * bucket.kept_columns(first), finite, "v")
         bucket.keep("exp_avg_sq", second, finite, "v")
         turn(bucket, est, new_u, q, condition, finite)

@@ -120,7 +120,9 @@ def test_a_closure_is_called_with_gradients_on(name):
 
 @each
 @pytest.mark.parametrize("method", ["tangent", "power"])
-def test_non_finite_gradients_show_in_the_weight_but_spare_bases_and_state(name, method):
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e25])
+def test_bad_gradients_spare_bases_and_state(name, method, value):
+    """NaN and Inf show in the weight, as with a dense gradient; the squares of 1e25 overflow."""
     layer = factored_layer(torch.float32, method=method, probes=2)
     optimizer = ALL[name](matrix_param_groups(layer))
     backward(layer)
@@ -128,16 +130,18 @@ def test_non_finite_gradients_show_in_the_weight_but_spare_bases_and_state(name,
     before = copy.deepcopy([optimizer.state[b] for b in (layer.basis_u, layer.basis_v)])
     layer.zero_grad()
     a, b = tokens(50, 24, 40)
-    a[0, 0] = float("nan")
+    a[0, 0] = value
     layer(a).backward(b)
     optimizer.step()
-    assert not layer.weight.isfinite().all()
+    assert value == 1e25 or not layer.weight.isfinite().all()
     for old, basis in zip(before, (layer.basis_u, layer.basis_v), strict=True):
         new = optimizer.state[basis]
-        assert torch.equal(old.pop("basis")[:, :4], basis.detach()[:, :4])
         assert basis.isfinite().all()
         for key in old.keys() - {"step", "stats"}:
-            assert torch.equal(new[key], old[key]), key
+            assert new[key].isfinite().all()
+            if not (value == 1e25 and name in ("muon", "sgd")):  # which can do with it
+                width = 4 if key == "basis" else None  # the probes are drawn anew
+                assert torch.equal(new[key][..., :width], old[key][..., :width]), key
 
 
 @each
