@@ -1,13 +1,16 @@
 """Backward formulas of the ops that have one.
 
-`linear_dense` and `linear_factored` compute the plain linear layer y = x Wᵀ + bias; they differ
-from it, and from each other, only in what the backward pass makes of the weight gradient:
+`linear_dense`, `linear_factored` and `linear_sampled` compute the plain linear layer
+y = x Wᵀ + bias; they differ from it, and from each other, in what they keep of x (x, or its rows in
+float8) and in what the backward pass makes of the weight gradient:
 
 - dense: `weight.grad` receives the low-rank estimate Ĝ as a matrix, and the bases, which are
   buffers, move on in place (autograd and torch.compile allow a backward pass to change a buffer).
 - factored: the weight receives nothing; the two small bases receive the sketches
   Y = G V (m, k) and W = Gᵀ U (n, k) as their gradients. These are the exact gradients of
   L(weight + U Vᵀ) with respect to U and V at a point where that product is left out.
+- sampled: an unbiased estimate from a sample of the products that the gradient is a sum of goes to
+  `weight.grad`, or straight into the momentum, so that no gradient exists at any time.
 """
 
 from __future__ import annotations
@@ -26,7 +29,10 @@ STATS = (
     "condition_number",
     "subspace_drift",
     "orth_status",
+    "sampled_share",
+    "sampling_noise",
 )
+_SAMPLED = slice(STATS.index("sampled_share"), len(STATS))
 
 
 def _tokens(x: Tensor) -> Tensor:
@@ -115,15 +121,30 @@ def dense_estimate(
     counter.add_(1)
     status = torch.maximum(status, orth_status)
     values = [norm_sq, captured_sq, trust, condition, drift, status]
-    stats.copy_(torch.stack([value.to(stats.dtype) for value in values]))
+    stats[: len(values)] = torch.stack([value.to(stats.dtype) for value in values])
     return estimate
 
 
 def linear_setup(ctx, inputs, output) -> None:
-    x, weight, bias, basis_u, basis_v, *rest = inputs
-    ctx.save_for_backward(x, weight)
-    # Not save_for_backward: a layer used twice in one pass moves its own basis between the uses.
-    ctx.basis_u, ctx.basis_v, ctx.rest = basis_u, basis_v, rest
+    x, weight, bias, *ctx.rest = inputs
+    _, saved, scale = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(saved, scale)
+    ctx.fp8 = ctx.rest.pop()
+    # The other tensors are no saved ones: the backward pass changes them in place, and a layer
+    # used twice in one pass changes them between its uses.
+    ctx.save_for_backward(weight, *((saved, scale) if ctx.fp8 else (x,)))
+
+
+def _of_result(formula):
+    """A backward pass that sees the gradient of y alone, and only where there is one."""
+
+    def backward(ctx, grad: Tensor | None, *_):
+        if grad is None:
+            return tuple(None for _ in ctx.needs_input_grad)
+        return formula(ctx, grad)
+
+    return backward
 
 
 def _grad_x_and_bias(ctx, grad: Tensor, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -132,26 +153,32 @@ def _grad_x_and_bias(ctx, grad: Tensor, weight: Tensor) -> tuple[Tensor | None, 
     return grad_x, grad_bias
 
 
+def _saved_input(ctx, dtype: torch.dtype) -> Tensor:
+    """A (T, n): the layer's input, or what float8 has left of it."""
+    _, a, *scale = ctx.saved_tensors
+    return _tokens(a.to(dtype) * scale[0].to(dtype).unsqueeze(-1) if ctx.fp8 else a)
+
+
+@_of_result
 def linear_dense_backward(ctx, grad: Tensor):
-    x, weight = ctx.saved_tensors
-    counter, stats, *settings = ctx.rest
+    weight = ctx.saved_tensors[0]
     grad_x, grad_bias = _grad_x_and_bias(ctx, grad, weight)
     grad_weight = None
     if ctx.needs_input_grad[1]:
-        grad_weight = dense_estimate(
-            _tokens(x), _tokens(grad), ctx.basis_u, ctx.basis_v, counter, stats, *settings
-        ).to(weight.dtype)
-    return grad_x, grad_weight, grad_bias, *[None] * 11
+        a = _saved_input(ctx, grad.dtype)
+        grad_weight = dense_estimate(a, _tokens(grad), *ctx.rest).to(weight.dtype)
+    return grad_x, grad_weight, grad_bias, *[None] * (len(ctx.rest) + 1)
 
 
+@_of_result
 def linear_factored_backward(ctx, grad: Tensor):
-    x, weight = ctx.saved_tensors
-    stats, method, rank_k, power_iters, cond_max = ctx.rest
-    basis_u, basis_v = ctx.basis_u.detach(), ctx.basis_v.detach()
+    weight = ctx.saved_tensors[0]
+    basis_u, basis_v, stats, method, rank_k, power_iters, cond_max = ctx.rest
+    basis_u, basis_v = basis_u.detach(), basis_v.detach()
     grad_x, grad_bias = _grad_x_and_bias(ctx, grad, weight)
     grad_u = grad_v = None
     if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
-        a, b = _tokens(x), _tokens(grad)
+        a, b = _saved_input(ctx, grad.dtype), _tokens(grad)
         if method == "tangent":
             grad_u, grad_v = torch.ops.molegrad.sketch(a, b, basis_u, basis_v)
         else:
@@ -164,7 +191,25 @@ def linear_factored_backward(ctx, grad: Tensor):
             pad = basis_v.shape[1] - rank_k
             grad_u = torch.nn.functional.pad(grad_u, (0, pad))
             grad_v = torch.nn.functional.pad(grad_v, (0, pad))
-    return grad_x, None, grad_bias, grad_u, grad_v, *[None] * 5
+    return grad_x, None, grad_bias, grad_u, grad_v, *[None] * 6
+
+
+@_of_result
+def linear_sampled_backward(ctx, grad: Tensor):
+    """Adds the weight's gradient to `momentum` where there is one, else returns it."""
+    weight, a, *scale = ctx.saved_tensors
+    momentum, counter, stats, share, block, seed = ctx.rest
+    grad_x, grad_bias = _grad_x_and_bias(ctx, grad, weight)
+    grad_weight = None
+    if ctx.needs_input_grad[1]:
+        target = momentum
+        if momentum is None:
+            target = grad_weight = torch.zeros_like(weight)
+        stats[_SAMPLED] = torch.ops.molegrad.sampled_grad_(
+            target, a, grad, scale[0] if scale else None, counter, share, block, 1.0, seed
+        )
+        counter.add_(1)
+    return grad_x, grad_weight, grad_bias, *[None] * 7
 
 
 def refuse(name: str):

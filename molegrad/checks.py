@@ -173,6 +173,11 @@ def rademacher(rows, cols, counter, seed=0) -> None:
     step_counter(op, counter)
 
 
+def sample(op: str, share: float, block: int) -> None:
+    _require(share > 0, op, f"share must be positive, got {share}")
+    _require(block >= 1, op, f"block must be at least 1, got {block}")
+
+
 def sampled_grad_(grad, a, b, a_scale, counter, share, block=4, alpha=1.0, seed=0) -> None:
     op = "sampled_grad_"
     float8 = a.dtype == torch.float8_e4m3fn
@@ -193,13 +198,33 @@ def sampled_grad_(grad, a, b, a_scale, counter, share, block=4, alpha=1.0, seed=
         f"got {'none' if a_scale is None else _shape(a_scale)}",
     )
     step_counter(op, counter)
-    _require(share > 0, op, f"share must be positive, got {share}")
-    _require(block >= 1, op, f"block must be at least 1, got {block}")
+    sample(op, share, block)
 
 
-def linear(op: str, x, weight, bias, basis_u, basis_v, rank_k) -> None:
+def quantize_rows(x) -> None:
+    op = "quantize_rows"
+    floating(op, x=x)
+    _require(
+        x.dim() >= 1 and x.shape[-1] >= 1, op, f"x needs at least one feature, got {_shape(x)}"
+    )
+
+
+def linear_sampled(x, weight, bias, momentum, counter, stats, share, block, seed, fp8) -> None:
+    op = "linear_sampled"
+    linear(op, x, weight, bias)
+    if momentum is not None:
+        floating(op, x=x, momentum=momentum)
+        _require(
+            momentum.shape == weight.shape,
+            op,
+            f"expected momentum of the weight's shape {_shape(weight)}, got {_shape(momentum)}",
+        )
+    step_counter(op, counter)
+    sample(op, share, block)
+
+
+def linear(op: str, x, weight, bias) -> None:
     floating(op, x=x, weight=weight, bias=bias)
-    floating(op, x=x, basis_u=basis_u, basis_v=basis_v)
     matrix(op, "weight", weight)
     m, n = weight.shape
     _require(
@@ -215,6 +240,12 @@ def linear(op: str, x, weight, bias, basis_u, basis_v, rank_k) -> None:
             tuple(bias.shape) == (m,) and bias.dtype == weight.dtype, op,
             f"expected bias ({m},) of {weight.dtype}, got {_shape(bias)} of {bias.dtype}",
         )  # fmt: skip
+
+
+def linear_with_bases(op: str, x, weight, bias, basis_u, basis_v, rank_k) -> None:
+    linear(op, x, weight, bias)
+    floating(op, x=x, basis_u=basis_u, basis_v=basis_v)
+    m, n = weight.shape
     basis(op, "basis_u", basis_u, m)
     basis(op, "basis_v", basis_v, n)
     _require(

@@ -16,11 +16,15 @@ from typing import Any, Literal
 
 from molegrad.names import layer_role, matches
 
-Method = Literal["power", "tangent"]
-GradientMode = Literal["dense", "factored"]
+Method = Literal["power", "tangent", "sampled"]
+GradientMode = Literal["dense", "factored", "momentum"]
+SavedInputs = Literal["full", "fp8"]
+MomentumDtype = Literal["float32", "bfloat16"]
 
-METHODS = ("power", "tangent")
-GRADIENT_MODES = ("dense", "factored")
+METHODS = ("power", "tangent", "sampled")
+GRADIENT_MODES = ("dense", "factored", "momentum")
+SAVED_INPUTS = ("full", "fp8")
+MOMENTUM_DTYPES = ("float32", "bfloat16")
 TARGET_GROUPS = ("ffn_only", "attention_only", "all")
 
 
@@ -68,8 +72,25 @@ class MoleGradConfig:
     )
     method: Method = _field(
         "tangent",
-        "estimator: 'power' (two dependent passes, for a single micro-batch) or 'tangent' (one "
-        "pass, linear in the gradient, hence exact under accumulation and data parallelism)",
+        "estimator: 'sampled' (unbiased, of full rank, from a share of the products that the "
+        "gradient is a sum of), 'tangent' (rank 2k, one pass, linear in the gradient, hence exact "
+        "under accumulation and data parallelism) or 'power' (rank k, two dependent passes, for a "
+        "single micro-batch)",
+    )
+    sample_share: float = _field(
+        0.25,
+        "method 'sampled': share of the dense product that is computed; 1 computes all of it and "
+        "samples nothing",
+    )
+    sample_block: int = _field(
+        4,
+        "method 'sampled': neighbouring features of the wider operand that are taken together; "
+        "small blocks have less variance, large ones suit wider arithmetic units",
+    )
+    saved_inputs: SavedInputs = _field(
+        "full",
+        "what a layer keeps of its input for the backward pass: 'full', or 'fp8', float8 rows with "
+        "a scale each",
     )
     target_layers: str | tuple[str, ...] = _field(
         "ffn_only",
@@ -105,8 +126,13 @@ class MoleGradConfig:
     )
     gradient_mode: GradientMode = _field(
         "dense",
-        "'dense' writes the estimate to weight.grad (any optimizer works); 'factored' keeps "
-        "sketches as gradients of two small parameters and needs molegrad.optim.Muon",
+        "'dense' writes the estimate to weight.grad (any optimizer works); 'momentum' adds it "
+        "straight to Muon's momentum, so that no gradient exists (method 'sampled'); 'factored' "
+        "keeps sketches as gradients of two small parameters (methods 'tangent' and 'power') and "
+        "needs an optimizer of molegrad.optim",
+    )
+    momentum_dtype: MomentumDtype = _field(
+        "float32", "gradient_mode 'momentum': dtype of the momentum"
     )
     energy_target: float = _field(
         0.0,
@@ -149,12 +175,13 @@ class MoleGradConfig:
                 f"choice), got probes={self.probes}"
             )
         self._check_adaptive_rank()
+        self._check_sampling()
         object.__setattr__(self, "target_layers", _normalized_targets(self.target_layers))
         object.__setattr__(self, "rank_overrides", _normalized_overrides(self.rank_overrides))
-        if self.method == "tangent" and self.power_iters != 1:
+        if self.method != "power" and self.power_iters != 1:
             raise ValueError(
-                f"power_iters={self.power_iters} has no meaning for method='tangent', which makes "
-                "one linear pass: leave it at 1 or choose method='power'"
+                f"power_iters={self.power_iters} has no meaning for method={self.method!r}, which "
+                "makes one linear pass: leave it at 1 or choose method='power'"
             )
 
     def needed_features(self, k: int) -> int:
@@ -164,7 +191,9 @@ class MoleGradConfig:
 
     def rank_of(self, m: int, n: int, name: str = "") -> int:
         """The rank k of an (m, n) layer: `rank_k`, or the first of `rank_overrides` that matches
-        the layer's dotted name."""
+        the layer's dotted name; 0 for method "sampled", which has none."""
+        if self.method == "sampled":
+            return 0
         _, rank = _split_override(self.rank_source(name))
         if isinstance(rank, int):
             return rank
@@ -178,6 +207,31 @@ class MoleGradConfig:
             if pattern == layer_role(name) or matches(pattern, name):
                 return override
         return f"rank_k={self.rank_k!r}"
+
+    def _check_sampling(self) -> None:
+        self._require_choice("saved_inputs", SAVED_INPUTS)
+        self._require_choice("momentum_dtype", MOMENTUM_DTYPES)
+        self._require_int("sample_block", minimum=1)
+        self._require_number("sample_share", 0.0, 1.0)
+        if self.sample_share == 0:
+            raise ValueError("sample_share must be above 0: 0.25 takes a quarter of the products")
+        sampled = self.method == "sampled"
+        if sampled and self.gradient_mode == "factored":
+            raise ValueError(
+                "method='sampled' has no factors for gradient_mode='factored': choose "
+                "gradient_mode='momentum' or 'dense', or method='tangent'"
+            )
+        if not sampled and self.gradient_mode == "momentum":
+            raise ValueError(
+                f"gradient_mode='momentum' needs method='sampled', got {self.method!r}: a method "
+                "of low rank keeps less in gradient_mode='factored'"
+            )
+        for name in ("probes", "energy_target", "trust_scaling"):
+            if sampled and getattr(self, name):
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} has no meaning for method='sampled', which "
+                    "has no rank and no bias: leave it at its default"
+                )
 
     def _check_adaptive_rank(self) -> None:
         self._require_int("rank_interval", minimum=1)

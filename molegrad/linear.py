@@ -5,9 +5,11 @@ backward pass, by `config.gradient_mode`:
 
 - "dense": `weight.grad` is the estimate Ĝ as a matrix, and the warm-started bases are buffers that
   move with every backward pass. Any optimizer works.
+- "momentum": the estimate is added straight to `momentum` (m, n), which Muon steps from and decays;
+  `weight.grad` stays None. Backward passes add up until Muon steps, whatever zero_grad does.
 - "factored": no matrix of the weight's size is built. The weight has requires_grad=False and gets
   no gradient; the parameters `basis_u` (m, k + probes) and `basis_v` (n, k + probes) receive the
-  sketches as theirs, and `molegrad.optim.Muon` turns them into an update.
+  sketches as theirs, and an optimizer of `molegrad.optim` turns them into an update.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from molegrad.autograd import STATS
 from molegrad.config import MoleGradConfig, explored_directions
 from molegrad.reference import acc_dtype
 
-_WORKING_STATE = ("basis_u", "basis_v", "counter", "stats")
+_WORKING_STATE = ("basis_u", "basis_v", "momentum", "counter", "stats")
+_UNSAVED = ("basis_u", "basis_v", "momentum")  # parameters, but none that a state_dict holds
 
 
 class MoleLinear(nn.Linear):
@@ -103,12 +106,18 @@ class MoleLinear(nn.Linear):
         self.register_buffer("stats", stats, persistent=False)
         if factored:
             self.weight.requires_grad_(False)
+        self.momentum = None
+        if config.gradient_mode == "momentum":
+            self.momentum = nn.Parameter(
+                torch.zeros_like(self.weight, dtype=getattr(torch, config.momentum_dtype)),
+                requires_grad=False,
+            )
         self._guard_accumulation()
         self.reset_bases()
 
     @property
     def rank(self) -> int:
-        """k: the width of the layer's bases, probe columns not counted."""
+        """k: the width of the layer's bases, probe columns not counted; 0 for method "sampled"."""
         factored = self.config.gradient_mode == "factored"
         return self.basis_v.shape[1] - (self.config.probes if factored else 0)
 
@@ -123,7 +132,7 @@ class MoleLinear(nn.Linear):
         """Draw both bases anew from the seed, as a fresh layer has them."""
         k = self.rank
         for stream, basis in enumerate((self.basis_u, self.basis_v)):
-            if basis.is_meta:
+            if basis.is_meta or basis.shape[1] == 0:
                 continue
             rows, width = basis.shape
             seed = self.basis_seed(stream)
@@ -165,30 +174,36 @@ class MoleLinear(nn.Linear):
         if not (torch.is_grad_enabled() and self.trains):
             return F.linear(input, self.weight, self.bias)
         c = self.config
+        fp8 = c.saved_inputs == "fp8"
+        if c.method == "sampled":
+            return torch.ops.molegrad.linear_sampled(
+                input, self.weight, self.bias, self.momentum, self.counter, self.stats,
+                c.sample_share, c.sample_block, self._seed, fp8,
+            )[0]  # fmt: skip
         if c.gradient_mode == "dense":
             return torch.ops.molegrad.linear_dense(
                 input, self.weight, self.bias, self.basis_u, self.basis_v, self.counter,
                 self.stats, c.method, c.power_iters, c.probes,
                 c.trust_max if c.trust_scaling else 0.0,
-                explored_directions(self.rank, c.warm_start_decay), self._seed, c.cond_max,
-            )  # fmt: skip
+                explored_directions(self.rank, c.warm_start_decay), self._seed, c.cond_max, fp8,
+            )[0]  # fmt: skip
         return torch.ops.molegrad.linear_factored(
             input, self.weight, self.bias, self.basis_u, self.basis_v, self.stats,
-            c.method, self.rank, c.power_iters, c.cond_max,
-        )  # fmt: skip
+            c.method, self.rank, c.power_iters, c.cond_max, fp8,
+        )[0]  # fmt: skip
 
     def extra_repr(self) -> str:
         c = self.config
+        size = f"share={c.sample_share}" if c.method == "sampled" else f"rank={self.rank}"
         return (
-            f"{super().extra_repr()}, rank={self.rank}, method={c.method}, "
-            f"gradient_mode={c.gradient_mode}"
+            f"{super().extra_repr()}, {size}, method={c.method}, gradient_mode={c.gradient_mode}"
         )
 
     # Bases are working state, not weights: the state_dict stays nn.Linear's in both directions.
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for key in ("basis_u", "basis_v"):
+        for key in _UNSAVED:
             destination.pop(prefix + key, None)
 
     def _load_from_state_dict(
@@ -197,18 +212,22 @@ class MoleLinear(nn.Linear):
         super()._load_from_state_dict(
             state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        ours = {prefix + "basis_u", prefix + "basis_v"}
+        ours = {prefix + key for key in _UNSAVED}
         missing_keys[:] = [key for key in missing_keys if key not in ours]
 
     def _apply(self, fn, recurse=True):
-        """Follow the weight to another device or dtype, but keep the bases in full precision."""
-        state = {key: getattr(self, key) for key in ("basis_u", "basis_v", "stats")}
-        before = {key: tensor.detach() for key, tensor in state.items()}
+        """Follow the weight to another device or dtype, but keep the bases in full precision and
+        the momentum in its own."""
+        state = {key: getattr(self, key) for key in (*_UNSAVED, "stats")}
+        before = {key: tensor.detach() for key, tensor in state.items() if tensor is not None}
         super()._apply(fn, recurse)
-        dtype = acc_dtype(self.weight.dtype)
+        dtypes = {
+            "stats": torch.float32,
+            "momentum": getattr(torch, self.config.momentum_dtype),
+        }
         for key, old in before.items():
             now = getattr(self, key)
-            wanted = torch.float32 if key == "stats" else dtype
+            wanted = dtypes.get(key, acc_dtype(self.weight.dtype))
             if old.is_meta and not now.is_meta:
                 now.data = torch.zeros_like(now, dtype=wanted)
             elif now.dtype != wanted:
@@ -266,14 +285,15 @@ def bases_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """What an exact resume needs beside the state_dicts of model and optimizer.
 
     That is the bases, counters and statistics of the layers in dense mode; in factored mode the
-    optimizer's state_dict holds the bases, and only counter and statistics are found here.
+    optimizer's state_dict holds the bases, and only counter and statistics are found here; the
+    same goes for the momentum of gradient_mode "momentum".
     """
     return {
         f"{name}.{key}": layer._buffers[key]
         for name, layer in model.named_modules()
         if isinstance(layer, MoleLinear)
         for key in _WORKING_STATE
-        if key in layer._buffers
+        if layer._buffers.get(key) is not None and layer._buffers[key].numel() > 0
     }
 
 

@@ -21,7 +21,8 @@ from torch import Tensor
 from molegrad import _native, autograd, checks, reference
 from molegrad.reference import acc_dtype
 
-_LINEAR = "Tensor x, Tensor weight, Tensor? bias, Tensor basis_u, Tensor basis_v, "
+_LINEAR = "Tensor x, Tensor weight, Tensor? bias, "
+_LINEAR_RESULT = "bool fp8) -> (Tensor y, Tensor saved, Tensor scale)"
 
 
 @dataclass(frozen=True)
@@ -72,20 +73,34 @@ def _fake_sampled_grad_(grad, a, b, a_scale, counter, share, block=4, alpha=1.0,
     return b.new_empty((len(reference.SAMPLING),), dtype=torch.float32)
 
 
+def _fake_quantize_rows(x):
+    data = x.new_empty(x.shape, dtype=torch.float8_e4m3fn)
+    return data, x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+# A linear op returns, beside its result, what it keeps of x for the backward pass: nothing (x
+# itself is kept), or x in float8. The last argument of each says which.
+
+
 def _linear(x, weight, bias, *rest):
-    return F.linear(x, weight, bias)
+    y = F.linear(x, weight, bias)
+    if rest[-1]:
+        return y, *torch.ops.molegrad.quantize_rows(x)
+    return y, x.new_empty(0), x.new_empty(0)
 
 
 def _fake_linear(x, weight, bias, *rest):
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    return y, *(_fake_quantize_rows(x) if rest[-1] else (x.new_empty(0), x.new_empty(0)))
 
 
 def _check_linear_dense(x, weight, bias, basis_u, basis_v, *rest):
-    checks.linear("linear_dense", x, weight, bias, basis_u, basis_v, basis_v.shape[1])
+    k = basis_v.shape[1]
+    checks.linear_with_bases("linear_dense", x, weight, bias, basis_u, basis_v, k)
 
 
 def _check_linear_factored(x, weight, bias, basis_u, basis_v, stats, method, rank_k, *rest):
-    checks.linear("linear_factored", x, weight, bias, basis_u, basis_v, rank_k)
+    checks.linear_with_bases("linear_factored", x, weight, bias, basis_u, basis_v, rank_k)
 
 
 def _nothing(*args):
@@ -156,9 +171,17 @@ OPS: dict[str, Op] = {
         checks.rademacher,
         lambda rows, cols, counter, seed=0: counter.new_empty((rows, cols), dtype=torch.float32),
     ),
+    "quantize_rows": Op(
+        "(Tensor x) -> (Tensor data, Tensor scale)",
+        reference.quantize_rows,
+        checks.quantize_rows,
+        _fake_quantize_rows,
+        autograd.refuse("quantize_rows"),
+    ),
     "linear_dense": Op(
-        f"({_LINEAR} Tensor counter, Tensor stats, str method, int power_iters, int probes, "
-        "float trust_max, int explored, int seed, float cond_max) -> Tensor",
+        f"({_LINEAR} Tensor basis_u, Tensor basis_v, Tensor counter, Tensor stats, str method, "
+        "int power_iters, int probes, float trust_max, int explored, int seed, float cond_max, "
+        f"{_LINEAR_RESULT}",
         _linear,
         _check_linear_dense,
         _fake_linear,
@@ -166,12 +189,21 @@ OPS: dict[str, Op] = {
         autograd.linear_setup,
     ),
     "linear_factored": Op(
-        f"({_LINEAR} Tensor stats, str method, int rank_k, int power_iters, float cond_max) "
-        "-> Tensor",
+        f"({_LINEAR} Tensor basis_u, Tensor basis_v, Tensor stats, str method, int rank_k, "
+        f"int power_iters, float cond_max, {_LINEAR_RESULT}",
         _linear,
         _check_linear_factored,
         _fake_linear,
         autograd.linear_factored_backward,
+        autograd.linear_setup,
+    ),
+    "linear_sampled": Op(
+        f"({_LINEAR} Tensor? momentum, Tensor counter, Tensor stats, float share, int block, "
+        f"int seed, {_LINEAR_RESULT}",
+        _linear,
+        checks.linear_sampled,
+        _fake_linear,
+        autograd.linear_sampled_backward,
         autograd.linear_setup,
     ),
 }
@@ -367,7 +399,9 @@ def sampled_grad_(
         block: features per block, >= 1; the smaller, the smaller the variance.
 
     Returns:
-        (2,) float32: the share of the pairs that was taken, and E‖Ĝ − G‖²_F given A and B.
+        (2,) float32: the share of the pairs that was taken, and E‖Ĝ − G‖²_F / Σ_t ‖a_t‖² ‖b_t‖²,
+        the variance that the sample adds relative to what a gradient of as many independent
+        tokens has anyway (0.25: as noisy as the exact gradient of a batch 1.25 times smaller).
 
     Raises:
         RuntimeError: shapes, dtypes, devices, share or block do not fit.
@@ -375,6 +409,21 @@ def sampled_grad_(
     Source: Drineas, Kannan, Mahoney (2006), sampled matrix products.
     """
     return torch.ops.molegrad.sampled_grad_(grad, a, b, a_scale, counter, share, block, alpha, seed)
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of x in float8, each with a scale of its own, its largest magnitude over 448.
+
+    Args:
+        x: (…, T, n), float16, bfloat16, float32 or float64.
+
+    Returns:
+        data (…, T, n) float8_e4m3fn and scale (…, T) float32 with x ≈ data · scale: relative
+        rounding of 2⁻⁴ down to 2⁻¹⁵ of the row's largest magnitude. NaN stays NaN.
+
+    Source: Micikevicius et al., FP8 formats for deep learning (2022).
+    """
+    return torch.ops.molegrad.quantize_rows(x)
 
 
 def lowrank_update_(

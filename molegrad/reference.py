@@ -229,9 +229,10 @@ def rademacher(rows: int, cols: int, counter: Tensor, seed: int = 0) -> Tensor:
     return (1 - 2 * (_random_bits(index, counter, seed) & 1)).to(torch.float32).view(rows, cols)
 
 
+FLOAT8_MAX = torch.finfo(torch.float8_e4m3fn).max
 THRESHOLD_TOKENS, THRESHOLD_STEPS = 512, 8
-# What `sampled_grad_` tells of its sample: the share of (token, block) pairs taken, E‖Ĝ − G‖²_F.
-SAMPLING = ("sampled_share", "sampling_noise_sq")
+# What `sampled_grad_` tells of its sample: see `ops.sampled_grad_`.
+SAMPLING = ("sampled_share", "sampling_noise")
 
 
 def sampled_grad_(
@@ -261,7 +262,7 @@ def sampled_grad_(
         return (x, b[rows].to(dtype)) if wide_a else (b[rows].to(dtype), x)
 
     sampling = share < 1.0 and total > 0
-    stats = torch.tensor([0.0 if sampling else 1.0, 0.0], dtype=dtype, device=a.device)
+    taken, noise, energy = torch.zeros(3, dtype=dtype, device=a.device).unbind()
     if sampling:
         stride = max(1, total // THRESHOLD_TOKENS)
         threshold = _threshold(_scores(*part(slice(None, None, stride)), block), share)
@@ -276,13 +277,22 @@ def sampled_grad_(
             inverse = torch.where(inclusion > 0, 1.0 / inclusion, 1.0)
             weight = torch.where(chosen, inverse, 0.0).repeat_interleave(block, dim=1)
             x = x * weight[:, : x.shape[1]]
-            stats[0] += chosen.sum() / (total * pairs)
-            stats[1] += (scores.square() * (inverse - 1.0)).sum()
+            taken += chosen.sum() / (total * pairs)
+            noise += (scores.square() * (inverse - 1.0)).sum()
+            energy += scores.square().sum()
         product = z.mT @ x if wide_a else x.mT @ z
         out.add_(product, alpha=factor)
     if out is not grad:
         grad.add_(out, alpha=alpha)
-    return stats.to(torch.float32)
+    relative = torch.where(energy > 0, noise / energy, 0.0)
+    return torch.stack([taken if sampling else taken + 1.0, relative]).to(torch.float32)
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """float8_e4m3fn rows and their scales: x ≈ data · scale."""
+    scale = x.abs().amax(-1).to(torch.float32) / FLOAT8_MAX
+    scale = torch.where(scale > 0, scale, 1.0)
+    return (x / scale.unsqueeze(-1)).to(torch.float8_e4m3fn), scale
 
 
 def _scores(x: Tensor, z: Tensor, block: int) -> Tensor:

@@ -32,7 +32,7 @@ def linear_state(m: int, n: int, k: int, dtype: torch.dtype = torch.float32) -> 
         "basis_u": orthonormal(m, k, 1, dtype),
         "basis_v": orthonormal(n, k, 2, dtype),
         "counter": torch.zeros((), dtype=torch.int64),
-        "stats": torch.zeros(6),
+        "stats": torch.zeros(8),
     }
 
 
@@ -70,14 +70,19 @@ def sample_inputs(name: str, requires_grad: bool = False) -> list[tuple]:
             (randn(11, 13), b3, a3, None, counter, 2.0, 3, 1.0, 5),
         ],
         "rademacher": [(5, 3, counter, 7)],
+        "quantize_rows": [(randn(2, 5, 11),), (randn(7, 3).bfloat16(),)],
         "linear_dense": [
-            (*linear, counter, stats, method, 1, probes, trust, 1, 3, 1e3)
+            (*linear, counter, stats, method, 1, probes, trust, 1, 3, 1e3, probes == 2)
             for method, probes, trust in (
                 ("power", 2, 0.0), ("tangent", 0, 0.0), ("tangent", 3, 2.0),
             )
         ],
+        "linear_sampled": [
+            (*linear[:3], None, counter, stats, 0.5, 2, 3, False),
+            (*linear[:3], torch.zeros(13, 11), counter, stats, 1.0, 4, 0, True),
+        ],
         "linear_factored": [
-            (*linear[:3], u_, v_, stats, method, 3, 1, 1e3)
+            (*linear[:3], u_, v_, stats, method, 3, 1, 1e3, method == "power")
             for method in ("tangent", "power")
             for u_, v_ in ((u.clone().requires_grad_(requires_grad),
                             v.clone().requires_grad_(requires_grad)),)

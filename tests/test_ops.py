@@ -33,7 +33,8 @@ def test_opcheck(name):
 @pytest.mark.parametrize("name", [n for n, op in OPS.items() if op.setup])
 def test_opcheck_with_gradients(name):
     for args in sample_inputs(name, requires_grad=True):
-        if name == "linear_dense":  # its backward moves buffers, which opcheck takes for an error
+        # Backward passes that move buffers are errors to opcheck, and it sums float8 outputs.
+        if name in ("linear_dense", "linear_sampled") or args[-1] is True:
             checks = ("test_schema", "test_autograd_registration", "test_faketensor")
         else:
             checks = (
@@ -134,10 +135,10 @@ def test_linear_gradients_with_a_full_rank_are_exact():
 
     def dense(x, weight, bias):
         basis_u, basis_v = orthonormal(5, 5, dtype=F64), orthonormal(6, 5, dtype=F64)
-        counter, stats = torch.zeros((), dtype=torch.int64), torch.zeros(6)
+        counter, stats = torch.zeros((), dtype=torch.int64), torch.zeros(8)
         return torch.ops.molegrad.linear_dense(
-            x, weight, bias, basis_u, basis_v, counter, stats, "power", 1, 0, 0.0, 0, 0, 1e3
-        )
+            x, weight, bias, basis_u, basis_v, counter, stats, "power", 1, 0, 0.0, 0, 0, 1e3, False
+        )[0]
 
     assert torch.autograd.gradcheck(dense, inputs)
 
@@ -149,8 +150,8 @@ def test_linear_factored_gradients_are_those_of_a_low_rank_offset():
     cotangent = randn(7, 5, dtype=F64)
     u_, v_ = u.clone().requires_grad_(), v.clone().requires_grad_()
     y = torch.ops.molegrad.linear_factored(
-        x, weight, bias, u_, v_, torch.zeros(6), "tangent", 2, 1, 1e3
-    )
+        x, weight, bias, u_, v_, torch.zeros(8), "tangent", 2, 1, 1e3, False
+    )[0]
     y.backward(cotangent)
     p, q = (
         torch.zeros(5, 2, dtype=F64).requires_grad_(),
@@ -167,8 +168,8 @@ def test_linear_factored_gradients_are_those_of_a_low_rank_offset():
         assert torch.autograd.gradcheck(
             lambda t, args=args, i=i: torch.ops.molegrad.linear_factored(
                 *[t if j == 2 * i else s for j, s in enumerate(args)],
-                u, v, torch.zeros(6), "tangent", 2, 1, 1e3,
-            ),
+                u, v, torch.zeros(8), "tangent", 2, 1, 1e3, False,
+            )[0],
             [leaf],
         )  # fmt: skip
 
