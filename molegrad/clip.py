@@ -34,13 +34,19 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, error_if_nonfinite: bool 
         the norm before clipping (scalar tensor, on the device of the first gradient).
 
     Raises:
-        ValueError: max_norm is negative.
+        ValueError: max_norm is negative, or a layer is in momentum mode, where no gradient exists.
         RuntimeError: the norm is not finite and `error_if_nonfinite` is set.
     """
     if max_norm < 0:
         raise ValueError(f"max_norm must not be negative, got {max_norm}")
     squares, grads, bases = [], [], set()
     for layer in model.modules():
+        if isinstance(layer, MoleLinear) and layer.config.gradient_mode == "momentum":
+            raise ValueError(
+                f"layer {layer.name or 'MoleLinear'} is in momentum mode, where the gradient is "
+                "added to the momentum as it arises and there is none to clip. Muon's update does "
+                "not depend on its norm: leave clipping off or use gradient_mode='dense'"
+            )
         if isinstance(layer, MoleLinear) and layer.config.gradient_mode == "factored":
             bases.update((id(layer.basis_u), id(layer.basis_v)))
             if layer.basis_v.grad is not None and layer.basis_u.grad is not None:

@@ -28,6 +28,14 @@ MOMENTUM_DTYPES = ("float32", "bfloat16")
 TARGET_GROUPS = ("ffn_only", "attention_only", "all")
 
 
+# Named configurations: which suits which batch, memory and patience stands in docs/quality.md.
+PRESETS: dict[str, dict[str, Any]] = {
+    "exact": {"method": "sampled", "sample_share": 1.0, "gradient_mode": "momentum"},
+    "balanced": {"method": "sampled", "sample_share": 0.25, "gradient_mode": "momentum"},
+    "minimal": {"method": "tangent", "rank_k": 0.125, "gradient_mode": "factored"},
+}
+
+
 def explored_directions(k: int, decay: float) -> int:
     """How many of k basis directions exploration replaces at every step: ⌈(1 − decay) k⌉ ≤ k."""
     return min(k, math.ceil((1.0 - decay) * k - 1e-9))
@@ -184,6 +192,15 @@ class MoleGradConfig:
                 "makes one linear pass: leave it at 1 or choose method='power'"
             )
 
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> MoleGradConfig:
+        """One of `PRESETS`, with the fields in `changes` replaced.
+
+        Raises:
+            ValueError: there is no preset of that name.
+        """
+        return cls(**{**preset_fields(name), **changes})
+
     def needed_features(self, k: int) -> int:
         """Least number of features on either side of a layer of rank k: the tangent estimate has
         rank 2k."""
@@ -276,6 +293,13 @@ class MoleGradConfig:
         value = getattr(self, name)
         if value not in choices:
             raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+
+
+def preset_fields(name: str) -> dict[str, Any]:
+    """The fields that a preset sets; ValueError where there is none of that name."""
+    if name not in PRESETS:
+        raise ValueError(f"there is no preset {name!r}: choose among {', '.join(PRESETS)}")
+    return PRESETS[name]
 
 
 def _check_rank(name: str, rank: Any) -> None:

@@ -27,7 +27,7 @@ from molegrad.config import MoleGradConfig, explored_directions
 from molegrad.reference import acc_dtype
 
 _WORKING_STATE = ("basis_u", "basis_v", "momentum", "counter", "stats")
-_UNSAVED = ("basis_u", "basis_v", "momentum")  # parameters, but none that a state_dict holds
+WORKING_PARAMETERS = ("basis_u", "basis_v", "momentum")  # in no state_dict
 
 
 class MoleLinear(nn.Linear):
@@ -195,15 +195,13 @@ class MoleLinear(nn.Linear):
     def extra_repr(self) -> str:
         c = self.config
         size = f"share={c.sample_share}" if c.method == "sampled" else f"rank={self.rank}"
-        return (
-            f"{super().extra_repr()}, {size}, method={c.method}, gradient_mode={c.gradient_mode}"
-        )
+        return f"{super().extra_repr()}, {size}, method={c.method}, gradient_mode={c.gradient_mode}"
 
     # Bases are working state, not weights: the state_dict stays nn.Linear's in both directions.
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for key in _UNSAVED:
+        for key in WORKING_PARAMETERS:
             destination.pop(prefix + key, None)
 
     def _load_from_state_dict(
@@ -212,13 +210,13 @@ class MoleLinear(nn.Linear):
         super()._load_from_state_dict(
             state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        ours = {prefix + key for key in _UNSAVED}
+        ours = {prefix + key for key in WORKING_PARAMETERS}
         missing_keys[:] = [key for key in missing_keys if key not in ours]
 
     def _apply(self, fn, recurse=True):
         """Follow the weight to another device or dtype, but keep the bases in full precision and
         the momentum in its own."""
-        state = {key: getattr(self, key) for key in (*_UNSAVED, "stats")}
+        state = {key: getattr(self, key) for key in (*WORKING_PARAMETERS, "stats")}
         before = {key: tensor.detach() for key, tensor in state.items() if tensor is not None}
         super()._apply(fn, recurse)
         dtypes = {

@@ -7,6 +7,8 @@ dictionary for the run's config.json; `StreamingFields` is the base class that a
 Why: every command of the pipeline spells its flags the same way. `--a-b` and `--a_b` are one flag;
 a boolean is `--flag=True`, `--flag False`, `--flag` or `--no-flag`. The streaming flags are
 generated from `MoleGradConfig`, so that neither a default nor a help text is written twice.
+`--streaming_preset=NAME` stands for --enable_streaming=True and the flags that the preset sets;
+those given beside it win.
 
 How to run:
 
@@ -31,7 +33,7 @@ from collections.abc import Sequence
 import torch
 import tyro
 
-from molegrad.config import MoleGradConfig
+from molegrad.config import MoleGradConfig, preset_fields
 
 PREFIX = "streaming_"
 _TRUE = frozenset({"true", "1", "yes", "on"})
@@ -61,8 +63,9 @@ def parse(config_class: type[Config], argv: Sequence[str] | None = None, prog=No
     argv = argv[1:] if argv[:1] == ["--"] else argv  # torchrun ... -m scripts.x -- --flags
     prog = prog or f"python -m scripts.{pathlib.Path(sys.argv[0]).stem}"
     _refuse_unknown(argv, config_class, prog)
-    arguments = _spell_booleans(argv, _boolean_flags(config_class))
     try:
+        argv = _expand_preset(argv, config_class)
+        arguments = _spell_booleans(argv, _boolean_flags(config_class))
         return tyro.cli(
             config_class,
             args=arguments,
@@ -159,6 +162,25 @@ def _plain(value):
     return value
 
 
+def _expand_preset(argv: list[str], config_class) -> list[str]:
+    """`--streaming_preset=NAME` as the flags it stands for, those left out that are given too."""
+    if not issubclass(config_class, StreamingFields):
+        return argv
+    rest, name, words = [], None, iter(argv)
+    for word in words:
+        key, equals, value = word.partition("=")
+        if key.replace("_", "-") == "--streaming-preset":
+            name = value if equals else next(words, "")
+        else:
+            rest.append(word)
+    if name is None:
+        return argv
+    given = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in rest}
+    fields = {PREFIX + field: value for field, value in preset_fields(name).items()}
+    fields = {"enable_streaming": True, **fields}
+    return [f"--{field}={value}" for field, value in fields.items() if field not in given] + rest
+
+
 def _refuse_unknown(argv: list[str], config_class, prog: str) -> None:
     """Exit with code 2 where a flag is no field of `config_class`, naming its nearest kin."""
     hints = typing.get_type_hints(config_class)
@@ -167,6 +189,8 @@ def _refuse_unknown(argv: list[str], config_class, prog: str) -> None:
         return  # nested flags have names that only tyro knows
     booleans = _boolean_flags(config_class)
     known = {name.replace("_", "-") for name in fields} | {"help"}
+    if issubclass(config_class, StreamingFields):
+        known.add("streaming-preset")
     for word in argv:
         name = word[2:].partition("=")[0].replace("_", "-")
         if not word.startswith("--") or name in known or name.removeprefix("no-") in booleans:

@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from molegrad.linear import MoleLinear
+
 REPORT = "nan_report.json"
 
 
@@ -26,9 +28,16 @@ class NonFiniteGuard:
     """Watches the gradients of `model`; keeps the last losses for the report."""
 
     def __init__(self, model: nn.Module, history: int = 20):
+        momenta = {
+            f"{name}.momentum": layer.momentum
+            for name, layer in model.named_modules()
+            if isinstance(layer, MoleLinear) and layer.momentum is not None
+        }
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        named += momenta.items()  # there the gradients go that exist nowhere else
         self.names = [name for name, _ in named]
         self._params = [p for _, p in named]
+        self._momenta = {id(p) for p in momenta.values()}
         self._weights = dict(model.named_parameters())
         device = self._params[0].device
         self._first = torch.full((len(named),), -1, dtype=torch.int64, device=device)
@@ -40,20 +49,23 @@ class NonFiniteGuard:
 
         A norm that overflows float32 counts as not finite.
         """
-        norms = torch._foreach_norm([g for g in (p.grad for p in self._params) if g is not None])
-        taken = iter(norms)
+        gradients = [self._gradient(p) for p in self._params]
+        taken = iter(torch._foreach_norm([g for g in gradients if g is not None]))
         one = self._first.new_ones((), dtype=torch.float32)
-        values = torch.stack([one if p.grad is None else next(taken).float() for p in self._params])
+        values = torch.stack([one if g is None else next(taken).float() for g in gradients])
         bad = ~values.isfinite()
         self._first = torch.where(bad & (self._first < 0), step, self._first)
         return (self._first < 0).all()
+
+    def _gradient(self, p: Tensor) -> Tensor | None:
+        return p if id(p) in self._momenta else p.grad
 
     def report(self, step: int, loss: float, learning_rates: dict[str, float]) -> dict:
         """What is not finite, JSON-able; reads from the device."""
         first = self._first.tolist()
         steps = [s for s in first if s >= 0]
         gradients = [
-            {"name": name, "first_step": s, **_count(p.grad)}
+            {"name": name, "first_step": s, **_count(self._gradient(p))}
             for name, s, p in zip(self.names, first, self._params, strict=True)
             if s >= 0
         ]

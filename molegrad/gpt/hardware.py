@@ -134,9 +134,10 @@ def flops_per_token(model: nn.Module, seq_len: int) -> Flops:
 
     A linear layer (m, n) costs 2mn forward, 2mn for the gradient of its input and 2mn for that of
     its weight. A MoleLinear's weight gradient costs 4k(m + n) per pass instead (Bᵀ(AV) and
-    Aᵀ(BU)), plus 2r(m + n) for r probes; `power_iters=0` costs half a pass. Attention costs
-    12·H·D·T per layer with the full T x T square counted (the convention of PaLM, appendix B, and
-    nanochat), although a causal kernel may skip half. The embedding is a look-up and costs nothing.
+    Aᵀ(BU)), plus 2r(m + n) for r probes; `power_iters=0` costs half a pass;
+    method "sampled" costs the share that it is to take. Attention costs 12·H·D·T per layer with the
+    full T x T square counted (the convention of PaLM, appendix B, and nanochat), although a causal
+    kernel may skip half. The embedding is a look-up and costs nothing.
     """
     common = weight_dense = weight_actual = 0.0
     for module in model.modules():
@@ -150,8 +151,11 @@ def flops_per_token(model: nn.Module, seq_len: int) -> Flops:
             weight_actual += trained
         elif module.trains:
             c = module.config
-            passes = 1.0 if c.method == "tangent" else max(c.power_iters, 0.5)
             weight_dense += 2 * m * n
+            if c.method == "sampled":
+                weight_actual += c.sample_share * 2 * m * n
+                continue
+            passes = 1.0 if c.method == "tangent" else max(c.power_iters, 0.5)
             weight_actual += (4 * module.rank * passes + 2 * c.probes) * (m + n)
     size = model.config
     common += 12 * size.depth * size.n_head * size.head_dim * seq_len

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from molegrad.gpt.loss import linear_cross_entropy, softcap
+from molegrad.linear import WORKING_PARAMETERS
 
 
 @dataclass(frozen=True)
@@ -301,7 +302,8 @@ class GPT(nn.Module):
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Weights by role: "embedding", "head", "matrix" (2-D weights of the blocks) and "scalar"
         (any other), whether or not they take a gradient of their own."""
-        blocks = [p for n, p in self.transformer["h"].named_parameters() if "basis_" not in n]
+        named = self.transformer["h"].named_parameters()
+        blocks = [p for n, p in named if n.rpartition(".")[2] not in WORKING_PARAMETERS]
         return {
             "embedding": [self.transformer["wte"].weight],
             "head": [self.lm_head.weight],

@@ -122,7 +122,15 @@ class TrainFlags(StreamingFields):
             raise ValueError("num_iterations and max_train_tokens must be positive, or -1 for off")
         if self.resuming and self.overwrite:
             raise ValueError("overwrite deletes what resume would go on from: give one of them")
-        self.streaming_config()  # checked now, not when the model is there
+        streaming = self.streaming_config()  # checked now, not when the model is there
+        if streaming is not None and streaming.gradient_mode == "momentum":
+            for name, wanted in (("optimizer", "muon"), ("grad_clip", 0.0)):
+                if getattr(self, name) != wanted:
+                    raise ValueError(
+                        f"streaming_gradient_mode='momentum' needs {name}={wanted}, got "
+                        f"{getattr(self, name)}: Muon steps from the momentum that the backward "
+                        "passes add to; for anything else take streaming_gradient_mode='dense'"
+                    )
 
     @property
     def resuming(self) -> bool:

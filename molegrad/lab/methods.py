@@ -3,6 +3,7 @@
     dense                                        Muon on exact gradients, the reference
     factored-tangent                             an entry of METHODS
     factored-tangent:rank=16:warm_start_decay=1  with other values of base_train's flags
+    balanced:sample_share=0.125                  a preset of molegrad.config
     adamw:matrix_lrs=0.001|0.002|0.004           with learning rates of its own
     galore:rank=16                               a name of molegrad.lab.peers
 
@@ -21,7 +22,7 @@ import types
 import typing
 from dataclasses import dataclass, field
 
-from molegrad.config import MoleGradConfig
+from molegrad.config import PRESETS, MoleGradConfig
 from molegrad.gpt.flags import PREFIX
 from molegrad.gpt.train_config import BaseTrainConfig
 
@@ -40,6 +41,10 @@ METHODS: dict[str, dict] = {
         }
         for mode in ("dense", "factored")
         for method in ("power", "tangent")
+    },
+    **{
+        name: {"enable_streaming": True, **{PREFIX + k: v for k, v in fields.items()}}
+        for name, fields in PRESETS.items()
     },
 }
 RATES = ("lr", "matrix_lr", "matrix_lrs")
@@ -98,7 +103,8 @@ class Method:
         """The rank k (a fraction: of a layer's smaller side), None for dense methods."""
         if self.peer is not None:
             return self.peer.rank
-        low_rank = self.flags.get("enable_streaming", False)
+        sampled = self.flags.get(PREFIX + "method", MoleGradConfig().method) == "sampled"
+        low_rank = self.flags.get("enable_streaming", False) and not sampled
         return self.flags.get(PREFIX + "rank_k", MoleGradConfig().rank_k) if low_rank else None
 
 

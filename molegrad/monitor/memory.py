@@ -36,13 +36,16 @@ def memory_bytes(
             gradient_bytes() -> int is asked for the gradients of its parameters.
     """
     optimizers = list(optimizers)
-    bases, weights = set(), []
+    bases, momenta, own = set(), set(), set()
     for layer in model.modules():
         if isinstance(layer, MoleLinear):
             bases.update((layer.basis_u, layer.basis_v))
+            if layer.momentum is not None:  # the gradient never exists beside it
+                momenta.add(layer.momentum)
+                own.add(layer.weight)
     parameters = set(model.parameters())
-    weights = [p for p in parameters if p not in bases]
-    gradients, own = 0, set()
+    weights = [p for p in parameters if p not in bases | momenta]
+    gradients = 0
     for optimizer in optimizers:
         if hasattr(optimizer, "gradient_bytes"):
             held = {p for group in optimizer.param_groups for p in group["params"]} & parameters
@@ -53,7 +56,7 @@ def memory_bytes(
             gradients += _bytes(p.grad)
         elif p.requires_grad:
             gradients += _bytes(p)
-    seen = {t.untyped_storage().data_ptr() for t in (*weights, *bases)}
+    seen = {t.untyped_storage().data_ptr() for t in (*weights, *bases, *momenta)}
     state = [
         tensor
         for optimizer in optimizers
@@ -66,7 +69,7 @@ def memory_bytes(
         "weights": sum(map(_bytes, weights)),
         "bases": sum(map(_bytes, bases)),
         "gradients": gradients,
-        "optimizer_state": sum(map(_bytes, state)),
+        "optimizer_state": sum(map(_bytes, state)) + sum(map(_bytes, momenta)),
     }
 
 

@@ -19,6 +19,8 @@ METRICS = (
     "trust_factor",
     "condition_number",
     "subspace_drift",
+    "sampled_share",
+    "sampling_noise",
     "memory_saved_mb",
 )
 MB = 2**20
@@ -33,6 +35,9 @@ def layer_metrics(
     - trust_factor: what the estimate was scaled by
     - condition_number: of the kept modes, estimated from their triangular factor
     - subspace_drift: 1 − ‖VᵀV'‖²_F / k between one step and the next
+    - sampled_share: of the products that the gradient is a sum of, in the last backward pass
+    - sampling_noise: the variance that sampling adds, relative to the gradient's own from its
+      tokens (see `molegrad.ops.sampled_grad_`)
     - memory_saved_mb: dense gradient minus what the layer's gradients take, in MiB; measured after
       the backward pass, 0 in dense mode, whose estimate is a matrix of the weight's size
 
@@ -69,6 +74,8 @@ def _named(stats: dict[str, float], layer: MoleLinear) -> dict[str, float]:
         "trust_factor": stats["trust_factor"],
         "condition_number": stats["condition_number"],
         "subspace_drift": stats["subspace_drift"],
+        "sampled_share": stats["sampled_share"],
+        "sampling_noise": stats["sampling_noise"],
         "memory_saved_mb": (_dense_bytes(layer) - _gradient_bytes(layer)) / MB,
     }
 

@@ -3,6 +3,7 @@
 | parameters | group | optimizer |
 |---|---|---|
 | matrices, factored mode | `matrix_param_groups`, "factored" | Muon, AdamW, Adafactor, SGD |
+| matrices, momentum mode | "momentum" | Muon |
 | matrices, dense mode and nn.Linear | "dense" | the same, or torch's |
 | embeddings, output head, norms, biases | `other_params` | torch.optim.AdamW |
 

@@ -40,6 +40,7 @@ class FactoredOptimizer(Optimizer):
             made as above.
     """
 
+    KINDS: tuple[str, ...] = ("dense", "factored")
     # Option: least and largest value.
     LIMITS: dict[str, tuple[float, float]] = {}
 
@@ -48,6 +49,10 @@ class FactoredOptimizer(Optimizer):
 
     def _dense_step(self, group: dict[str, Any]) -> None:
         """One step of a dense group."""
+        raise NotImplementedError
+
+    def _momentum_step(self, group: dict[str, Any]) -> None:
+        """One step of a group of layers whose backward passes add to their momentum."""
         raise NotImplementedError
 
     def _new_dense_state(self, group: dict[str, Any], p: Tensor) -> dict[str, Tensor]:
@@ -83,6 +88,8 @@ class FactoredOptimizer(Optimizer):
                 for bucket in self._buckets(group):
                     torch._foreach_add_([state["step"] for state in bucket.states_u], 1)
                     self._factored_step(bucket)
+            elif group["kind"] == "momentum":
+                self._momentum_step(group)
             else:
                 self._dense_step(group)
         return loss
@@ -103,6 +110,8 @@ class FactoredOptimizer(Optimizer):
             params = [p.detach().to("meta") for p in group["params"]]
             if group["kind"] == "dense":
                 states = [self._new_dense_state(group, p) for p in params]
+            elif group["kind"] == "momentum":
+                states = []  # the momentum is among the model's parameters
             else:
                 states = []
                 for u, v in zip(params[1::3], params[2::3], strict=True):
@@ -229,8 +238,12 @@ class FactoredOptimizer(Optimizer):
                 raise ValueError(
                     f"{name}: {option} must lie between {low:g} and {high:g}, got {group[option]}"
                 )
-        if group["kind"] not in ("dense", "factored"):
-            raise ValueError(f"{name}: kind must be 'dense' or 'factored', got {group['kind']!r}")
+        if group["kind"] not in self.KINDS:
+            hint = ": gradient_mode='momentum' needs molegrad.optim.Muon"
+            raise ValueError(
+                f"{name}: kind must be one of {', '.join(self.KINDS)}, got {group['kind']!r}"
+                + (hint if group["kind"] == "momentum" else "")
+            )
         for p in params:
             if p.dim() != 2:
                 raise ValueError(
@@ -239,6 +252,14 @@ class FactoredOptimizer(Optimizer):
                     "(molegrad.optim.other_params)"
                 )
         if group["kind"] == "dense":
+            return
+        if group["kind"] == "momentum":
+            if [p.shape for p in params[::2]] != [p.shape for p in params[1::2]]:
+                raise ValueError(
+                    f"{name}: a momentum group holds weight and momentum, both (m, n), of each "
+                    "layer in turn (molegrad.optim.matrix_param_groups builds it); got "
+                    f"{[tuple(p.shape) for p in params]}"
+                )
             return
         shapes = [tuple(p.shape) for p in params]
         triples = list(zip(shapes[::3], shapes[1::3], shapes[2::3], strict=False))

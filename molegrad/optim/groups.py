@@ -21,26 +21,31 @@ def matrix_param_groups(*modules: nn.Module, exclude: Iterable[nn.Module] = ()) 
         exclude: linear layers to leave out (they then belong to `other_params`).
 
     Returns:
-        one group of kind "dense" (plain layers and those in dense mode), and groups of kind
-        "factored", whose params are weight, basis_u, basis_v of each layer in turn; layers of
-        different ranks share a group.
+        one group of kind "dense" (plain layers and those in dense mode), one of kind "momentum",
+        whose params are weight and momentum of each layer in turn, and groups of kind "factored",
+        whose params are weight, basis_u, basis_v of each layer in turn; layers of different ranks
+        share a group.
 
     Raises:
         ValueError: a factored layer asks for trust_scaling with method "power".
     """
     excluded = {id(m) for root in exclude for m in root.modules()}
     dense: list[nn.Parameter] = []
+    momentum: list[nn.Parameter] = []
     factored: dict[tuple, dict[str, Any]] = {}  # by options
     seen: set[int] = set()
     for layer in (m for root in modules for m in root.modules() if isinstance(m, nn.Linear)):
         if id(layer) in excluded or id(layer.weight) in seen:
             continue
         seen.add(id(layer.weight))
-        if not (isinstance(layer, MoleLinear) and layer.config.gradient_mode == "factored"):
-            if layer.weight.requires_grad:
-                dense.append(layer.weight)
+        mode = layer.config.gradient_mode if isinstance(layer, MoleLinear) else "dense"
+        if not (layer.trains if mode == "factored" else layer.weight.requires_grad):
             continue
-        if not layer.trains:
+        if mode == "dense":
+            dense.append(layer.weight)
+            continue
+        if mode == "momentum":
+            momentum += [layer.weight, layer.momentum]
             continue
         c = layer.config
         if c.trust_scaling and c.method == "power":
@@ -62,6 +67,8 @@ def matrix_param_groups(*modules: nn.Module, exclude: Iterable[nn.Module] = ()) 
         )
         group["params"] += [layer.weight, layer.basis_u, layer.basis_v]
     groups = list(factored.values())
+    if momentum:
+        groups.insert(0, {"kind": "momentum", "params": momentum})
     if dense:
         groups.insert(0, {"kind": "dense", "params": dense})
     return groups

@@ -40,23 +40,26 @@ class Muon(FactoredMomentum):
     """Momentum, orthogonalised.
 
     Args:
-        params: matrices, or groups from `molegrad.optim.matrix_param_groups` (kind "dense" or
-            "factored"); every option below can be set per group.
+        params: matrices, or groups from `molegrad.optim.matrix_param_groups` (kind "dense",
+            "factored" or "momentum"); every option below can be set per group.
         lr: learning rate, before `adjust_lr`.
         momentum: μ of the average M ← μ M + (1 − μ) Ĝ.
-        nesterov: orthogonalise μ M + (1 − μ) Ĝ instead of M.
+        nesterov: orthogonalise μ M + (1 − μ) Ĝ instead of M. Groups of kind "momentum" have no Ĝ
+            apart from M and take M.
         weight_decay: decoupled, weight ← (1 − lr · weight_decay) weight.
         adjust_lr: "spectral", "original", "match_rms_adamw" or "none", see `lr_scale`.
         ns_steps: Newton–Schulz steps of the dense groups.
         truncation_iters: block iterations that truncate the factored momentum to rank k.
 
-    State: dense groups a momentum (m, n); factored ones a core S (k, k) with the layer's bases. A
+    State: dense groups a momentum (m, n), those of kind "momentum" the layer's own, as its
+    parameter; factored ones a core S (k, k) with the layer's bases. A
     direction that `resize_rank` adds starts without momentum.
 
     Raises:
         ValueError: see `FactoredOptimizer`; or adjust_lr is unknown.
     """
 
+    KINDS = ("dense", "factored", "momentum")
     LIMITS = {"lr": (0.0, math.inf), "momentum": (0.0, 1.0), "weight_decay": (0.0, math.inf)}
 
     def __init__(
@@ -95,13 +98,43 @@ class Muon(FactoredMomentum):
             buffer = state["momentum_buffer"].lerp_(p.grad, 1 - mu)
             update = p.grad.lerp(buffer, mu) if group["nesterov"] else buffer
             by_shape[(p.shape, p.dtype, p.device)].append((p, update))
-        for (shape, _, _), pairs in by_shape.items():
-            lr = group["lr"] * lr_scale(group["adjust_lr"], *shape)
-            directions = newton_schulz(torch.stack([u for _, u in pairs]), group["ns_steps"])
-            for (p, _), direction in zip(pairs, directions.unbind(), strict=True):
-                if group["weight_decay"]:
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(direction.to(p.dtype), alpha=-lr)
+        for pairs in by_shape.values():
+            self._update_dense(group, [p for p, _ in pairs], [update for _, update in pairs])
+
+    def _update_dense(self, group: dict[str, Any], params: list, updates: list[Tensor]) -> None:
+        """Step matrices of one shape along the polar factors of `updates`."""
+        lr = group["lr"] * lr_scale(group["adjust_lr"], *params[0].shape)
+        directions = newton_schulz(torch.stack(updates), group["ns_steps"])
+        for p, direction in zip(params, directions.unbind(), strict=True):
+            if group["weight_decay"]:
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+            p.add_(direction.to(p.dtype), alpha=-lr)
+
+    def _momentum_step(self, group: dict[str, Any]) -> None:
+        """The backward passes have made M ← M + Ĝ; the step is along its polar factor, and then
+        M ← μ M. (1 − μ) is left out, as a factor changes no polar factor."""
+        params = group["params"]
+        by_shape: dict[tuple, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        for p, momentum in zip(params[::2], params[1::2], strict=True):
+            if not self.state[p]:
+                self.state[p]["momentum_buffer"] = momentum.detach()
+            by_shape[(p.shape, p.dtype, momentum.dtype, p.device)].append((p, momentum))
+        _average_over_processes([momentum for momentum in params[1::2]])
+        for pairs in by_shape.values():
+            self._update_dense(group, [p for p, _ in pairs], [momentum for _, momentum in pairs])
+        torch._foreach_mul_(params[1::2], group["momentum"])
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As `FactoredOptimizer`'s; the momentum of gradient_mode "momentum" is restored into the
+        model's parameters."""
+        super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            if group["kind"] == "momentum":
+                for p, momentum in zip(group["params"][::2], group["params"][1::2], strict=True):
+                    if self.state[p]:
+                        with torch.no_grad():
+                            momentum.copy_(self.state[p]["momentum_buffer"])
+                        self.state[p]["momentum_buffer"] = momentum.detach()
 
     def _new_dense_state(self, group: dict[str, Any], p: Tensor) -> dict[str, Tensor]:
         return {"momentum_buffer": torch.zeros_like(p)}
@@ -113,6 +146,16 @@ class Muon(FactoredMomentum):
 
     def _update(self, group: dict[str, Any], direction: Tensor, m: int, n: int):
         return polar(direction), -group["lr"] * lr_scale(group["adjust_lr"], m, n)
+
+
+def _average_over_processes(tensors: list[Tensor]) -> None:
+    """The mean over data-parallel processes, which all hold the same momentum but for this step's
+    gradients."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        world = torch.distributed.get_world_size()
+        if world > 1:
+            for tensor in tensors:
+                torch.distributed.all_reduce(tensor.div_(world))
 
 
 def polar(core: Tensor) -> Tensor:
