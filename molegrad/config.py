@@ -36,6 +36,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+DEFAULT_RANK = 32
+
+
 def explored_directions(k: int, decay: float) -> int:
     """How many of k basis directions exploration replaces at every step: ⌈(1 − decay) k⌉ ≤ k."""
     return min(k, math.ceil((1.0 - decay) * k - 1e-9))
@@ -60,11 +63,11 @@ class MoleGradConfig:
         TypeError: a field has the wrong type.
     """
 
-    rank_k: int | float = _field(
-        32,
+    rank_k: int | float | None = _field(
+        None,
         "rank k of the kept gradient modes of each layer: an integer, or a fraction between 0 and "
         "1, a share of the layer's smaller side (to the nearest multiple of 8; of 1 where that "
-        "side is below 64)",
+        "side is below 64); None is 32 where the method has a rank",
     )
     rank_overrides: str | tuple[str, ...] = _field(
         (),
@@ -78,12 +81,13 @@ class MoleGradConfig:
         "block power iterations of method 'power'; 1 costs two products with A and two with B, "
         "0 projects on the warm-started right basis in a single pass",
     )
-    method: Method = _field(
-        "tangent",
+    method: Method | None = _field(
+        None,
         "estimator: 'sampled' (unbiased, of full rank, from a share of the products that the "
         "gradient is a sum of), 'tangent' (rank 2k, one pass, linear in the gradient, hence exact "
         "under accumulation and data parallelism) or 'power' (rank k, two dependent passes, for a "
-        "single micro-batch)",
+        "single micro-batch); None is 'tangent' where a rank, probes or gradient_mode='factored' "
+        "are asked for, else 'sampled'",
     )
     sample_share: float = _field(
         0.25,
@@ -165,7 +169,9 @@ class MoleGradConfig:
     seed: int = _field(0, "seed of the initial bases, the exploration and the probes")
 
     def __post_init__(self) -> None:
-        _check_rank("rank_k", self.rank_k)
+        self._choose_method()
+        if self.rank_k is not None:
+            _check_rank("rank_k", self.rank_k)
         self._require_int("power_iters", minimum=0)
         self._require_int("probes", minimum=0)
         self._require_int("seed", minimum=0)
@@ -223,7 +229,23 @@ class MoleGradConfig:
             pattern, _ = _split_override(override)
             if pattern == layer_role(name) or matches(pattern, name):
                 return override
+        if self.method == "sampled":
+            return f"sample_share={self.sample_share:g}"
         return f"rank_k={self.rank_k!r}"
+
+    def _choose_method(self) -> None:
+        ranked = self.rank_k is not None or bool(self.rank_overrides) or self.probes != 0
+        if self.method is None:
+            low_rank = ranked or self.gradient_mode == "factored" or self.power_iters != 1
+            object.__setattr__(self, "method", "tangent" if low_rank else "sampled")
+        if self.method == "sampled" and (self.rank_k is not None or self.rank_overrides):
+            name = "rank_overrides" if self.rank_k is None else "rank_k"
+            raise ValueError(
+                f"{name}={getattr(self, name)!r} has no meaning for method='sampled', whose "
+                "estimate has full rank: choose method='tangent', or set sample_share"
+            )
+        if self.method != "sampled" and self.rank_k is None:
+            object.__setattr__(self, "rank_k", DEFAULT_RANK)
 
     def _check_sampling(self) -> None:
         self._require_choice("saved_inputs", SAVED_INPUTS)

@@ -63,9 +63,11 @@ class ConversionPlan:
     def __str__(self) -> str:
         numbers = sum(m * n for m, n in (layer.shape for layer in self.taken))
         c = self.config
+        sampled = c.method == "sampled"
+        size = f"sample_share={c.sample_share:g}" if sampled else f"rank_k={c.rank_k}"
         lines = [
             f"MoleGrad takes {len(self.taken)} of {len(self.layers)} linear layers "
-            f"({numbers / 1e6:.2f}M weights; rank_k={c.rank_k}, method={c.method}, "
+            f"({numbers / 1e6:.2f}M weights; {size}, method={c.method}, "
             f"gradient_mode={c.gradient_mode}, target_layers={c.target_layers})"
         ]
         width = max((len(layer.name) for layer in self.layers), default=0)
@@ -74,6 +76,8 @@ class ConversionPlan:
             verdict = f"left: {layer.reason}"
             if layer.reason is None:
                 verdict = f"taken, rank {layer.rank} ({layer.rank_source})"
+                if sampled:
+                    verdict = f"taken, {layer.rank_source}"
             lines.append(f"  {layer.name:<{width}}  {shape:>12}  {verdict}")
         return "\n".join(lines)
 
@@ -157,7 +161,7 @@ def convert(model: nn.Module, config: MoleGradConfig | None = None, **changes) -
     """
     if "target_modules" in changes:
         changes["target_layers"] = changes.pop("target_modules")
-    config = MoleGradConfig(**{**(config or MoleGradConfig()).to_dict(), **changes})
+    config = MoleGradConfig(**{**(config.to_dict() if config else {}), **changes})
     conversion = plan(model, config)
     if not conversion.taken:
         raise ValueError(f"no layer to convert:\n{conversion}")

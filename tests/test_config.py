@@ -10,12 +10,18 @@ from molegrad.config import explored_directions
 
 def test_defaults_are_the_documented_ones():
     c = MoleGradConfig()
-    assert (c.rank_k, c.power_iters, c.target_layers, c.warm_start_decay) == (
-        32,
-        1,
+    assert (c.method, c.rank_k, c.sample_share, c.target_layers) == (
+        "sampled",
+        None,
+        0.25,
         "ffn_only",
-        0.95,
     )
+    # A rank, or whatever only a method of low rank has, chooses such a method.
+    for fields in ({"rank_k": 32}, {"gradient_mode": "factored"}, {"probes": 2}):
+        c = MoleGradConfig(**fields)
+        assert (c.method, c.rank_k, c.power_iters, c.warm_start_decay) == ("tangent", 32, 1, 0.95)
+    with pytest.raises(ValueError, match="rank_k=8 has no meaning for method='sampled'"):
+        MoleGradConfig(method="sampled", rank_k=8)
     assert all(f.metadata["help"] for f in dataclasses.fields(c))
     with pytest.raises(dataclasses.FrozenInstanceError):
         c.rank_k = 3

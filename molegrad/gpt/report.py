@@ -189,10 +189,14 @@ def gradients_of(config: dict) -> str:
         return ABSENT
     if not config.get("enable_streaming", False):
         return f"dense, {config.get('optimizer', '?')}"
-    get = {name: config.get(f"streaming_{name}", "?") for name in ("rank_k", "method")}
+    names = ("rank_k", "method", "sample_share")
+    get = {name: config.get(f"streaming_{name}", "?") for name in names}
     mode, layers = config.get("streaming_gradient_mode", "?"), config.get("streaming_target_layers")
     layers = ", ".join(layers) if isinstance(layers, list) else layers
-    return f"rank {get['rank_k']}, {get['method']}, {mode}, {layers}, {config.get('optimizer')}"
+    size = f"rank {get['rank_k']}"
+    if get["method"] == "sampled":
+        size = f"share {get['sample_share']}"
+    return f"{size}, {get['method']}, {mode}, {layers}, {config.get('optimizer')}"
 
 
 def evaluations(records: list[RunRecord], missing: list[str]) -> str:

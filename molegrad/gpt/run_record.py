@@ -164,9 +164,10 @@ def command(script: str, config_class, values: dict) -> str:
     words = ["python", "-m", f"scripts.{script}"]
     for field in dataclasses.fields(config_class):
         value = values.get(field.name)
+        value = tuple(value) if isinstance(value, list) else value  # JSON knows no tuples
         if field.name in _PAST or value is None or value == field.default:
             continue
-        if isinstance(value, (list, tuple)):
+        if isinstance(value, tuple):
             value = ",".join(map(str, value))
         underscores = field.name.startswith(PREFIX) or field.name == "enable_streaming"
         name = field.name if underscores else field.name.replace("_", "-")

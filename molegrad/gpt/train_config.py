@@ -185,8 +185,11 @@ def resolve(config, device: torch.device, world_size: int = 1):
         values["weight_dtype"] = "float32"
     if config.compile is None:
         values["compile"] = gpu
+    streaming = config.streaming_config()
+    if streaming is not None:
+        values["streaming_method"] = streaming.method
+        values["streaming_rank_k"] = streaming.rank_k
     if config.matrix_lr == 0:
-        streaming = config.streaming_config()
         factored = streaming is not None and streaming.gradient_mode == "factored"
         doubled = factored and config.optimizer == "adamw"
         values["matrix_lr"] = MATRIX_LR[config.optimizer] * (2 if doubled else 1)

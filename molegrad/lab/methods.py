@@ -22,7 +22,7 @@ import types
 import typing
 from dataclasses import dataclass, field
 
-from molegrad.config import PRESETS, MoleGradConfig
+from molegrad.config import DEFAULT_RANK, PRESETS, MoleGradConfig
 from molegrad.gpt.flags import PREFIX
 from molegrad.gpt.train_config import BaseTrainConfig
 
@@ -103,9 +103,12 @@ class Method:
         """The rank k (a fraction: of a layer's smaller side), None for dense methods."""
         if self.peer is not None:
             return self.peer.rank
-        sampled = self.flags.get(PREFIX + "method", MoleGradConfig().method) == "sampled"
-        low_rank = self.flags.get("enable_streaming", False) and not sampled
-        return self.flags.get(PREFIX + "rank_k", MoleGradConfig().rank_k) if low_rank else None
+        if not self.flags.get("enable_streaming", False):
+            return None
+        names = {PREFIX + field.name: field.name for field in dataclasses.fields(MoleGradConfig)}
+        return MoleGradConfig(
+            **{names[key]: value for key, value in self.flags.items() if key in names}
+        ).rank_k
 
 
 def peer_module():
@@ -155,10 +158,10 @@ def _methods(spec: str, shared: dict, ranks: list) -> list[Method]:
     if peer is not None:
         if flags.get("enable_streaming", False) or flags.get("optimizer", "muon") != "muon":
             raise ValueError(f"{spec!r}: a peer is the optimizer, and its gradients are dense")
-        own = [rank] if rank is not None else ranks or [MoleGradConfig().rank_k]
+        own = [rank] if rank is not None else ranks or [DEFAULT_RANK]
         own = own if low_rank else [None]
         return [Method(label, flags, rates, dataclasses.replace(peer, rank=k)) for k in own]
-    if not low_rank:
+    if not low_rank or flags.get(PREFIX + "method") == "sampled":
         return [Method(label, flags, rates)]
     key = PREFIX + "rank_k"
     own = [rank] if rank is not None else [] if key in given else ranks

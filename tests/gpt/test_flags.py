@@ -91,9 +91,7 @@ def test_every_field_of_the_library_is_a_flag_with_its_default_and_help(capsys):
     assert "An example command." in text and "number of blocks" in text
     for source in dataclasses.fields(MoleGradConfig):
         assert "--streaming-" + source.name.replace("_", "-") in text
-        assert getattr(Example(), "streaming_" + source.name) == getattr(
-            MoleGradConfig(), source.name
-        )
+        assert getattr(Example(), "streaming_" + source.name) == source.default
     names = {name for name, _, _ in flags.streaming_fields()}
     assert names == {"streaming_" + f.name for f in dataclasses.fields(MoleGradConfig)}
 
@@ -101,6 +99,24 @@ def test_every_field_of_the_library_is_a_flag_with_its_default_and_help(capsys):
 def test_layer_patterns():
     words = ["--enable_streaming", "--streaming_target_layers=c_fc,attn"]
     assert flags.parse(Example, words).streaming_config().target_layers == ("c_fc", "attn")
+
+
+def test_a_preset_is_its_flags_and_those_beside_it_win():
+    balanced = flags.parse(Example, ["--streaming_preset=balanced"]).streaming_config()
+    assert balanced == MoleGradConfig.preset("balanced")
+    words = ["--depth=3", "--streaming-preset", "minimal", "--streaming_rank_k=0.25"]
+    config = flags.parse(Example, words)
+    assert config.depth == 3
+    assert config.streaming_config() == MoleGradConfig.preset("minimal", rank_k=0.25)
+    off = flags.parse(Example, ["--streaming_preset=exact", "--enable_streaming=False"])
+    assert off.streaming_config() is None and off.streaming_sample_share == 1.0
+
+
+def test_an_unknown_preset_is_refused(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        flags.parse(Example, ["--streaming_preset=best"])
+    assert stopped.value.code == 2
+    assert "no preset 'best': choose among exact, balanced, minimal" in capsys.readouterr().err
 
 
 def test_the_separator_that_torchrun_needs():
