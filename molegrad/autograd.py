@@ -198,18 +198,21 @@ def linear_factored_backward(ctx, grad: Tensor):
 def linear_sampled_backward(ctx, grad: Tensor):
     """Adds the weight's gradient to `momentum` where there is one, else returns it."""
     weight, a, *scale = ctx.saved_tensors
-    momentum, counter, stats, share, block, seed = ctx.rest
+    momentum, momentum_scale, counter, stats, share, block, seed = ctx.rest
     grad_x, grad_bias = _grad_x_and_bias(ctx, grad, weight)
     grad_weight = None
     if ctx.needs_input_grad[1]:
-        target = momentum
-        if momentum is None:
-            target = grad_weight = torch.zeros_like(weight)
+        whole = momentum is None or momentum_scale is not None
+        target = torch.zeros_like(weight) if whole else momentum
         stats[_SAMPLED] = torch.ops.molegrad.sampled_grad_(
             target, a, grad, scale[0] if scale else None, counter, share, block, 1.0, seed
         )
         counter.add_(1)
-    return grad_x, grad_weight, grad_bias, *[None] * 7
+        if momentum is None:
+            grad_weight = target
+        elif momentum_scale is not None:
+            torch.ops.molegrad.add_quantized_(momentum, momentum_scale, target)
+    return grad_x, grad_weight, grad_bias, *[None] * 8
 
 
 def refuse(name: str):

@@ -201,6 +201,20 @@ def sampled_grad_(grad, a, b, a_scale, counter, share, block=4, alpha=1.0, seed=
     sample(op, share, block)
 
 
+def add_quantized_(data, scale, x) -> None:
+    op = "add_quantized_"
+    matrix(op, "data", data)
+    m, n = data.shape
+    _require(data.dtype == torch.int8, op, f"expected data in int8, got {data.dtype}")
+    _require(
+        tuple(scale.shape) in ((m, 1), (1, n)) and scale.dtype == torch.float32,
+        op,
+        f"expected scale ({m}, 1) or (1, {n}) in float32, got {_shape(scale)} in {scale.dtype}",
+    )
+    floating(op, x=x, scale=scale)
+    _require(x.shape == data.shape, op, f"expected x {_shape(data)}, got {_shape(x)}")
+
+
 def quantize_rows(x) -> None:
     op = "quantize_rows"
     floating(op, x=x)
@@ -209,11 +223,14 @@ def quantize_rows(x) -> None:
     )
 
 
-def linear_sampled(x, weight, bias, momentum, counter, stats, share, block, seed, fp8) -> None:
+def linear_sampled(
+    x, weight, bias, momentum, momentum_scale, counter, stats, share, block, seed, fp8
+) -> None:
     op = "linear_sampled"
     linear(op, x, weight, bias)
     if momentum is not None:
-        floating(op, x=x, momentum=momentum)
+        if momentum_scale is None:
+            floating(op, x=x, momentum=momentum)
         _require(
             momentum.shape == weight.shape,
             op,

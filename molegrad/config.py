@@ -19,12 +19,12 @@ from molegrad.names import layer_role, matches
 Method = Literal["power", "tangent", "sampled"]
 GradientMode = Literal["dense", "factored", "momentum"]
 SavedInputs = Literal["full", "fp8"]
-MomentumDtype = Literal["float32", "bfloat16"]
+MomentumDtype = Literal["float32", "bfloat16", "int8"]
 
 METHODS = ("power", "tangent", "sampled")
 GRADIENT_MODES = ("dense", "factored", "momentum")
 SAVED_INPUTS = ("full", "fp8")
-MOMENTUM_DTYPES = ("float32", "bfloat16")
+MOMENTUM_DTYPES = ("float32", "bfloat16", "int8")
 TARGET_GROUPS = ("ffn_only", "attention_only", "all")
 
 
@@ -144,7 +144,9 @@ class MoleGradConfig:
         "needs an optimizer of molegrad.optim",
     )
     momentum_dtype: MomentumDtype = _field(
-        "float32", "gradient_mode 'momentum': dtype of the momentum"
+        "float32",
+        "gradient_mode 'momentum': dtype of the momentum; int8 has a scale for each feature of the "
+        "wider side",
     )
     energy_target: float = _field(
         0.0,

@@ -26,8 +26,9 @@ from molegrad.autograd import STATS
 from molegrad.config import MoleGradConfig, explored_directions
 from molegrad.reference import acc_dtype
 
-_WORKING_STATE = ("basis_u", "basis_v", "momentum", "counter", "stats")
-WORKING_PARAMETERS = ("basis_u", "basis_v", "momentum")  # in no state_dict
+# Parameters that a layer works with and that are in no state_dict of the model.
+WORKING_PARAMETERS = ("basis_u", "basis_v", "momentum", "momentum_scale")
+_WORKING_STATE = (*WORKING_PARAMETERS, "counter", "stats")
 
 
 class MoleLinear(nn.Linear):
@@ -106,12 +107,14 @@ class MoleLinear(nn.Linear):
         self.register_buffer("stats", stats, persistent=False)
         if factored:
             self.weight.requires_grad_(False)
-        self.momentum = None
+        self.momentum = self.momentum_scale = None
         if config.gradient_mode == "momentum":
-            self.momentum = nn.Parameter(
-                torch.zeros_like(self.weight, dtype=getattr(torch, config.momentum_dtype)),
-                requires_grad=False,
-            )
+            momentum = torch.zeros_like(self.weight, dtype=getattr(torch, config.momentum_dtype))
+            self.momentum = nn.Parameter(momentum, requires_grad=False)
+        if config.momentum_dtype == "int8" and self.momentum is not None:
+            m, n = self.weight.shape
+            scale = torch.ones((m, 1) if m >= n else (1, n), device=device)
+            self.momentum_scale = nn.Parameter(scale, requires_grad=False)
         self._guard_accumulation()
         self.reset_bases()
 
@@ -177,8 +180,8 @@ class MoleLinear(nn.Linear):
         fp8 = c.saved_inputs == "fp8"
         if c.method == "sampled":
             return torch.ops.molegrad.linear_sampled(
-                input, self.weight, self.bias, self.momentum, self.counter, self.stats,
-                c.sample_share, c.sample_block, self._seed, fp8,
+                input, self.weight, self.bias, self.momentum, self.momentum_scale,
+                self.counter, self.stats, c.sample_share, c.sample_block, self._seed, fp8,
             )[0]  # fmt: skip
         if c.gradient_mode == "dense":
             return torch.ops.molegrad.linear_dense(
@@ -221,6 +224,7 @@ class MoleLinear(nn.Linear):
         super()._apply(fn, recurse)
         dtypes = {
             "stats": torch.float32,
+            "momentum_scale": torch.float32,
             "momentum": getattr(torch, self.config.momentum_dtype),
         }
         for key, old in before.items():

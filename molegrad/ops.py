@@ -178,6 +178,12 @@ OPS: dict[str, Op] = {
         _fake_quantize_rows,
         autograd.refuse("quantize_rows"),
     ),
+    "add_quantized_": Op(
+        "(Tensor(a!) data, Tensor(b!) scale, Tensor x) -> ()",
+        reference.add_quantized_,
+        checks.add_quantized_,
+        _nothing,
+    ),
     "linear_dense": Op(
         f"({_LINEAR} Tensor basis_u, Tensor basis_v, Tensor counter, Tensor stats, str method, "
         "int power_iters, int probes, float trust_max, int explored, int seed, float cond_max, "
@@ -198,8 +204,8 @@ OPS: dict[str, Op] = {
         autograd.linear_setup,
     ),
     "linear_sampled": Op(
-        f"({_LINEAR} Tensor? momentum, Tensor counter, Tensor stats, float share, int block, "
-        f"int seed, {_LINEAR_RESULT}",
+        f"({_LINEAR} Tensor? momentum, Tensor? momentum_scale, Tensor counter, Tensor stats, "
+        f"float share, int block, int seed, {_LINEAR_RESULT}",
         _linear,
         checks.linear_sampled,
         _fake_linear,
@@ -424,6 +430,18 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     Source: Micikevicius et al., FP8 formats for deep learning (2022).
     """
     return torch.ops.molegrad.quantize_rows(x)
+
+
+def add_quantized_(data: Tensor, scale: Tensor, x: Tensor) -> None:
+    """data · scale += x in place, with new scales: the largest magnitude of each over 127.
+
+    Args:
+        data: (m, n) int8. scale: (m, 1), one for each row, or (1, n), one for each column,
+            float32. x: (m, n), any floating dtype; where it is NaN the scale becomes NaN.
+
+    Source: Dettmers et al. (2022), 8-bit optimizers; here one scale a row, rounded to nearest.
+    """
+    torch.ops.molegrad.add_quantized_(data, scale, x)
 
 
 def lowrank_update_(

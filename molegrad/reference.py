@@ -251,6 +251,11 @@ def sampled_grad_(
     a, b = _tokens(a), _tokens(b)
     wide_a = a.shape[1] > b.shape[1]
     total = a.shape[0]
+    if share >= 1.0 and grad.dtype == b.dtype:  # the library's product adds to grad by itself
+        if a_scale is not None:
+            a = a.to(b.dtype) * a_scale.reshape(-1, 1).to(b.dtype)
+        grad.addmm_(b.mT, a, alpha=alpha)
+        return torch.tensor([1.0, 0.0], device=grad.device)
     out = grad if grad.dtype == dtype else torch.zeros_like(grad, dtype=dtype)
     factor = alpha if out is grad else 1.0
 
@@ -286,6 +291,15 @@ def sampled_grad_(
         grad.add_(out, alpha=alpha)
     relative = torch.where(energy > 0, noise / energy, 0.0)
     return torch.stack([taken if sampling else taken + 1.0, relative]).to(torch.float32)
+
+
+def add_quantized_(data: Tensor, scale: Tensor, x: Tensor) -> None:
+    """data · scale += x, rounded to int8 with new scales, one for each row or column."""
+    value = data.to(torch.float32) * scale + x
+    dim = 1 if scale.shape[0] == data.shape[0] else 0
+    new = value.abs().amax(dim, keepdim=True) / 127.0
+    scale.copy_(torch.where(new == 0, 1.0, new))
+    data.copy_((value / scale).round_())
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:

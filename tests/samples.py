@@ -70,6 +70,10 @@ def sample_inputs(name: str, requires_grad: bool = False) -> list[tuple]:
             (randn(11, 13), b3, a3, None, counter, 2.0, 3, 1.0, 5),
         ],
         "rademacher": [(5, 3, counter, 7)],
+        "add_quantized_": [
+            (torch.zeros(13, 11, dtype=torch.int8), torch.ones(13, 1), randn(13, 11)),
+            (torch.ones(13, 11, dtype=torch.int8), torch.ones(1, 11), randn(13, 11).bfloat16()),
+        ],
         "quantize_rows": [(randn(2, 5, 11),), (randn(7, 3).bfloat16(),)],
         "linear_dense": [
             (*linear, counter, stats, method, 1, probes, trust, 1, 3, 1e3, probes == 2)
@@ -78,8 +82,8 @@ def sample_inputs(name: str, requires_grad: bool = False) -> list[tuple]:
             )
         ],
         "linear_sampled": [
-            (*linear[:3], None, counter, stats, 0.5, 2, 3, False),
-            (*linear[:3], torch.zeros(13, 11), counter, stats, 1.0, 4, 0, True),
+            (*linear[:3], None, None, counter, stats, 0.5, 2, 3, False),
+            (*linear[:3], torch.zeros(13, 11), None, counter, stats, 1.0, 4, 0, True),
         ],
         "linear_factored": [
             (*linear[:3], u_, v_, stats, method, 3, 1, 1e3, method == "power")

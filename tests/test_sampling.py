@@ -135,6 +135,23 @@ def test_bad_arguments_are_named(change, message):
         torch.ops.molegrad.sampled_grad_(**{**given, "share": 0.5, "block": 4, **change})
 
 
+@pytest.mark.parametrize("shape", [(13, 1), (1, 11)])
+def test_add_quantized_rounds_to_half_a_step(shape):
+    data, scale = torch.zeros(13, 11, dtype=torch.int8), torch.ones(shape)
+    x = randn(13, 11) * torch.logspace(-3, 3, shape[0] + shape[1] - 1).view(shape)
+    total = torch.zeros(13, 11)
+    for _ in range(3):
+        ops.add_quantized_(data, scale, x)
+        total += x
+        assert ((data * scale - total).abs() <= 1.51 * scale).all()
+    ops.add_quantized_(data, scale, -(data * scale))
+    assert not data.any() and torch.equal(scale, torch.ones(shape))
+    ops.add_quantized_(data, scale, torch.full((13, 11), float("nan")))
+    assert (data * scale).isnan().all()
+    with pytest.raises(RuntimeError, match=r"molegrad::add_quantized_: expected scale \(13, 1\)"):
+        ops.add_quantized_(data, torch.ones(11), x)
+
+
 # The layer
 
 
@@ -187,7 +204,7 @@ def test_float8_inputs_are_what_is_kept(saved, wanted):
     assert sum(t.nbytes for t in kept if t.data_ptr() not in own) == wanted
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_state_moves_saves_and_resumes(dtype):
     x = randn(50, 16)
 
@@ -236,6 +253,20 @@ def test_muon_on_momentum_mode_is_heavy_ball_muon():
             optimizer.zero_grad()
             model.bias.grad = None
     torch.testing.assert_close(moled.weight, dense.weight, rtol=1e-4, atol=1e-5)
+
+
+def test_an_int8_momentum_stays_near_the_exact_one():
+    exact, small = layer(sample_share=1.0), layer(sample_share=1.0, momentum_dtype="int8")
+    optimizers = [Muon(matrix_param_groups(each), lr=0.0) for each in (exact, small)]
+    for i in range(10):
+        x = randn(50, 16, seed=i)
+        for each in (exact, small):
+            each(x).square().mean().backward()
+        value = small.momentum * small.momentum_scale
+        assert (value - exact.momentum).norm() < 0.03 * exact.momentum.norm()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert memory_bytes(small, optimizers[1:])["optimizer_state"] == 16 * 64 + 64 * 4
 
 
 def test_memory_and_metrics():

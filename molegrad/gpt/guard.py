@@ -29,7 +29,10 @@ class NonFiniteGuard:
 
     def __init__(self, model: nn.Module, history: int = 20):
         momenta = {
+            # An int8 momentum that is not finite has a scale that is not.
             f"{name}.momentum": layer.momentum
+            if layer.momentum_scale is None
+            else layer.momentum_scale
             for name, layer in model.named_modules()
             if isinstance(layer, MoleLinear) and layer.momentum is not None
         }

@@ -42,6 +42,8 @@ def memory_bytes(
             bases.update((layer.basis_u, layer.basis_v))
             if layer.momentum is not None:  # the gradient never exists beside it
                 momenta.add(layer.momentum)
+                if layer.momentum_scale is not None:
+                    momenta.add(layer.momentum_scale)
                 own.add(layer.weight)
     parameters = set(model.parameters())
     weights = [p for p in parameters if p not in bases | momenta]

@@ -254,10 +254,12 @@ class FactoredOptimizer(Optimizer):
         if group["kind"] == "dense":
             return
         if group["kind"] == "momentum":
-            if [p.shape for p in params[::2]] != [p.shape for p in params[1::2]]:
+            each = 3 if group.get("quantized", False) else 2
+            if [p.shape for p in params[::each]] != [p.shape for p in params[1::each]]:
                 raise ValueError(
-                    f"{name}: a momentum group holds weight and momentum, both (m, n), of each "
-                    "layer in turn (molegrad.optim.matrix_param_groups builds it); got "
+                    f"{name}: a momentum group holds weight and momentum, both (m, n), and where "
+                    "it is quantized a scale of each layer in turn "
+                    "(molegrad.optim.matrix_param_groups builds it); got "
                     f"{[tuple(p.shape) for p in params]}"
                 )
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
@@ -21,8 +22,9 @@ def matrix_param_groups(*modules: nn.Module, exclude: Iterable[nn.Module] = ()) 
         exclude: linear layers to leave out (they then belong to `other_params`).
 
     Returns:
-        one group of kind "dense" (plain layers and those in dense mode), one of kind "momentum",
-        whose params are weight and momentum of each layer in turn, and groups of kind "factored",
+        one group of kind "dense" (plain layers and those in dense mode), those of kind "momentum",
+        whose params are weight, momentum and, where "quantized", its scale of each layer in turn,
+        and groups of kind "factored",
         whose params are weight, basis_u, basis_v of each layer in turn; layers of different ranks
         share a group.
 
@@ -31,7 +33,7 @@ def matrix_param_groups(*modules: nn.Module, exclude: Iterable[nn.Module] = ()) 
     """
     excluded = {id(m) for root in exclude for m in root.modules()}
     dense: list[nn.Parameter] = []
-    momentum: list[nn.Parameter] = []
+    momentum: dict[bool, list[nn.Parameter]] = defaultdict(list)  # by whether it is quantized
     factored: dict[tuple, dict[str, Any]] = {}  # by options
     seen: set[int] = set()
     for layer in (m for root in modules for m in root.modules() if isinstance(m, nn.Linear)):
@@ -45,7 +47,8 @@ def matrix_param_groups(*modules: nn.Module, exclude: Iterable[nn.Module] = ()) 
             dense.append(layer.weight)
             continue
         if mode == "momentum":
-            momentum += [layer.weight, layer.momentum]
+            scale = [] if layer.momentum_scale is None else [layer.momentum_scale]
+            momentum[bool(scale)] += [layer.weight, layer.momentum, *scale]
             continue
         c = layer.config
         if c.trust_scaling and c.method == "power":
@@ -67,8 +70,8 @@ def matrix_param_groups(*modules: nn.Module, exclude: Iterable[nn.Module] = ()) 
         )
         group["params"] += [layer.weight, layer.basis_u, layer.basis_v]
     groups = list(factored.values())
-    if momentum:
-        groups.insert(0, {"kind": "momentum", "params": momentum})
+    for quantized, params in momentum.items():
+        groups.insert(0, {"kind": "momentum", "quantized": quantized, "params": params})
     if dense:
         groups.insert(0, {"kind": "dense", "params": dense})
     return groups

@@ -113,28 +113,32 @@ class Muon(FactoredMomentum):
     def _momentum_step(self, group: dict[str, Any]) -> None:
         """The backward passes have made M ← M + Ĝ; the step is along its polar factor, and then
         M ← μ M. (1 − μ) is left out, as a factor changes no polar factor."""
-        params = group["params"]
+        layers = _momentum_layers(group)
         by_shape: dict[tuple, list[tuple[Tensor, Tensor]]] = defaultdict(list)
-        for p, momentum in zip(params[::2], params[1::2], strict=True):
+        for p, *momentum in layers:
             if not self.state[p]:
-                self.state[p]["momentum_buffer"] = momentum.detach()
-            by_shape[(p.shape, p.dtype, momentum.dtype, p.device)].append((p, momentum))
-        _average_over_processes([momentum for momentum in params[1::2]])
+                self.state[p].update(_named(momentum))
+            _average_over_processes(*momentum)
+            value = momentum[0] if len(momentum) == 1 else momentum[0] * momentum[1]
+            by_shape[(p.shape, p.dtype, value.dtype, p.device)].append((p, value))
         for pairs in by_shape.values():
-            self._update_dense(group, [p for p, _ in pairs], [momentum for _, momentum in pairs])
-        torch._foreach_mul_(params[1::2], group["momentum"])
+            self._update_dense(group, [p for p, _ in pairs], [value for _, value in pairs])
+        torch._foreach_mul_([layer[-1] for layer in layers], group["momentum"])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As `FactoredOptimizer`'s; the momentum of gradient_mode "momentum" is restored into the
         model's parameters."""
         super().load_state_dict(state_dict)
         for group in self.param_groups:
-            if group["kind"] == "momentum":
-                for p, momentum in zip(group["params"][::2], group["params"][1::2], strict=True):
-                    if self.state[p]:
+            if group["kind"] != "momentum":
+                continue
+            for p, *momentum in _momentum_layers(group):
+                saved = self.state.get(p, {})
+                for key, tensor in _named(momentum).items():
+                    if key in saved:
                         with torch.no_grad():
-                            momentum.copy_(self.state[p]["momentum_buffer"])
-                        self.state[p]["momentum_buffer"] = momentum.detach()
+                            tensor.copy_(saved[key])
+                        saved[key] = tensor
 
     def _new_dense_state(self, group: dict[str, Any], p: Tensor) -> dict[str, Tensor]:
         return {"momentum_buffer": torch.zeros_like(p)}
@@ -148,14 +152,33 @@ class Muon(FactoredMomentum):
         return polar(direction), -group["lr"] * lr_scale(group["adjust_lr"], m, n)
 
 
-def _average_over_processes(tensors: list[Tensor]) -> None:
+# Where the state_dict has a layer's momentum, and its scale if it is quantized.
+_MOMENTUM_STATE = ("momentum_buffer", "momentum_scale")
+
+
+def _momentum_layers(group: dict[str, Any]) -> list[tuple[Tensor, ...]]:
+    """(weight, momentum) or (weight, momentum, scale) of every layer; momentum · scale is M."""
+    params, each = group["params"], 3 if group["quantized"] else 2
+    return [tuple(params[i : i + each]) for i in range(0, len(params), each)]
+
+
+def _named(momentum: list[Tensor]) -> dict[str, Tensor]:
+    """As in the state_dict; the tensors share the parameters' memory."""
+    return {key: p.detach() for key, p in zip(_MOMENTUM_STATE, momentum, strict=False)}
+
+
+def _average_over_processes(momentum: Tensor, scale: Tensor | None = None) -> None:
     """The mean over data-parallel processes, which all hold the same momentum but for this step's
     gradients."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        world = torch.distributed.get_world_size()
-        if world > 1:
-            for tensor in tensors:
-                torch.distributed.all_reduce(tensor.div_(world))
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    world = torch.distributed.get_world_size()
+    if world > 1 and scale is None:
+        torch.distributed.all_reduce(momentum.div_(world))
+    elif world > 1:
+        value = momentum * (scale / world)
+        torch.distributed.all_reduce(value)
+        torch.ops.molegrad.add_quantized_(momentum.zero_(), scale, value)
 
 
 def polar(core: Tensor) -> Tensor:
