@@ -42,6 +42,12 @@ inline std::string dtype_name(ScalarType dtype) {
       return "torch.bfloat16";
     case ScalarType::Half:
       return "torch.float16";
+    case ScalarType::Float8_e4m3fn:
+      return "torch.float8_e4m3fn";
+    case ScalarType::Long:
+      return "torch.int64";
+    case ScalarType::Int:
+      return "torch.int32";
     default: {
       std::ostringstream name;
       name << "torch." << dtype;
@@ -76,7 +82,7 @@ inline void check_matrix(const char* op, const char* name, const Tensor& x) {
   require(x.dim() == 2, op, name, " must be a matrix, got shape ", shape(x));
 }
 
-inline void check_tokens(const char* op, const Tensor& a, const Tensor& b) {
+inline void check_tokens(const char* op, const Tensor& a, const Tensor& b, bool same_dtype = true) {
   require(a.dim() >= 2 && b.dim() >= 2, op,
           "a and b need at least two dimensions (…, T, features), got a ", shape(a), " and b ",
           shape(b));
@@ -84,8 +90,9 @@ inline void check_tokens(const char* op, const Tensor& a, const Tensor& b) {
   for (int64_t i = 0; agree && i + 1 < a.dim(); ++i) agree = a.size(i) == b.size(i);
   require(agree, op, "expected a and b to agree in every dimension but the last, got a ", shape(a),
           " and b ", shape(b));
-  require(a.scalar_type() == b.scalar_type(), op, "expected a and b of the same dtype, got ",
-          dtype_name(a.scalar_type()), " and ", dtype_name(b.scalar_type()));
+  require(a.scalar_type() == b.scalar_type() || !same_dtype, op,
+          "expected a and b of the same dtype, got ", dtype_name(a.scalar_type()), " and ",
+          dtype_name(b.scalar_type()));
 }
 
 inline void check_basis(const char* op, const char* name, const Tensor& x, int64_t rows,
@@ -198,12 +205,49 @@ inline void check_lowrank_update(const Tensor& weight, const Tensor& u, const Te
           shape(w));
 }
 
-inline void check_rademacher(int64_t rows, int64_t cols, const Tensor& counter) {
-  const char* op = "rademacher";
-  require(rows >= 0 && cols >= 0, op, "rows and cols must be >= 0, got ", rows, " and ", cols);
+inline void check_counter(const char* op, const Tensor& counter) {
   require(counter.scalar_type() == ScalarType::Long && counter.dim() == 0, op,
           "expected counter as an int64 scalar tensor, got ", shape(counter), " of ",
           dtype_name(counter.scalar_type()));
+}
+
+inline void check_rademacher(int64_t rows, int64_t cols, const Tensor& counter) {
+  const char* op = "rademacher";
+  require(rows >= 0 && cols >= 0, op, "rows and cols must be >= 0, got ", rows, " and ", cols);
+  check_counter(op, counter);
+}
+
+inline void check_sampled_grad(const Tensor& grad, const Tensor& a, const Tensor& b,
+                               const std::optional<Tensor>& a_scale,
+                               const std::optional<Tensor>& basis, const Tensor& counter,
+                               double share, int64_t block) {
+  const char* op = "sampled_grad_";
+  const bool float8 = a.scalar_type() == ScalarType::Float8_e4m3fn;
+  if (!float8) check_input(op, "a", a);
+  check_cpu(op, "a", a);
+  check_input(op, "b", b);
+  check_input(op, "grad", grad);
+  if (a_scale.has_value()) check_input(op, "a_scale", *a_scale);
+  if (basis.has_value()) check_input(op, "basis", *basis);
+  check_tokens(op, a, b, !float8);
+  const int64_t n = a.size(a.dim() - 1), m = b.size(b.dim() - 1), d = n < m ? n : m;
+  require(grad.dim() == 2 && grad.size(0) == m && grad.size(1) == n, op, "expected grad of shape (",
+          m, ", ", n, "), got ", shape(grad));
+  if (a_scale.has_value()) {
+    int64_t tokens = 1;
+    for (int64_t i = 0; i + 1 < a.dim(); ++i) tokens *= a.size(i);
+    require(a_scale->numel() == tokens, op, "expected a_scale with one number per token (", tokens,
+            "), got ", shape(*a_scale));
+  }
+  if (basis.has_value()) {
+    check_matrix(op, "basis", *basis);
+    require(basis->size(0) == d && basis->size(1) <= d, op, "expected basis (", d, ", k <= ", d,
+            ") on the narrower side, got ", shape(*basis));
+  }
+  check_counter(op, counter);
+  check_cpu(op, "counter", counter);
+  require(share > 0, op, "share must be positive, got ", share);
+  require(block >= 1, op, "block must be at least 1, got ", block);
 }
 
 }  // namespace molegrad

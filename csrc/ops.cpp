@@ -17,6 +17,7 @@
 #include "cpu/orth.h"
 #include "cpu/products.h"
 #include "cpu/rademacher.h"
+#include "cpu/sampled.h"
 
 namespace molegrad {
 namespace {
@@ -33,6 +34,8 @@ DType view_dtype(const Tensor& x) {
       return DType::kBFloat16;
     case ScalarType::Half:
       return DType::kFloat16;
+    case ScalarType::Float8_e4m3fn:
+      return DType::kFloat8;
     default:
       return DType::kFloat32;
   }
@@ -144,11 +147,6 @@ MutableView slice(const Tensor& x, int64_t i, int64_t rows, int64_t cols) {
   return cpu::view_of(static_cast<C*>(x.mutable_data_ptr()) + i * rows * cols, rows, cols);
 }
 
-View slice(const View& x, int64_t i, int64_t rows) {
-  const int64_t size = x.dtype == DType::kFloat64 ? 8 : x.dtype == DType::kFloat32 ? 4 : 2;
-  return {static_cast<const char*>(x.data) + i * rows * x.ld * size, x.dtype, rows, x.cols, x.ld};
-}
-
 // one(i) for every matrix of a batch. A batch that occupies all threads is spread over them; a
 // smaller one leaves them to the products inside.
 template <typename F>
@@ -174,8 +172,8 @@ std::tuple<Tensor, Tensor, Tensor> orthonormalize(Tensor y, double cond_max) {
     using C = decltype(zero);
     auto* statuses = static_cast<int32_t*>(status.mutable_data_ptr());
     for_each_matrix(count, [&](int64_t i) {
-      statuses[i] = cpu::orthonormalize<C>(slice(y_in.view, i, m), cond_max, slice<C>(q, i, m, k),
-                                           slice<C>(r, i, k, k));
+      statuses[i] = cpu::orthonormalize<C>(cpu::part_of(y_in.view, i * m, m, 0, k), cond_max,
+                                           slice<C>(q, i, m, k), slice<C>(r, i, k, k));
     });
   });
   return {q, r, status};
@@ -189,7 +187,7 @@ Tensor polar_factor(Tensor w) {
   with_compute_type(w, [&](auto zero) {
     using C = decltype(zero);
     for_each_matrix(count, [&](int64_t i) {
-      cpu::polar_factor<C>(slice(w_in.view, i, n), slice<C>(p, i, n, k));
+      cpu::polar_factor<C>(cpu::part_of(w_in.view, i * n, n, 0, k), slice<C>(p, i, n, k));
     });
   });
   return p;
@@ -221,6 +219,41 @@ void lowrank_update_(Tensor weight, Tensor u, Tensor w, double alpha, double dec
   }
 }
 
+std::tuple<Tensor, Tensor> sampled_grad_(Tensor grad, Tensor a, Tensor b,
+                                         std::optional<Tensor> a_scale, std::optional<Tensor> basis,
+                                         Tensor counter, double share, int64_t block, double alpha,
+                                         int64_t seed) {
+  check_sampled_grad(grad, a, b, a_scale, basis, counter, share, block);
+  const Operand a_in(a), b_in(b);
+  const bool wide_a = a_in.view.cols > b_in.view.cols;
+  const std::vector<int64_t> column = {a_in.view.rows, 1};
+  std::optional<Operand> scale_in, basis_in;
+  if (a_scale.has_value()) scale_in.emplace(torch::stable::reshape(*a_scale, column));
+  if (basis.has_value()) basis_in.emplace(*basis);
+
+  cpu::SampledGrad args;
+  args.x = wide_a ? a_in.view : b_in.view;
+  args.z = wide_a ? b_in.view : a_in.view;
+  if (scale_in.has_value()) (wide_a ? args.x_scale : args.z_scale) = scale_in->view;
+  if (basis_in.has_value()) args.basis = basis_in->view;
+  args.counter = *static_cast<const int64_t*>(counter.const_data_ptr());
+  args.seed = seed;
+  args.block = block;
+  args.share = share;
+  args.alpha = alpha;
+  args.grad = grad.mutable_data_ptr();
+  args.grad_dtype = view_dtype(grad);
+  args.feature_stride = grad.stride(wide_a ? 1 : 0);
+  args.column_stride = grad.stride(wide_a ? 0 : 1);
+  Tensor moments = new_matrix(b, {args.z.cols, args.basis.cols}, acc_dtype(b));
+  Tensor stats = new_matrix(b, {2}, ScalarType::Float);
+  with_compute_type(b, [&](auto zero) {
+    cpu::sampled_grad<decltype(zero)>(args, output(moments),
+                                      static_cast<float*>(stats.mutable_data_ptr()));
+  });
+  return {moments, stats};
+}
+
 Tensor rademacher(int64_t rows, int64_t cols, Tensor counter, int64_t seed) {
   check_rademacher(rows, cols, counter);
   Tensor out = new_matrix(counter, {rows, cols}, ScalarType::Float);
@@ -239,6 +272,7 @@ STABLE_TORCH_LIBRARY_IMPL(molegrad, CPU, m) {
   m.impl("orthonormalize", TORCH_BOX(&orthonormalize));
   m.impl("polar_factor", TORCH_BOX(&polar_factor));
   m.impl("lowrank_update_", TORCH_BOX(&lowrank_update_));
+  m.impl("sampled_grad_", TORCH_BOX(&sampled_grad_));
   m.impl("rademacher", TORCH_BOX(&rademacher));
 }
 

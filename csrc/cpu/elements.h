@@ -1,5 +1,5 @@
-// Elements of the four dtypes, read as and written from the compute type. For kernels.cpp alone,
-// and like it compiled once per instruction set: everything is local to that translation unit.
+// Elements of every dtype, read as and written from the compute type (float8 only read). For the
+// files that are compiled once per instruction set: everything is local to the translation unit.
 #pragma once
 
 #ifdef __F16C__
@@ -16,6 +16,9 @@ struct BFloat16 {
 };
 struct Float16 {
   uint16_t bits;
+};
+struct Float8 {  // e4m3fn: four bits of exponent, three of mantissa, no infinity
+  uint8_t bits;
 };
 
 inline float from_bits(uint32_t bits) {
@@ -42,6 +45,16 @@ inline float widen(Float16 x) {
   if (rest >= 0x7c00u) return from_bits(sign | 0x7f800000u | (rest & 0x3ffu) << 13);
   return from_bits(sign | to_bits(from_bits(rest << 13) * from_bits(0x77800000u)));
 #endif
+}
+
+inline float widen(Float8 x) {
+  const uint32_t magnitude = x.bits & 0x7fu;
+  const float normal = from_bits((magnitude << 20) + (120u << 23));
+  const float subnormal = static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-9f;
+  const uint32_t bits = magnitude == 0x7fu ? 0x7fc00000u
+                        : magnitude < 8u   ? to_bits(subnormal)
+                                           : to_bits(normal);
+  return from_bits(bits | static_cast<uint32_t>(x.bits & 0x80u) << 24);
 }
 
 inline void narrow(float x, float& out) { out = x; }
@@ -90,7 +103,7 @@ inline void load_row(const Float16* __restrict src, int64_t n, C* __restrict dst
 }
 #endif
 
-// fn(typed pointer to element (row, column) of a view)
+// fn(typed pointer to element `offset` of a view)
 template <typename F>
 inline void with_elements(const void* data, DType dtype, int64_t offset, const F& fn) {
   switch (dtype) {
@@ -102,7 +115,16 @@ inline void with_elements(const void* data, DType dtype, int64_t offset, const F
       return fn(static_cast<const BFloat16*>(data) + offset);
     case DType::kFloat16:
       return fn(static_cast<const Float16*>(data) + offset);
+    case DType::kFloat8:
+      return;  // never written: `with_inputs`
   }
+}
+
+// The same for what is only read.
+template <typename F>
+inline void with_inputs(const void* data, DType dtype, int64_t offset, const F& fn) {
+  if (dtype == DType::kFloat8) return fn(static_cast<const Float8*>(data) + offset);
+  with_elements(data, dtype, offset, fn);
 }
 
 template <typename T>
@@ -111,7 +133,10 @@ inline T* writable(const T* p) {
 }
 
 inline int64_t element_size(DType dtype) {
-  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+  return dtype == DType::kFloat64   ? 8
+         : dtype == DType::kFloat32 ? 4
+         : dtype == DType::kFloat8  ? 1
+                                    : 2;
 }
 
 }  // namespace

@@ -8,21 +8,10 @@
 #include "kernels.h"
 
 #include "elements.h"
+#include "simd.h"
 
 namespace molegrad::cpu::MOLEGRAD_CAPABILITY {
 namespace {
-
-#if MOLEGRAD_VECTOR_BYTES == 64 || defined(__aarch64__)
-constexpr int kRegisters = 32;
-#else
-constexpr int kRegisters = 16;
-#endif
-
-template <typename C>
-struct Simd {
-  typedef C Vec __attribute__((vector_size(MOLEGRAD_VECTOR_BYTES)));
-  static constexpr int kLanes = MOLEGRAD_VECTOR_BYTES / sizeof(C);
-};
 
 // Rows of a register tile that is NV vectors wide: accumulators + NV operands + 1 broadcast fit
 // the register file, and the count divides kRowUnit.
@@ -32,8 +21,6 @@ constexpr int tile_rows() {
   if (kRegisters == 32) return NV == 2 ? 12 : 8;
   return NV == 2 ? 6 : 4;
 }
-
-inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // out[r] += sum_i a[r * row + i * step] * s[i]: both contractions in one shape. Over features
 // row = block stride, step = 1; over tokens row = 1, step = block stride. The sum starts at zero
@@ -109,7 +96,7 @@ template <typename C>
 void load_block(const View& src, int64_t row, int64_t rows, int64_t padded_rows, int64_t column,
                 int64_t columns, C* dst) {
   const int64_t padded = round_up(columns, kRowUnit);
-  with_elements(src.data, src.dtype, row * src.ld + column, [&](const auto* from) {
+  with_inputs(src.data, src.dtype, row * src.ld + column, [&](const auto* from) {
     for (int64_t r = 0; r < rows; ++r) {
       C* to = dst + r * kBlockColumns;
       if (columns == kBlockColumns) {
@@ -141,7 +128,7 @@ void pack(const View& src, int64_t rows, int64_t begin, int64_t end, C* dst) {
   for (int64_t p = 0; p < panels.count(); ++p) {
     const int64_t first = p * 2 * panels.lanes, width = panels.panel_vectors(p) * panels.lanes;
     const int64_t columns = min64(width, src.cols - first);
-    with_elements(src.data, src.dtype, first, [&](const auto* from) {
+    with_inputs(src.data, src.dtype, first, [&](const auto* from) {
       for (int64_t r = begin; r < end; ++r) {
         C* to = dst + panels.offset(p) + r * width;
         load_row(from + r * src.ld, columns, to);
@@ -430,8 +417,9 @@ void signs(uint64_t stream, int64_t begin, int64_t end, float* out) {
 
 template <typename C>
 KernelSet<C> make_set() {
-  return {Simd<C>::kLanes,   sketch_scratch<C>, sketch<C>, apply_scratch<C>,   apply<C>,
-          update_scratch<C>, update<C>,         pack<C>,   pack_transposed<C>, reduce<C>};
+  return {Simd<C>::kLanes,    sketch_scratch<C>, sketch<C>,           apply_scratch<C>,
+          apply<C>,           update_scratch<C>, update<C>,           pack<C>,
+          pack_transposed<C>, reduce<C>,         sampled_kernels<C>()};
 }
 
 #define MOLEGRAD_STRING_(x) #x

@@ -1,13 +1,15 @@
-// Interface between the capability-independent drivers (products.cpp) and kernels.cpp, which is
-// compiled once per instruction set. Only plain data crosses it: kernels.cpp must not instantiate
-// inline functions of other headers with its own machine flags (the linker keeps one copy of each).
+// Interface between the capability-independent drivers (products.cpp, sampled.cpp) and kernels.cpp
+// and sampled_kernels.cpp, which are compiled once per instruction set. Only plain data crosses it:
+// those two must not instantiate inline functions of other headers with their own machine flags
+// (the linker keeps one copy of each).
 #pragma once
 
 #include <cstdint>
 
 namespace molegrad::cpu {
 
-enum class DType : int { kFloat32, kFloat64, kBFloat16, kFloat16 };
+// kFloat8 is e4m3fn, and only ever read.
+enum class DType : int { kFloat32, kFloat64, kBFloat16, kFloat16, kFloat8 };
 
 // A row-major matrix in the caller's memory: unit column stride, `ld` elements from row to row.
 struct View {
@@ -75,6 +77,99 @@ struct UpdateJob {
   C keep = 1, alpha = 1;
 };
 
+// ---- sampled products X̃ᵀZ -----------------------------------------------------------------------
+
+// The narrow operand Z, and sums as wide as it, are stored as panels of kPanelVectors vectors of
+// columns, each holding all its rows contiguously; the last panel may be half as wide. A panel of
+// one token chunk stays in L2 while all of X̃ passes by.
+constexpr int64_t kPanelVectors = 8;
+
+struct WidePanels {
+  int64_t width, cols;  // of a whole panel; cols is padded to half panels
+  WidePanels(int64_t lanes, int64_t d)
+      : width(kPanelVectors * lanes), cols(round_up(d, width / 2)) {}
+  int64_t count() const { return (cols + width - 1) / width; }
+  int64_t panel_width(int64_t p) const {
+    return (p + 1) * width <= cols ? width : cols - p * width;
+  }
+};
+
+// What was kept of a token chunk: for every block of features (counted from the first block of a
+// range) the tokens kept and the block's values there, times 1 / inclusion. Blocks are padded with
+// zeros to `ld` features.
+template <typename C>
+struct Kept {
+  int64_t capacity = 0, ld = 0, features = 0;  // tokens of a chunk; features per block, padded, not
+  int32_t* counts = nullptr;                   // tokens kept, per block
+  int32_t* tokens = nullptr;                   // (blocks, capacity), counted from the chunk's first
+  C* values = nullptr;                         // (blocks, capacity, ld)
+  uint64_t* masks = nullptr;  // (blocks, capacity / 64, features): bit s: value s is not zero
+  bool* dense = nullptr;      // per block: too few zeros to skip them
+};
+
+// Tokens [begin, end) of X against blocks [first, last) of features.
+template <typename C>
+struct ScanJob {
+  View x;
+  const C* scale = nullptr;  // per token, may be null
+  int64_t block = 1;         // features per block
+  bool sampling = true;      // otherwise everything is kept, and z_sq only says what is NaN
+  const C* z_sq = nullptr;   // per token of the chunk: ‖z_t (I − QQᵀ)‖²
+  C threshold = 1;
+  uint64_t stream = 0;  // of the random numbers
+  int64_t chunk = 0;    // first token of the chunk
+  int64_t range = 0;    // first block of the range
+  Kept<C> kept;
+  double* noise = nullptr;    // per block of X: + Σ score² (1 / inclusion − 1)
+  int64_t* chosen = nullptr;  // per block of X: + tokens kept
+  int64_t stride = 1;         // ‖x_t‖² is wanted of every stride-th token,
+  C* x_sq = nullptr;          // and added here, [(t − chunk) / stride]; may be null
+};
+
+// sums (blocks, ld; d) += X̃ᵀ Z for blocks [first, last) of the range.
+template <typename C>
+struct MultiplyJob {
+  Kept<C> kept;
+  const C* z = nullptr;  // wide panels with `rows` rows
+  int64_t rows = 0, d = 0;
+  C* sums = nullptr;   // wide panels with blocks * ld rows
+  int64_t blocks = 0;  // of the range
+};
+
+// target[f, c] += alpha * sums[f, c] for features of blocks [first, last) of the range, which
+// begins with feature `feature`.
+template <typename C>
+struct AddJob {
+  const C* sums = nullptr;
+  int64_t blocks = 0, ld = 0, block = 0, d = 0, feature = 0, features = 0;
+  double alpha = 1;
+  void* target = nullptr;
+  DType dtype = DType::kFloat32;
+  int64_t feature_stride = 0, column_stride = 0;
+};
+
+template <typename C>
+struct SampledKernels {
+  // dst (rows, src.cols) = rows first, first + step, … of src, each times its scale; norms, where
+  // not null, becomes their squared lengths.
+  void (*load_rows)(const View& src, const C* scale, int64_t first, int64_t step, int64_t rows,
+                    C* dst, C* norms);
+  // Rows (rows, d) into wide panels laid out for `capacity` rows, from row `first` on.
+  void (*pack_wide)(const C* src, int64_t rows, int64_t d, int64_t capacity, int64_t first,
+                    C* panels);
+  // scores (rows, blocks) of tokens first, first + step, …; uses x, scale and block of the job.
+  void (*scores)(const ScanJob<C>& job, int64_t first, int64_t step, int64_t rows, const C* z_sq,
+                 C* out, C* scratch);
+  C (*threshold)(const C* scores, int64_t count, double share, int64_t steps);
+  int64_t (*scan_scratch)(int64_t features, int64_t blocks);
+  void (*scan)(const ScanJob<C>& job, int64_t begin, int64_t end, int64_t first, int64_t last,
+               C* scratch);
+  // Fills masks and dense of blocks [first, last).
+  void (*classify)(const Kept<C>& kept, int64_t first, int64_t last);
+  void (*multiply)(const MultiplyJob<C>& job, int64_t first, int64_t last);
+  void (*add)(const AddJob<C>& job, int64_t first, int64_t last);
+};
+
 template <typename C>
 struct KernelSet {
   int64_t lanes;  // elements of C per vector
@@ -91,6 +186,7 @@ struct KernelSet {
   // dst rows [begin, end) = (add ? dst : 0) + sum over `parts` panel storages `stride` apart.
   void (*reduce)(const C* src, int64_t stride, int64_t parts, int64_t rows, bool add,
                  const MutableView& dst, int64_t begin, int64_t end);
+  SampledKernels<C> sampled;
 };
 
 struct KernelTable {

@@ -4,13 +4,10 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <cstdlib>
-#include <new>
 
 namespace molegrad::cpu {
 namespace {
 
-constexpr int64_t kAlignment = 64;
 // Share of a per-core L2 that the kept half of a chunk may take; bases and accumulators stream
 // past it once per chunk.
 constexpr int64_t kKeptBytes = 512 * 1024;
@@ -29,15 +26,6 @@ int64_t chunk_tokens(int64_t kept_columns) {
 int64_t part_count(int64_t tokens) {
   const int64_t threads = torch::stable::get_num_threads();
   return std::clamp<int64_t>(tokens / kTokensPerPart, 1, std::max<int64_t>(threads, 1));
-}
-
-// fn(part) for every part, each on one thread; nothing in `fn` may throw.
-template <typename F>
-void for_parts(int64_t parts, const F& fn) {
-  if (parts == 1) return fn(0);
-  torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t part = begin; part < end; ++part) fn(part);
-  });
 }
 
 template <typename F>
@@ -84,19 +72,6 @@ void run_sketch(const KernelSet<C>& set, const SketchJob<C>& job, const MutableV
 }
 
 }  // namespace
-
-template <typename C>
-Buffer<C>::Buffer(int64_t count) {
-  const size_t bytes = round_up(std::max<int64_t>(count, 1) * sizeof(C), kAlignment);
-  void* memory = std::aligned_alloc(kAlignment, bytes);
-  if (memory == nullptr) throw std::bad_alloc();
-  data_.reset(static_cast<C*>(memory));
-}
-
-template <typename C>
-void Buffer<C>::Free::operator()(C* p) const {
-  std::free(p);
-}
 
 template <typename C>
 void sketch(const View& a, const View& b, const View& v, const View& u, const MutableView& y,
@@ -186,7 +161,6 @@ void rank_update(const MutableView& weight, const View& u, const View& w, double
 }
 
 #define MOLEGRAD_INSTANTIATE(C)                                                                   \
-  template class Buffer<C>;                                                                       \
   template void sketch<C>(const View&, const View&, const View&, const View&, const MutableView&, \
                           const MutableView&, bool);                                              \
   template void sketch_left<C>(const View&, const View&, const View&, const MutableView&);        \

@@ -5,45 +5,11 @@
 #pragma once
 
 #include <cstdint>
-#include <memory>
 
 #include "kernels.h"
+#include "memory.h"
 
 namespace molegrad::cpu {
-
-// Uninitialised, 64-byte aligned memory that lives for one call.
-template <typename C>
-class Buffer {
- public:
-  explicit Buffer(int64_t count);
-  C* data() const { return data_.get(); }
-
- private:
-  struct Free {
-    void operator()(C* p) const;
-  };
-  std::unique_ptr<C, Free> data_;
-};
-
-template <typename C>
-constexpr DType dtype_of();
-template <>
-constexpr DType dtype_of<float>() {
-  return DType::kFloat32;
-}
-template <>
-constexpr DType dtype_of<double>() {
-  return DType::kFloat64;
-}
-
-template <typename C>
-View view_of(const C* data, int64_t rows, int64_t cols) {
-  return {data, dtype_of<C>(), rows, cols, cols};
-}
-template <typename C>
-MutableView view_of(C* data, int64_t rows, int64_t cols) {
-  return {data, dtype_of<C>(), rows, cols, cols};
-}
 
 // y (m, kv) = Bᵀ (A V) and w (n, ku) = Aᵀ (B U), added to y and w when `add`. A (T, n) and
 // B (T, m) are read once. y and w have dtype C.

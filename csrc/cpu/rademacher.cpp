@@ -18,9 +18,13 @@ uint64_t mix(uint64_t x) {
 
 }  // namespace
 
-void rademacher(int64_t counter, int64_t seed, int64_t count, float* out) {
+uint64_t random_stream(int64_t counter, int64_t seed) {
   const uint64_t step = 2862933555777941757u;
-  const uint64_t stream = mix(static_cast<uint64_t>(counter) * step + static_cast<uint64_t>(seed));
+  return mix(static_cast<uint64_t>(counter) * step + static_cast<uint64_t>(seed));
+}
+
+void rademacher(int64_t counter, int64_t seed, int64_t count, float* out) {
+  const uint64_t stream = random_stream(counter, seed);
   const auto signs = kernels().signs;
   torch::stable::parallel_for(0, count, kSignsPerThread,
                               [&](int64_t begin, int64_t end) { signs(stream, begin, end, out); });
