@@ -31,6 +31,11 @@ WORKING_PARAMETERS = ("basis_u", "basis_v", "momentum", "momentum_scale")
 _WORKING_STATE = (*WORKING_PARAMETERS, "counter", "stats")
 
 
+def int8_scale(m: int, n: int, device=None) -> Tensor:
+    """Scales of an int8 matrix (m, n), one for each feature of its wider side; float32 ones."""
+    return torch.ones((m, 1) if m >= n else (1, n), device=device)
+
+
 class MoleLinear(nn.Linear):
     """Drop-in for nn.Linear: x (…, in_features) to (…, out_features).
 
@@ -112,8 +117,7 @@ class MoleLinear(nn.Linear):
             momentum = torch.zeros_like(self.weight, dtype=getattr(torch, config.momentum_dtype))
             self.momentum = nn.Parameter(momentum, requires_grad=False)
         if config.momentum_dtype == "int8" and self.momentum is not None:
-            m, n = self.weight.shape
-            scale = torch.ones((m, 1) if m >= n else (1, n), device=device)
+            scale = int8_scale(*self.weight.shape, device=device)
             self.momentum_scale = nn.Parameter(scale, requires_grad=False)
         self._guard_accumulation()
         self.reset_bases()

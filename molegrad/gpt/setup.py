@@ -122,7 +122,11 @@ def _matrix_optimizer(groups: list[dict], config) -> torch.optim.Optimizer:
     shared = {"lr": config.matrix_lr, "weight_decay": config.weight_decay}
     if config.optimizer == "muon":
         return optim.Muon(
-            groups, momentum=config.momentum, adjust_lr=config.muon_adjust_lr, **shared
+            groups,
+            momentum=config.momentum,
+            nesterov=config.muon_nesterov,
+            adjust_lr=config.muon_adjust_lr,
+            **shared,
         )
     if config.optimizer == "adamw":
         return optim.AdamW(

@@ -72,6 +72,7 @@ class TrainFlags(StreamingFields):
     muon_adjust_lr: Literal["original", "spectral", "match_rms_adamw", "none"] = flag(
         "original", "how Muon's learning rate follows a matrix's shape; see molegrad.optim.muon"
     )
+    muon_nesterov: bool = flag(True, "Nesterov's momentum in Muon")
     momentum: float = flag(0.95, "momentum of Muon, after its warm-up, and of SGD")
     momentum_start: float = flag(0.85, "Muon's momentum at the first step")
     momentum_warmup_steps: int = flag(300, "steps of Muon's momentum warm-up")

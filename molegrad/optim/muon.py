@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from molegrad.linear import int8_scale
 from molegrad.optim.momentum import FactoredMomentum
 from molegrad.optim.newton_schulz import newton_schulz
 
@@ -45,14 +46,14 @@ class Muon(FactoredMomentum):
         lr: learning rate, before `adjust_lr`.
         momentum: μ of the average M ← μ M + (1 − μ) Ĝ.
         nesterov: orthogonalise μ M + (1 − μ) Ĝ instead of M. Groups of kind "momentum" have no Ĝ
-            apart from M and take M.
+            apart from M; they keep the M of the step before, in int8, to find it.
         weight_decay: decoupled, weight ← (1 − lr · weight_decay) weight.
         adjust_lr: "spectral", "original", "match_rms_adamw" or "none", see `lr_scale`.
         ns_steps: Newton–Schulz steps of the dense groups.
         truncation_iters: block iterations that truncate the factored momentum to rank k.
 
-    State: dense groups a momentum (m, n), those of kind "momentum" the layer's own, as its
-    parameter; factored ones a core S (k, k) with the layer's bases. A
+    State: dense groups a momentum (m, n); those of kind "momentum" the layer's own, its parameter,
+    and with nesterov an int8 matrix (m, n); factored ones a core S (k, k) with the layer's bases. A
     direction that `resize_rank` adds starts without momentum.
 
     Raises:
@@ -111,19 +112,30 @@ class Muon(FactoredMomentum):
             p.add_(direction.to(p.dtype), alpha=-lr)
 
     def _momentum_step(self, group: dict[str, Any]) -> None:
-        """The backward passes have made M ← M + Ĝ; the step is along its polar factor, and then
-        M ← μ M. (1 − μ) is left out, as a factor changes no polar factor."""
-        layers = _momentum_layers(group)
+        """The backward passes have made M ← M + Ĝ; step along a polar factor, then M ← μ M.
+
+        (1 − μ) is left out, as a factor changes no polar factor. Nesterov's μ M + Ĝ is (1 + μ) M
+        minus what M was before the backward passes.
+        """
+        mu, layers = group["momentum"], _momentum_layers(group)
         by_shape: dict[tuple, list[tuple[Tensor, Tensor]]] = defaultdict(list)
         for p, *momentum in layers:
-            if not self.state[p]:
-                self.state[p].update(_named(momentum))
+            state = self.state[p]
+            if not state:
+                state.update(_named(momentum))
+                if group["nesterov"]:
+                    state.update(_new_snapshot(p))
             _average_over_processes(*momentum)
-            value = momentum[0] if len(momentum) == 1 else momentum[0] * momentum[1]
-            by_shape[(p.shape, p.dtype, value.dtype, p.device)].append((p, value))
+            update = momentum[0] if len(momentum) == 1 else momentum[0] * momentum[1]
+            if group["nesterov"]:
+                update = (1 + mu) * update.float() - state["before"] * state["before_scale"]
+            by_shape[(p.shape, p.dtype, update.dtype, p.device)].append((p, update))
         for pairs in by_shape.values():
-            self._update_dense(group, [p for p, _ in pairs], [value for _, value in pairs])
-        torch._foreach_mul_([layer[-1] for layer in layers], group["momentum"])
+            self._update_dense(group, [p for p, _ in pairs], [update for _, update in pairs])
+        torch._foreach_mul_([layer[-1] for layer in layers], mu)
+        if group["nesterov"]:
+            for p, *momentum in layers:
+                _snapshot(self.state[p], *momentum)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As `FactoredOptimizer`'s; the momentum of gradient_mode "momentum" is restored into the
@@ -136,9 +148,11 @@ class Muon(FactoredMomentum):
                 saved = self.state.get(p, {})
                 for key, tensor in _named(momentum).items():
                     if key in saved:
-                        with torch.no_grad():
-                            tensor.copy_(saved[key])
+                        tensor.copy_(saved[key])
                         saved[key] = tensor
+                if "before" in saved:  # torch has given it the parameter's dtype
+                    saved["before"] = saved["before"].to(torch.int8)
+                    saved["before_scale"] = saved["before_scale"].to(torch.float32)
 
     def _new_dense_state(self, group: dict[str, Any], p: Tensor) -> dict[str, Tensor]:
         return {"momentum_buffer": torch.zeros_like(p)}
@@ -165,6 +179,22 @@ def _momentum_layers(group: dict[str, Any]) -> list[tuple[Tensor, ...]]:
 def _named(momentum: list[Tensor]) -> dict[str, Tensor]:
     """As in the state_dict; the tensors share the parameters' memory."""
     return {key: p.detach() for key, p in zip(_MOMENTUM_STATE, momentum, strict=False)}
+
+
+def _new_snapshot(p: Tensor) -> dict[str, Tensor]:
+    """M before the next backward passes, in int8; the parameter is the weight (m, n)."""
+    return {
+        "before": torch.zeros_like(p, dtype=torch.int8),
+        "before_scale": int8_scale(*p.shape, device=p.device),
+    }
+
+
+def _snapshot(state: dict[str, Tensor], momentum: Tensor, scale: Tensor | None = None) -> None:
+    if scale is None:
+        torch.ops.molegrad.add_quantized_(state["before"].zero_(), state["before_scale"], momentum)
+    else:
+        state["before"].copy_(momentum)
+        state["before_scale"].copy_(scale)
 
 
 def _average_over_processes(momentum: Tensor, scale: Tensor | None = None) -> None:
