@@ -12,7 +12,7 @@
 #   BASELINE       0 leaves the dense baseline out
 #   DATA           corpus: embedded, a file or folder of text, or climbmix:SHARDS (default: by profile)
 #   BASE_FLAGS     further flags for both trainings, e.g. "--num-iterations=20"
-#   LOW_RANK_FLAGS further flags for the MoleGrad training, e.g. "--streaming_rank_k=64"
+#   MOLEGRAD_FLAGS further flags for the MoleGrad training, e.g. "--streaming_sample_share=0.5"
 #   MOLEGRAD_HOME  where everything is written (default ~/.cache/molegrad)
 #   MOLEGRAD_VENV, MOLEGRAD_TORCH, MOLEGRAD_BUILD, MOLEGRAD_CUDA: see scripts/setup.sh
 #
@@ -34,8 +34,6 @@ RUN="${RUN:-$PROFILE}"
 BASELINE="${BASELINE:-1}"
 MOLEGRAD_HOME="${MOLEGRAD_HOME:-$HOME/.cache/molegrad}"
 export MOLEGRAD_HOME
-low_rank="--enable_streaming=True --streaming_power_iters=1 --streaming_target_layers=ffn_only"
-low_rank+=" --streaming_warm_start_decay=0.95"
 
 case "$PROFILE" in
   cpu) # two cores, a quarter of an hour, the corpus that comes with the installed packages
@@ -43,7 +41,7 @@ case "$PROFILE" in
     tok="--vocab-size=4096"
     base="--depth=4 --max-seq-len=256 --device-batch-size=8 --num-iterations=420 --matrix-lr=0.02"
     base+=" --eval-every=100 --eval-tokens=131072 --log-every=10 --sample-every=0"
-    low_rank+=" --streaming_gradient_mode=factored --streaming_rank_k=32"
+    estimate="--streaming_preset=balanced"
     sft="--num-iterations=120 --eval-every=40"
     evaluation=""
     ;;
@@ -52,7 +50,8 @@ case "$PROFILE" in
     tok="--vocab-size=32768"
     base="--depth=12 --max-seq-len=8192 --device-batch-size=1 --total-batch-size=524288"
     base+=" --target-param-data-ratio=8 --matrix-lr=0.02 --eval-every=250 --save-every=250"
-    low_rank+=" --streaming_gradient_mode=factored --streaming_rank_k=32"
+    # Sampling has no CUDA kernels yet: all products, no gradient buffer, inputs in float8.
+    estimate="--streaming_preset=exact --streaming_momentum_dtype=bfloat16"
     sft="--num-iterations=400 --eval-every=100"
     evaluation=""
     ;;
@@ -61,7 +60,7 @@ case "$PROFILE" in
     tok="--vocab-size=512 --max-chars=200000"
     base="--depth=2 --aspect-ratio=32 --max-seq-len=64 --device-batch-size=4 --num-iterations=12"
     base+=" --data-max-bytes=400000 --eval-every=6 --eval-tokens=2048 --matrix-lr=0.02"
-    low_rank+=" --streaming_gradient_mode=factored --streaming_rank_k=8"
+    estimate="--streaming_preset=balanced"
     sft="--num-iterations=6 --eval-every=3"
     evaluation="--max-questions=8"
     ;;
@@ -71,11 +70,11 @@ case "$PROFILE" in
     ;;
 esac
 base+=" --data=$DATA ${BASE_FLAGS:-}"
-low_rank+=" ${LOW_RANK_FLAGS:-}"
+estimate+=" ${MOLEGRAD_FLAGS:-}"
 
 say "Profile $PROFILE${gpu:+ on $gpu}, run $RUN, everything under $MOLEGRAD_HOME"
 if [ "$PROFILE" = rtx5090 ]; then
-  "$PYTHON" -m scripts.budget $base $low_rank --runs=$((1 + BASELINE))
+  "$PYTHON" -m scripts.budget $base $estimate --runs=$((1 + BASELINE))
 fi
 
 # ---------------------------------------------------------------------------------------------
@@ -146,9 +145,9 @@ if [ "$BASELINE" = 1 ]; then
   stage dense scripts.base_train --run="$RUN-dense" $base
   stage eval scripts.base_eval --run="$RUN-dense" $evaluation
 fi
-stage molegrad scripts.base_train --run="$RUN" $base $low_rank
+stage molegrad scripts.base_train --run="$RUN" $base $estimate
 stage eval scripts.base_eval --run="$RUN" $evaluation
-stage sft scripts.chat_sft --run="$RUN" $sft $low_rank
+stage sft scripts.chat_sft --run="$RUN" $sft $estimate
 stage eval scripts.chat_eval --run="$RUN" $evaluation
 stage report scripts.report --runs="$runs"
 

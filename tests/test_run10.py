@@ -48,15 +48,8 @@ def test_it_trains_compares_evaluates_reports_and_says_how_to_chat(first, home):
     stages = ["tok_train", "base_train", "base_eval", "base_train", "base_eval", "chat_sft"]
     stages += ["chat_eval", "report"]
     assert [c.split("scripts.")[1].split()[0] for c in commands] == stages
-    low_rank = commands[3]
-    for flag in (
-        "--enable_streaming=True",
-        "--streaming_rank_k=8",
-        "--streaming_power_iters=1",
-        "--streaming_target_layers=ffn_only",
-        "--streaming_warm_start_decay=0.95",
-    ):
-        assert flag in low_rank and flag not in commands[1]
+    flag = "--streaming_preset=balanced"
+    assert flag in commands[3] and flag not in commands[1]
     assert "-m scripts.chat_cli --run=smoke" in first.splitlines()[-1]
     assert (home / "report" / "report.md").is_file()
     assert list((home / "report").glob("*.png"))
@@ -87,14 +80,16 @@ def test_the_chat_it_ends_with_answers(first, home):
 
 
 def test_the_large_profile_trains_its_first_steps_at_a_reduced_size(first, home):
-    """The rtx5090 profile's own flags, with a small model and text put in their place."""
+    """The rtx5090 profile's own flags, with a small model, text and low rank in their place."""
     small = (
         "--depth=2 --aspect-ratio=32 --max-seq-len=128 --total-batch-size=256 --num-iterations=20 "
         "--data-max-bytes=400000 --eval-tokens=1024 --device-type=cpu"
     )
     result = run10(
         home, "molegrad", PROFILE="rtx5090", DATA="embedded", BASE_FLAGS=small,
-        LOW_RANK_FLAGS="--streaming_rank_k=8",
+        MOLEGRAD_FLAGS="--streaming_method=tangent --streaming_gradient_mode=factored "
+        "--streaming_rank_k=8 --streaming_power_iters=1 --streaming_target_layers=ffn_only "
+        "--streaming_warm_start_decay=0.95",
     )  # fmt: skip
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert "hours on one RTX 5090" in result.stdout and "$" in result.stdout
