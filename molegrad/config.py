@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -93,6 +93,11 @@ class MoleGradConfig:
         0.25,
         "method 'sampled': share of the dense product that is computed; 1 computes all of it and "
         "samples nothing",
+    )
+    sample_overrides: str | tuple[str, ...] = _field(
+        (),
+        "method 'sampled': shares of single layers, as PATTERN=SHARE (comma separated), e.g. "
+        "'attention=0.5'; patterns as in rank_overrides, sample_share is for the rest",
     )
     sample_block: int = _field(
         4,
@@ -193,7 +198,9 @@ class MoleGradConfig:
         self._check_adaptive_rank()
         self._check_sampling()
         object.__setattr__(self, "target_layers", _normalized_targets(self.target_layers))
-        object.__setattr__(self, "rank_overrides", _normalized_overrides(self.rank_overrides))
+        for name, check in (("rank_overrides", _check_rank), ("sample_overrides", _check_share)):
+            entries = _normalized_overrides(name, getattr(self, name), check)
+            object.__setattr__(self, name, entries)
         if self.method != "power" and self.power_iters != 1:
             raise ValueError(
                 f"power_iters={self.power_iters} has no meaning for method={self.method!r}, which "
@@ -226,14 +233,19 @@ class MoleGradConfig:
         return unit * max(1, math.floor(rank * min(m, n) / unit + 0.5))
 
     def rank_source(self, name: str = "") -> str:
-        """The setting that `rank_of` goes by, such as "rank_k=32" or the override "c_proj=0.25"."""
-        for override in self.rank_overrides:
+        """The setting that `rank_of` goes by (`share_of` for method "sampled"), such as "rank_k=32"
+        or the override "c_proj=0.25"."""
+        sampled = self.method == "sampled"
+        for override in self.sample_overrides if sampled else self.rank_overrides:
             pattern, _ = _split_override(override)
             if pattern == layer_role(name) or matches(pattern, name):
                 return override
-        if self.method == "sampled":
-            return f"sample_share={self.sample_share:g}"
-        return f"rank_k={self.rank_k!r}"
+        return f"sample_share={self.sample_share!r}" if sampled else f"rank_k={self.rank_k!r}"
+
+    def share_of(self, name: str = "") -> float:
+        """The share of the products that a layer takes with method "sampled": `sample_share`, or
+        the first of `sample_overrides` that matches the layer's dotted name."""
+        return float(_split_override(self.rank_source(name))[1])
 
     def _choose_method(self) -> None:
         ranked = self.rank_k is not None or bool(self.rank_overrides) or self.probes != 0
@@ -253,10 +265,13 @@ class MoleGradConfig:
         self._require_choice("saved_inputs", SAVED_INPUTS)
         self._require_choice("momentum_dtype", MOMENTUM_DTYPES)
         self._require_int("sample_block", minimum=1)
-        self._require_number("sample_share", 0.0, 1.0)
-        if self.sample_share == 0:
-            raise ValueError("sample_share must be above 0: 0.25 takes a quarter of the products")
+        _check_share("sample_share", self.sample_share)
         sampled = self.method == "sampled"
+        if self.sample_overrides and not sampled:
+            raise ValueError(
+                f"sample_overrides={self.sample_overrides!r} has no meaning for "
+                f"method={self.method!r}: choose method='sampled', or rank_overrides"
+            )
         if sampled and self.gradient_mode == "factored":
             raise ValueError(
                 "method='sampled' has no factors for gradient_mode='factored': choose "
@@ -339,34 +354,50 @@ def _check_rank(name: str, rank: Any) -> None:
         )
 
 
-def _split_override(override: str) -> tuple[str, int | float]:
-    """Pattern and rank of "PATTERN=RANK"; the pattern itself may hold a "="."""
-    pattern, _, rank = override.rpartition("=")
+def _check_share(name: str, share: Any) -> None:
+    """A number above 0 and up to 1."""
+    if isinstance(share, bool) or not isinstance(share, (int, float)):
+        raise TypeError(f"{name} must be a number, got {share!r}")
+    if not 0.0 < share <= 1.0:
+        raise ValueError(
+            f"{name} must be above 0 and at most 1 (0.25 takes a quarter of the products), "
+            f"got {share!r}"
+        )
+
+
+def _split_override(override: str, field: str = "rank_overrides") -> tuple[str, int | float]:
+    """Pattern and value of "PATTERN=VALUE"; the pattern itself may hold a "="."""
+    pattern, _, value = override.rpartition("=")
     try:
         if not pattern.strip():
             raise ValueError
-        return pattern.strip(), int(rank) if rank.strip().isdigit() else float(rank)
+        return pattern.strip(), int(value) if value.strip().isdigit() else float(value)
     except ValueError:
         raise ValueError(
-            f"rank_overrides has {override!r}, where PATTERN=RANK is wanted, such as "
+            f"{field} has {override!r}, where PATTERN={_VALUE[field].upper()} is wanted, such as "
             "'attention=16' or 'c_proj=0.25'"
         ) from None
 
 
-def _normalized_overrides(overrides: Any) -> tuple[str, ...]:
+_VALUE = {"rank_overrides": "rank", "sample_overrides": "share"}
+
+
+def _normalized_overrides(
+    name: str, overrides: Any, check: Callable[[str, Any], None]
+) -> tuple[str, ...]:
     if isinstance(overrides, str):
         entries = tuple(part.strip() for part in overrides.split(",") if part.strip())
     elif isinstance(overrides, Sequence) and all(isinstance(o, str) for o in overrides):
         entries = tuple(overrides)
     else:
         raise TypeError(
-            "rank_overrides must be a string such as 'attention=16,c_proj=0.25' or a list of such "
+            f"{name} must be a string such as 'attention=16,c_proj=0.25' or a list of such "
             f"entries, got {overrides!r}"
         )
     for entry in entries:
-        pattern, rank = _split_override(entry)
-        _check_rank(f"rank_overrides: the rank of {pattern!r}", rank)
-        _check_pattern("rank_overrides", pattern)
+        pattern, value = _split_override(entry, name)
+        check(f"{name}: the {_VALUE[name]} of {pattern!r}", value)
+        _check_pattern(name, pattern)
     return entries
 
 

@@ -90,7 +90,7 @@ def plan(model: nn.Module, config: MoleGradConfig) -> ConversionPlan:
     save `config.min_layer_utilization` of the dense gradient.
 
     Raises:
-        ValueError: one of `config.rank_overrides` matches no linear layer of the model.
+        ValueError: an override of ranks or shares in `config` matches no linear layer of the model.
     """
     owners: Counter[int] = Counter()
     for module in model.modules():
@@ -107,10 +107,10 @@ def plan(model: nn.Module, config: MoleGradConfig) -> ConversionPlan:
         if isinstance(module, nn.Linear)
     )
     sources = {layer.rank_source for layer in layers}
-    for override in config.rank_overrides:
+    for override in (*config.rank_overrides, *config.sample_overrides):
         if override not in sources:
             raise ValueError(
-                f"rank_overrides has {override!r}, which sets the rank of no linear layer of this "
+                f"the override {override!r} sets the rank or share of no linear layer of this "
                 "model: name a role (ffn, attention), the end of a layer's name, a parent or a "
                 "regular expression, and put narrower patterns before wider ones"
             )

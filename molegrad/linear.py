@@ -75,7 +75,7 @@ class MoleLinear(nn.Linear):
         """The nn.Linear with this layer's parameters, hooks and mode; gradients are not kept."""
         linear = nn.Linear.__new__(nn.Linear)
         linear.__dict__.update(_own_containers(self))
-        for attribute in ("config", "name", "_seed", "_guard"):
+        for attribute in ("config", "name", "_seed", "_share", "_guard"):
             linear.__dict__.pop(attribute, None)
         for key in _WORKING_STATE:
             linear._buffers.pop(key, None)
@@ -95,6 +95,7 @@ class MoleLinear(nn.Linear):
                 f"{self.in_features} -> {self.out_features}: lower rank_k or leave the layer dense"
             )
         self.config, self.name = config, name
+        self._share = config.share_of(name) if config.method == "sampled" else 1.0
         self._seed = (config.seed * 1_000_003 + zlib.crc32(name.encode())) % 2**62
         trains = self.weight.requires_grad
         factored = config.gradient_mode == "factored"
@@ -127,6 +128,11 @@ class MoleLinear(nn.Linear):
         """k: the width of the layer's bases, probe columns not counted; 0 for method "sampled"."""
         factored = self.config.gradient_mode == "factored"
         return self.basis_v.shape[1] - (self.config.probes if factored else 0)
+
+    @property
+    def share(self) -> float:
+        """Share of the products that method "sampled" takes; 1 for the other methods."""
+        return self._share
 
     @property
     def trains(self) -> bool:
@@ -185,7 +191,7 @@ class MoleLinear(nn.Linear):
         if c.method == "sampled":
             return torch.ops.molegrad.linear_sampled(
                 input, self.weight, self.bias, self.momentum, self.momentum_scale,
-                self.counter, self.stats, c.sample_share, c.sample_block, self._seed, fp8,
+                self.counter, self.stats, self.share, c.sample_block, self._seed, fp8,
             )[0]  # fmt: skip
         if c.gradient_mode == "dense":
             return torch.ops.molegrad.linear_dense(
@@ -201,7 +207,7 @@ class MoleLinear(nn.Linear):
 
     def extra_repr(self) -> str:
         c = self.config
-        size = f"share={c.sample_share}" if c.method == "sampled" else f"rank={self.rank}"
+        size = f"share={self.share:g}" if c.method == "sampled" else f"rank={self.rank}"
         return f"{super().extra_repr()}, {size}, method={c.method}, gradient_mode={c.gradient_mode}"
 
     # Bases are working state, not weights: the state_dict stays nn.Linear's in both directions.

@@ -6,7 +6,7 @@ import copy
 import pytest
 import torch
 
-from molegrad import MoleGradConfig, MoleLinear, clip_grad_norm_, convert, ops
+from molegrad import MoleGradConfig, MoleLinear, clip_grad_norm_, convert, ops, plan
 from molegrad.config import PRESETS
 from molegrad.monitor import layer_metrics, memory_bytes
 from molegrad.optim import SGD, Muon, matrix_param_groups
@@ -300,6 +300,23 @@ def test_clipping_and_other_optimizers_are_refused():
         SGD(matrix_param_groups(moled), lr=0.1)
 
 
+def test_layers_have_shares_of_their_own():
+    model = torch.nn.ModuleDict(
+        {name: torch.nn.Linear(16, 64) for name in ("attn_q", "mlp_up", "mlp_down")}
+    )
+    config = MoleGradConfig(
+        sample_share=0.25,
+        sample_overrides="attn_q=1,mlp_down=0.125",
+        target_layers="attn_q,mlp_up,mlp_down",
+    )
+    assert config == MoleGradConfig(**config.to_dict())
+    assert "taken, mlp_down=0.125" in str(plan(model, config))
+    convert(model, config)
+    assert [layer.share for layer in model.values()] == [1.0, 0.25, 0.125]
+    with pytest.raises(ValueError, match="the override 'head=0.5' sets the rank or share of no"):
+        plan(model, MoleGradConfig(sample_overrides="head=0.5"))
+
+
 def test_presets():
     for name in PRESETS:
         assert MoleGradConfig.preset(name) == MoleGradConfig(**PRESETS[name])
@@ -315,7 +332,9 @@ def test_presets():
         ({"method": "tangent", "gradient_mode": "momentum"}, "needs method='sampled'"),
         ({"method": "sampled", "probes": 2}, "probes=2 has no meaning for method='sampled'"),
         ({"sample_share": 0.0}, "sample_share must be above 0"),
-        ({"sample_share": 1.5}, "sample_share must lie between 0 and 1"),
+        ({"sample_share": 1.5}, "sample_share must be above 0 and at most 1"),
+        ({"sample_overrides": "ffn=2"}, "the share of 'ffn' must be above 0 and at most 1"),
+        ({"sample_overrides": "ffn=0.5", "rank_k": 8}, "no meaning for method='tangent'"),
         ({"saved_inputs": "int4"}, "saved_inputs must be one of full, fp8"),
     ],
 )

@@ -153,7 +153,7 @@ def flops_per_token(model: nn.Module, seq_len: int) -> Flops:
             c = module.config
             weight_dense += 2 * m * n
             if c.method == "sampled":
-                weight_actual += c.sample_share * 2 * m * n
+                weight_actual += module.share * 2 * m * n
                 continue
             passes = 1.0 if c.method == "tangent" else max(c.power_iters, 0.5)
             weight_actual += (4 * module.rank * passes + 2 * c.probes) * (m + n)
