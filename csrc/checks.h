@@ -217,36 +217,35 @@ inline void check_rademacher(int64_t rows, int64_t cols, const Tensor& counter) 
   check_counter(op, counter);
 }
 
+// As Python prints it.
+inline std::string number(double x) {
+  std::ostringstream text;
+  text << x;
+  return text.str() + (x == static_cast<double>(static_cast<int64_t>(x)) ? ".0" : "");
+}
+
 inline void check_sampled_grad(const Tensor& grad, const Tensor& a, const Tensor& b,
-                               const std::optional<Tensor>& a_scale,
-                               const std::optional<Tensor>& basis, const Tensor& counter,
+                               const std::optional<Tensor>& a_scale, const Tensor& counter,
                                double share, int64_t block) {
   const char* op = "sampled_grad_";
   const bool float8 = a.scalar_type() == ScalarType::Float8_e4m3fn;
-  if (!float8) check_input(op, "a", a);
-  check_cpu(op, "a", a);
   check_input(op, "b", b);
   check_input(op, "grad", grad);
   if (a_scale.has_value()) check_input(op, "a_scale", *a_scale);
-  if (basis.has_value()) check_input(op, "basis", *basis);
+  if (!float8) check_floating(op, "a", a);
+  check_cpu(op, "a", a);
   check_tokens(op, a, b, !float8);
-  const int64_t n = a.size(a.dim() - 1), m = b.size(b.dim() - 1), d = n < m ? n : m;
+  const int64_t m = b.size(b.dim() - 1), n = a.size(a.dim() - 1);
   require(grad.dim() == 2 && grad.size(0) == m && grad.size(1) == n, op, "expected grad of shape (",
           m, ", ", n, "), got ", shape(grad));
-  if (a_scale.has_value()) {
-    int64_t tokens = 1;
-    for (int64_t i = 0; i + 1 < a.dim(); ++i) tokens *= a.size(i);
-    require(a_scale->numel() == tokens, op, "expected a_scale with one number per token (", tokens,
-            "), got ", shape(*a_scale));
-  }
-  if (basis.has_value()) {
-    check_matrix(op, "basis", *basis);
-    require(basis->size(0) == d && basis->size(1) <= d, op, "expected basis (", d, ", k <= ", d,
-            ") on the narrower side, got ", shape(*basis));
-  }
+  int64_t tokens = 1;
+  for (int64_t i = 0; i + 1 < b.dim(); ++i) tokens *= b.size(i);
+  require(!a_scale.has_value() || a_scale->numel() == tokens, op,
+          "expected a_scale with one number for each of the ", tokens, " tokens, got ",
+          a_scale.has_value() ? shape(*a_scale) : "none");
   check_counter(op, counter);
   check_cpu(op, "counter", counter);
-  require(share > 0, op, "share must be positive, got ", share);
+  require(share > 0, op, "share must be positive, got ", number(share));
   require(block >= 1, op, "block must be at least 1, got ", block);
 }
 

@@ -219,39 +219,35 @@ void lowrank_update_(Tensor weight, Tensor u, Tensor w, double alpha, double dec
   }
 }
 
-std::tuple<Tensor, Tensor> sampled_grad_(Tensor grad, Tensor a, Tensor b,
-                                         std::optional<Tensor> a_scale, std::optional<Tensor> basis,
-                                         Tensor counter, double share, int64_t block, double alpha,
-                                         int64_t seed) {
-  check_sampled_grad(grad, a, b, a_scale, basis, counter, share, block);
+Tensor sampled_grad_(Tensor grad, Tensor a, Tensor b, std::optional<Tensor> a_scale, Tensor counter,
+                     double share, int64_t block, double alpha, int64_t seed) {
+  check_sampled_grad(grad, a, b, a_scale, counter, share, block);
   const Operand a_in(a), b_in(b);
   const bool wide_a = a_in.view.cols > b_in.view.cols;
-  const std::vector<int64_t> column = {a_in.view.rows, 1};
-  std::optional<Operand> scale_in, basis_in;
-  if (a_scale.has_value()) scale_in.emplace(torch::stable::reshape(*a_scale, column));
-  if (basis.has_value()) basis_in.emplace(*basis);
-
-  cpu::SampledGrad args;
-  args.x = wide_a ? a_in.view : b_in.view;
-  args.z = wide_a ? b_in.view : a_in.view;
-  if (scale_in.has_value()) (wide_a ? args.x_scale : args.z_scale) = scale_in->view;
-  if (basis_in.has_value()) args.basis = basis_in->view;
-  args.counter = *static_cast<const int64_t*>(counter.const_data_ptr());
-  args.seed = seed;
-  args.block = block;
-  args.share = share;
-  args.alpha = alpha;
-  args.grad = grad.mutable_data_ptr();
-  args.grad_dtype = view_dtype(grad);
-  args.feature_stride = grad.stride(wide_a ? 1 : 0);
-  args.column_stride = grad.stride(wide_a ? 0 : 1);
-  Tensor moments = new_matrix(b, {args.z.cols, args.basis.cols}, acc_dtype(b));
+  Tensor scale = new_matrix(b, {a_scale.has_value() ? a_in.view.rows : 0}, acc_dtype(b));
+  if (a_scale.has_value())
+    torch::stable::copy_(scale,
+                         torch::stable::reshape(*a_scale, std::vector<int64_t>{a_in.view.rows}));
   Tensor stats = new_matrix(b, {2}, ScalarType::Float);
   with_compute_type(b, [&](auto zero) {
-    cpu::sampled_grad<decltype(zero)>(args, output(moments),
-                                      static_cast<float*>(stats.mutable_data_ptr()));
+    using C = decltype(zero);
+    cpu::SampledGrad<C> args;
+    args.x = wide_a ? a_in.view : b_in.view;
+    args.z = wide_a ? b_in.view : a_in.view;
+    if (a_scale.has_value())
+      (wide_a ? args.x_scale : args.z_scale) = static_cast<const C*>(scale.const_data_ptr());
+    args.counter = *static_cast<const int64_t*>(counter.const_data_ptr());
+    args.seed = seed;
+    args.block = block;
+    args.share = share;
+    args.alpha = alpha;
+    args.grad = grad.mutable_data_ptr();
+    args.grad_dtype = view_dtype(grad);
+    args.feature_stride = grad.stride(wide_a ? 1 : 0);
+    args.column_stride = grad.stride(wide_a ? 0 : 1);
+    cpu::sampled_grad<C>(args, static_cast<float*>(stats.mutable_data_ptr()));
   });
-  return {moments, stats};
+  return stats;
 }
 
 Tensor rademacher(int64_t rows, int64_t cols, Tensor counter, int64_t seed) {

@@ -81,9 +81,7 @@ def test_an_override_that_is_too_large_or_matches_nothing_is_told():
     for wrong in ("atention=4", "mlp=8,c_fc=4"):
         config = MoleGradConfig(rank_k=4, rank_overrides=wrong)
         name = wrong.split(",")[-1]
-        with pytest.raises(
-            ValueError, match=f"the override '{name}' sets the rank or share of no linear"
-        ):
+        with pytest.raises(ValueError, match=f"{name}' sets the rank or share of no linear"):
             plan(TinyGPT(), config)
 
 

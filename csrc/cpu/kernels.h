@@ -79,9 +79,9 @@ struct UpdateJob {
 
 // ---- sampled products X̃ᵀZ -----------------------------------------------------------------------
 
-// The narrow operand Z, and sums as wide as it, are stored as panels of kPanelVectors vectors of
-// columns, each holding all its rows contiguously; the last panel may be half as wide. A panel of
-// one token chunk stays in L2 while all of X̃ passes by.
+// The narrow operand Z (T, d), and sums as wide, are stored as panels of kPanelVectors vectors of
+// columns, each panel with all its rows; the last one may be half as wide. X (T, F) is worked on in
+// slices of whole blocks of features.
 constexpr int64_t kPanelVectors = 8;
 
 struct WidePanels {
@@ -94,80 +94,72 @@ struct WidePanels {
   }
 };
 
-// What was kept of a token chunk: for every block of features (counted from the first block of a
-// range) the tokens kept and the block's values there, times 1 / inclusion. Blocks are padded with
-// zeros to `ld` features.
+// X̃ of one chunk of tokens and one slice: zero where a pair was not taken. Features are in groups
+// of kGroup, the last padded with zeros.
+constexpr int64_t kGroup = 16, kMaskTokens = 64;
+
 template <typename C>
-struct Kept {
-  int64_t capacity = 0, ld = 0, features = 0;  // tokens of a chunk; features per block, padded, not
-  int32_t* counts = nullptr;                   // tokens kept, per block
-  int32_t* tokens = nullptr;                   // (blocks, capacity), counted from the chunk's first
-  C* values = nullptr;                         // (blocks, capacity, ld)
-  uint64_t* masks = nullptr;  // (blocks, capacity / 64, features): bit s: value s is not zero
-  bool* dense = nullptr;      // per block: too few zeros to skip them
+struct Sample {
+  int64_t capacity = 0;         // tokens, a multiple of kMaskTokens
+  C* values = nullptr;          // (groups, capacity + 1, kGroup); the one keeps groups off one
+                                // another's cache sets
+  uint64_t* masks = nullptr;    // (groups, capacity / kMaskTokens, kGroup): which are not zero
+  int32_t* tokens = nullptr;    // (groups, 4, capacity): those that a tile of features has
+  int32_t* lengths = nullptr;   // (groups, 4): how many
+  int32_t* features = nullptr;  // (groups): of a tile, 1, 2, 4 or 8
 };
 
-// Tokens [begin, end) of X against blocks [first, last) of features.
+// The rule of the sample. The pair (t, β) is taken where uniform(t, β)² < ‖x_tβ‖² weight[t], with
+// weight = ‖z_t‖² / τ², and then weighted by 1 / min(1, ‖x_tβ‖ √weight); without `sampling` all
+// are, and weight is zero, or NaN where z is not finite.
 template <typename C>
-struct ScanJob {
-  View x;
-  const C* scale = nullptr;  // per token, may be null
-  int64_t block = 1;         // features per block
-  bool sampling = true;      // otherwise everything is kept, and z_sq only says what is NaN
-  const C* z_sq = nullptr;   // per token of the chunk: ‖z_t (I − QQᵀ)‖²
-  C threshold = 1;
+struct SampleRule {
+  View x, z;
+  const C *x_scale = nullptr, *z_scale = nullptr;  // per token, may be null
+  int64_t block = 1;                               // features per block
+  bool sampling = true;
   uint64_t stream = 0;  // of the random numbers
-  int64_t chunk = 0;    // first token of the chunk
-  int64_t range = 0;    // first block of the range
-  Kept<C> kept;
-  double* noise = nullptr;    // per block of X: + Σ score² (1 / inclusion − 1)
-  int64_t* chosen = nullptr;  // per block of X: + tokens kept
-  int64_t stride = 1;         // ‖x_t‖² is wanted of every stride-th token,
-  C* x_sq = nullptr;          // and added here, [(t − chunk) / stride]; may be null
 };
 
-// sums (blocks, ld; d) += X̃ᵀ Z for blocks [first, last) of the range.
-template <typename C>
-struct MultiplyJob {
-  Kept<C> kept;
-  const C* z = nullptr;  // wide panels with `rows` rows
-  int64_t rows = 0, d = 0;
-  C* sums = nullptr;   // wide panels with blocks * ld rows
-  int64_t blocks = 0;  // of the range
+// Pairs taken, Σ score² (1 / inclusion − 1) / τ², Σ score² / τ².
+struct SampleSums {
+  double taken = 0, noise = 0, energy = 0;
 };
 
-// target[f, c] += alpha * sums[f, c] for features of blocks [first, last) of the range, which
-// begins with feature `feature`.
+// target[offset + r * row_stride + c * column_stride] += alpha * sums[r, c]
 template <typename C>
 struct AddJob {
-  const C* sums = nullptr;
-  int64_t blocks = 0, ld = 0, block = 0, d = 0, feature = 0, features = 0;
-  double alpha = 1;
+  const C* sums = nullptr;  // wide panels
+  int64_t rows = 0, d = 0;  // of sums
+  C alpha = 1;
   void* target = nullptr;
   DType dtype = DType::kFloat32;
-  int64_t feature_stride = 0, column_stride = 0;
+  int64_t offset = 0, row_stride = 0, column_stride = 0;
 };
 
 template <typename C>
 struct SampledKernels {
-  // dst (rows, src.cols) = rows first, first + step, … of src, each times its scale; norms, where
-  // not null, becomes their squared lengths.
-  void (*load_rows)(const View& src, const C* scale, int64_t first, int64_t step, int64_t rows,
-                    C* dst, C* norms);
-  // Rows (rows, d) into wide panels laid out for `capacity` rows, from row `first` on.
-  void (*pack_wide)(const C* src, int64_t rows, int64_t d, int64_t capacity, int64_t first,
-                    C* panels);
-  // scores (rows, blocks) of tokens first, first + step, …; uses x, scale and block of the job.
-  void (*scores)(const ScanJob<C>& job, int64_t first, int64_t step, int64_t rows, const C* z_sq,
-                 C* out, C* scratch);
-  C (*threshold)(const C* scores, int64_t count, double share, int64_t steps);
+  // scores (rows, blocks) = ‖x_tβ‖ ‖z_t‖ of tokens first, first + step, …
+  int64_t (*scores_scratch)(const SampleRule<C>& rule);
+  void (*scores)(const SampleRule<C>& rule, int64_t first, int64_t step, int64_t rows, C* out,
+                 C* scratch);
+  // Σ min(score, limit), NaN where a score is.
+  double (*clipped_sum)(const C* scores, int64_t count, C limit);
+  // Tokens [first, first + rows) of Z into wide panels laid out for `capacity` rows, from row `to`
+  // on; out (rows) becomes ‖z_t‖², or with `only_finite` 0, and NaN where z is not finite.
+  void (*pack_wide)(const SampleRule<C>& rule, int64_t first, int64_t rows, int64_t capacity,
+                    int64_t to, bool only_finite, C* panels, C* out, C* scratch);
+  // The sample of tokens [first, first + rows) and blocks [block, block + blocks).
   int64_t (*scan_scratch)(int64_t features, int64_t blocks);
-  void (*scan)(const ScanJob<C>& job, int64_t begin, int64_t end, int64_t first, int64_t last,
+  void (*scan)(const SampleRule<C>& rule, int64_t first, int64_t rows, const C* weight,
+               int64_t block, int64_t blocks, const Sample<C>& sample, SampleSums* sums,
                C* scratch);
-  // Fills masks and dense of blocks [first, last).
-  void (*classify)(const Kept<C>& kept, int64_t first, int64_t last);
-  void (*multiply)(const MultiplyJob<C>& job, int64_t first, int64_t last);
-  void (*add)(const AddJob<C>& job, int64_t first, int64_t last);
+  // sums rows [row, row + groups * kGroup) of sum_rows += X̃ᵀ Z; z in wide panels of
+  // sample.capacity rows.
+  void (*multiply)(const Sample<C>& sample, int64_t groups, const C* z, int64_t d, C* sums,
+                   int64_t sum_rows, int64_t row);
+  // Of rows [begin, end).
+  void (*add)(const AddJob<C>& job, int64_t begin, int64_t end);
 };
 
 template <typename C>

@@ -9,397 +9,204 @@
 #include <vector>
 
 #include "memory.h"
-#include "products.h"
 #include "rademacher.h"
 
 namespace molegrad::cpu {
 namespace {
 
-// As in molegrad/reference.py: tokens that decide the threshold, its steps, tokens per moment.
-constexpr int64_t kThresholdTokens = 512, kThresholdSteps = 8, kMomentStride = 8;
-// Tokens at a time: a wide panel of that many rows is a quarter of a per-core L2. X is sampled in
-// smaller pieces, which are still in cache when their product with ZQ is formed.
-constexpr int64_t kChunk = 512, kScanTokens = 48;
-static_assert(kChunk % kMomentStride == 0 && kChunk % 64 == 0);
-// Features at a time are limited by the memory of their sums and by that of what is kept of them.
-constexpr int64_t kSumBytes = 16 << 20, kMaxFeatures = 8192;
-// Numbers of X that are worth a thread.
-constexpr int64_t kNumbersPerThread = 1 << 14;
+// As in molegrad/reference.py: tokens that decide the threshold, and its steps.
+constexpr int64_t kThresholdTokens = 512, kThresholdSteps = 8;
+// Tokens at a time: a panel of so many rows of Z takes a quarter of a per-core L2, and so does the
+// sample of a slice of features. Numbers of the machine or of its threads are left out of this, so
+// that they have no influence on the order of sums.
+constexpr int64_t kChunk = 512, kSliceBytes = 256 << 10;
+// Memory for sums: more features are taken one range after the other.
+constexpr int64_t kSumBytes = 32 << 20;
+// Scores of a partial sum; numbers of X that are worth a thread.
+constexpr int64_t kScoresPerSum = 1 << 15, kNumbersPerThread = 1 << 14;
 
-// What one call has in common.
-template <typename C>
-struct Call {
-  const SampledGrad& args;
-  const KernelSet<C>& set = kernel_set<C>();
-  int64_t tokens, features, d, block, blocks, k;
-  bool sampling;
-  std::vector<C> x_scale, z_scale, basis, basis_t;  // (T), (T), (d, k), (k, d)
-  std::vector<double> noise;                        // per block
-  std::vector<int64_t> chosen;                      // per block
-  ScanJob<C> job;
+int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
-  explicit Call(const SampledGrad& args);
-  C find_threshold() const;
-  // ‖z‖² becomes ‖z (I − QQᵀ)‖², given z Q.
-  void subtract_modes(const C* zq, int64_t rows, C* z_sq) const;
-  View q() const { return view_of<C>(basis.data(), d, k); }
-  View q_t() const { return view_of<C>(basis_t.data(), k, d); }
-  static const C* pointer(const std::vector<C>& x) { return x.empty() ? nullptr : x.data(); }
-  int64_t part_count(int64_t rows, int64_t most) const {
-    const int64_t worth = std::min(most, rows * features / kNumbersPerThread);
-    return std::clamp<int64_t>(worth, 1, std::max<int64_t>(torch::stable::get_num_threads(), 1));
-  }
-};
-
-template <typename C>
-View read(const Buffer<C>& x, int64_t rows, int64_t cols) {
-  return view_of<C>(static_cast<const C*>(x.data()), rows, cols);
+// fn(part, begin, end) on threads: [0, count) in contiguous parts.
+template <typename F>
+void split(int64_t threads, int64_t count, const F& fn) {
+  const int64_t parts = std::clamp<int64_t>(count, 1, threads);
+  for_parts(parts,
+            [&](int64_t part) { fn(part, count * part / parts, count * (part + 1) / parts); });
 }
 
+// τ with mean(min(1, score / τ)) ≈ share, from every (T / kThresholdTokens)-th token.
 template <typename C>
-std::vector<C> load_matrix(const View& x) {
-  std::vector<C> out(x.data == nullptr ? 0 : x.rows * x.cols);
-  if (!out.empty())
-    kernel_set<C>().sampled.load_rows(x, nullptr, 0, 1, x.rows, out.data(), nullptr);
-  return out;
-}
-
-template <typename C>
-Call<C>::Call(const SampledGrad& args)
-    : args(args),
-      tokens(args.x.rows),
-      features(args.x.cols),
-      d(args.z.cols),
-      block(std::min(args.block, features)),
-      blocks((features + block - 1) / block),
-      k(args.share < 1 ? args.basis.cols : 0),
-      sampling(args.share < 1),
-      x_scale(load_matrix<C>(args.x_scale)),
-      z_scale(load_matrix<C>(args.z_scale)),
-      basis(k > 0 ? load_matrix<C>(args.basis) : std::vector<C>()),
-      basis_t(basis.size()),
-      noise(blocks, 0.0),
-      chosen(blocks, 0) {
-  for (int64_t i = 0; i < d; ++i)
-    for (int64_t j = 0; j < k; ++j) basis_t[j * d + i] = basis[i * k + j];
-  job.x = args.x;
-  job.scale = pointer(x_scale);
-  job.block = block;
-  job.sampling = sampling;
-  job.stream = random_stream(args.counter, args.seed);
-  job.noise = noise.data();
-  job.chosen = chosen.data();
-  job.stride = kMomentStride;
-  if (sampling) job.threshold = find_threshold();
-}
-
-template <typename C>
-void Call<C>::subtract_modes(const C* zq, int64_t rows, C* z_sq) const {
-  for (int64_t r = 0; r < rows; ++r) {
-    C sum = 0;
-    for (int64_t j = 0; j < k; ++j) sum += zq[r * k + j] * zq[r * k + j];
-    z_sq[r] = z_sq[r] < sum ? C(0) : z_sq[r] - sum;  // NaN stays
-  }
-}
-
-template <typename C>
-C Call<C>::find_threshold() const {
-  const int64_t stride = std::max<int64_t>(1, tokens / kThresholdTokens);
-  const int64_t rows = (tokens + stride - 1) / stride, parts = part_count(rows, rows);
-  Buffer<C> z(rows * d), z_sq(rows), zq(rows * k), scores(rows * blocks), row(parts * features);
-  for_parts(parts, [&](int64_t part) {
-    const int64_t begin = rows * part / parts, end = rows * (part + 1) / parts;
-    set.sampled.load_rows(args.z, pointer(z_scale), begin * stride, stride, end - begin,
-                          z.data() + begin * d, z_sq.data() + begin);
+C find_threshold(const SampledKernels<C>& kernels, const SampleRule<C>& rule, double share,
+                 int64_t threads) {
+  const int64_t stride = std::max<int64_t>(1, rule.x.rows / kThresholdTokens);
+  const int64_t rows = ceil_div(rule.x.rows, stride), blocks = ceil_div(rule.x.cols, rule.block);
+  const int64_t count = rows * blocks, pieces = ceil_div(count, kScoresPerSum);
+  const int64_t scratch_size = round_up(kernels.scores_scratch(rule), kAlignment);
+  Buffer<C> scores(count), scratch(threads * scratch_size);
+  split(threads, rows, [&](int64_t part, int64_t begin, int64_t end) {
+    kernels.scores(rule, begin * stride, stride, end - begin, scores.data() + begin * blocks,
+                   scratch.data() + part * scratch_size);
   });
-  if (k > 0) {
-    product_nn<C>(read(z, rows, d), q(), view_of<C>(zq.data(), rows, k));
-    subtract_modes(zq.data(), rows, z_sq.data());
-  }
-  for_parts(parts, [&](int64_t part) {
-    const int64_t begin = rows * part / parts, end = rows * (part + 1) / parts;
-    set.sampled.scores(job, begin * stride, stride, end - begin, z_sq.data() + begin,
-                       scores.data() + begin * blocks, row.data() + part * features);
-  });
-  return set.sampled.threshold(scores.data(), rows * blocks, args.share, kThresholdSteps);
-}
-
-// Blocks [first, last) of features: their part of the gradient, summed over all tokens. Threads
-// share what is about Z by tokens and what is about X by features, so that every sum but those of
-// the moments is made in the same order, however many threads there are.
-template <typename C>
-class Range {
- public:
-  Range(Call<C>& call, int64_t first, int64_t last);
-  void add_tokens(int64_t begin, int64_t count, const MutableView& moments);
-  void add_modes();
-  void write();
-
- private:
-  void load_tokens(int64_t begin, int64_t count);
-  void take_modes(int64_t begin, int64_t count);
-  void scan(int64_t part, int64_t begin, int64_t count);
-  void multiply(int64_t part);
-  void add_moments(int64_t count, const MutableView& moments);
-
-  int64_t part_begin(int64_t part) const { return blocks_ * part / parts_; }
-  int64_t feature(int64_t block) const {  // the first of a block of the range
-    return std::min(call_.features, (first_ + block) * call_.block);
-  }
-  C* part_modes(int64_t part) const { return modes_.data() + part * modes_size_; }
-
-  Call<C>& call_;
-  const KernelSet<C>& set_;
-  const int64_t first_, blocks_, parts_, capacity_, ld_;
-  // Z of a chunk by rows and by panels, ‖z (I − QQᵀ)‖², ZQ; the rows that the moments need.
-  Buffer<C> rows_, panels_, z_sq_, zq_, few_, few_zq_, x_sq_;
-  Buffer<int32_t> counts_, tokens_;
-  Buffer<C> values_;
-  Buffer<uint64_t> masks_;
-  Buffer<bool> dense_;
-  Kept<C> kept_;
-  SketchJob<C> modes_job_;  // XᵀZQ
-  const int64_t scan_scratch_, sketch_scratch_, modes_size_, sums_size_;
-  Buffer<C> scratch_, modes_, sums_;
-};
-
-template <typename C>
-SketchJob<C> modes_job(int64_t k) {
-  SketchJob<C> job;
-  job.kv = k;
-  job.chunk = kScanTokens;
-  return job;
-}
-
-template <typename C>
-Range<C>::Range(Call<C>& call, int64_t first, int64_t last)
-    : call_(call),
-      set_(call.set),
-      first_(first),
-      blocks_(last - first),
-      parts_(call.part_count(call.tokens, blocks_)),
-      capacity_(round_up(std::min(kChunk, call.tokens), 64)),
-      ld_(round_up(call.block, 4)),
-      rows_(capacity_ * call.d),
-      panels_(capacity_ * WidePanels(set_.lanes, call.d).cols),
-      z_sq_(capacity_),
-      zq_(capacity_ * call.k),
-      few_(capacity_ / kMomentStride * call.d),
-      few_zq_(capacity_ / kMomentStride * call.k),
-      x_sq_(parts_ * capacity_ / kMomentStride),
-      counts_(blocks_),
-      tokens_(blocks_ * capacity_),
-      values_(blocks_ * capacity_ * ld_),
-      masks_(blocks_ * capacity_ / 64 * call.block),
-      dense_(blocks_),
-      modes_job_(modes_job<C>(call.k)),
-      scan_scratch_(round_up(set_.sampled.scan_scratch(blocks_ * call.block, blocks_), kAlignment)),
-      sketch_scratch_(round_up(set_.sketch_scratch(modes_job_), kAlignment)),
-      modes_size_(
-          Panels(set_.lanes, ((blocks_ + parts_ - 1) / parts_) * call.block, call.k).size()),
-      sums_size_(blocks_ * ld_ * WidePanels(set_.lanes, call.d).cols),
-      scratch_(parts_ * (scan_scratch_ + sketch_scratch_)),
-      modes_(parts_ * modes_size_),
-      sums_(sums_size_) {
-  kept_.capacity = capacity_;
-  kept_.ld = ld_;
-  kept_.features = call.block;
-  kept_.counts = counts_.data();
-  kept_.tokens = tokens_.data();
-  kept_.values = values_.data();
-  kept_.masks = masks_.data();
-  kept_.dense = dense_.data();
-  for_parts(parts_, [&](int64_t part) {
-    std::fill_n(part_modes(part), modes_size_, C(0));
-    std::fill(sums_.data() + sums_size_ * part / parts_,
-              sums_.data() + sums_size_ * (part + 1) / parts_, C(0));
-  });
-}
-
-template <typename C>
-void Range<C>::load_tokens(int64_t begin, int64_t count) {
-  const int64_t d = call_.d, k = call_.k, parts = call_.part_count(count, count);
-  const View& z = call_.args.z;
-  const auto pack = [&](int64_t first, int64_t last) {
-    set_.sampled.pack_wide(rows_.data() + first * d, last - first, d, capacity_, first,
-                           panels_.data());
-  };
-  for_parts(parts, [&](int64_t part) {
-    const int64_t first = count * part / parts, last = count * (part + 1) / parts;
-    C* rows = rows_.data() + first * d;
-    set_.sampled.load_rows(z, Call<C>::pointer(call_.z_scale), begin + first, 1, last - first, rows,
-                           z_sq_.data() + first);
-    if (!call_.sampling)  // then only whether all of z is finite matters
-      for (int64_t t = first; t < last; ++t, rows += d)
-        if (!std::isfinite(z_sq_.data()[t]) &&
-            !std::all_of(rows, rows + d, [](C x) { return std::isfinite(x); }))
-          z_sq_.data()[t] = std::numeric_limits<C>::quiet_NaN();
-    if (k == 0) pack(first, last);
-  });
-  if (k == 0) return;
-  take_modes(begin, count);
-  for_parts(parts, [&](int64_t part) { pack(count * part / parts, count * (part + 1) / parts); });
-}
-
-// ZQ, and Z without it.
-template <typename C>
-void Range<C>::take_modes(int64_t begin, int64_t count) {
-  const int64_t d = call_.d, k = call_.k;
-  const MutableView rows = view_of<C>(rows_.data(), count, d);
-  product_nn<C>(read(rows_, count, d), call_.q(), view_of<C>(zq_.data(), count, k));
-  call_.subtract_modes(zq_.data(), count, z_sq_.data());
-  for (int64_t t = 0; t < count; t += kMomentStride) {
-    std::copy_n(rows_.data() + t * d, d, few_.data() + t / kMomentStride * d);
-    std::copy_n(zq_.data() + t * k, k, few_zq_.data() + t / kMomentStride * k);
-  }
-  product_nn<C>(read(zq_, count, k), call_.q_t(), rows, true);
-  if (!call_.x_scale.empty())  // from here on ZQ is what X, without its scale, is multiplied with
-    for (int64_t t = 0; t < count; ++t)
-      for (int64_t j = 0; j < k; ++j) zq_.data()[t * k + j] *= call_.x_scale[begin + t];
-}
-
-template <typename C>
-void Range<C>::scan(int64_t part, int64_t begin, int64_t count) {
-  const int64_t first = part_begin(part), last = part_begin(part + 1), k = call_.k;
-  const int64_t features = feature(last) - feature(first);
-  C* scratch = scratch_.data() + part * (scan_scratch_ + sketch_scratch_);
-  ScanJob<C> job = call_.job;
-  job.z_sq = z_sq_.data();
-  job.chunk = begin;
-  job.range = first_;
-  job.kept = kept_;
-  if (k > 0) {
-    job.x_sq = x_sq_.data() + part * (capacity_ / kMomentStride);
-    std::fill_n(job.x_sq, capacity_ / kMomentStride, C(0));
-  }
-  SketchJob<C> modes = modes_job_;
-  modes.b = part_of(call_.args.x, begin, count, feature(first), features);
-  modes.p = read(zq_, count, k);
-  std::fill(kept_.counts + first, kept_.counts + last, 0);
-  for (int64_t t = 0; t < count; t += kScanTokens) {
-    const int64_t end = std::min(count, t + kScanTokens);
-    set_.sampled.scan(job, begin + t, begin + end, first_ + first, first_ + last, scratch);
-    if (k > 0) set_.sketch(modes, t, end, part_modes(part), nullptr, scratch + scan_scratch_);
-  }
-}
-
-template <typename C>
-void Range<C>::multiply(int64_t part) {
-  const int64_t first = part_begin(part), last = part_begin(part + 1);
-  set_.sampled.classify(kept_, first, last);
-  MultiplyJob<C> job;
-  job.kept = kept_;
-  job.z = panels_.data();
-  job.rows = capacity_;
-  job.d = call_.d;
-  job.sums = sums_.data();
-  job.blocks = blocks_;
-  set_.sampled.multiply(job, first, last);
-}
-
-// moments += Zᵀ diag(‖x_t‖²) Z Q over every eighth token.
-template <typename C>
-void Range<C>::add_moments(int64_t count, const MutableView& moments) {
-  const int64_t d = call_.d, k = call_.k, few = (count + kMomentStride - 1) / kMomentStride;
-  for (int64_t t = 0; t < few; ++t) {
-    C x_sq = 0;
-    for (int64_t part = 0; part < parts_; ++part)
-      x_sq += x_sq_.data()[part * (capacity_ / kMomentStride) + t];
-    for (int64_t j = 0; j < k; ++j) few_zq_.data()[t * k + j] *= x_sq;
-  }
-  Buffer<C> product(d * k);
-  product_tn<C>(read(few_, few, d), read(few_zq_, few, k), view_of<C>(product.data(), d, k));
-  C* sum = static_cast<C*>(moments.data);
-  for (int64_t i = 0; i < d * k; ++i) sum[i] += product.data()[i];
-}
-
-template <typename C>
-void Range<C>::add_tokens(int64_t begin, int64_t count, const MutableView& moments) {
-  load_tokens(begin, count);
-  for_parts(parts_, [&](int64_t part) {
-    scan(part, begin, count);
-    multiply(part);
-  });
-  if (call_.k > 0) add_moments(count, moments);
-}
-
-// sums += (XᵀZQ) Qᵀ: the modes are k more tokens, of which everything is kept.
-template <typename C>
-void Range<C>::add_modes() {
-  const int64_t d = call_.d, k = call_.k;
-  for (int64_t mode = 0; mode < k; mode += capacity_) {
-    const int64_t count = std::min(capacity_, k - mode);
-    set_.sampled.pack_wide(call_.basis_t.data() + mode * d, count, d, capacity_, 0, panels_.data());
-    for_parts(parts_, [&](int64_t part) {
-      const int64_t first = part_begin(part), last = part_begin(part + 1);
-      const int64_t features = feature(last) - feature(first);
-      Buffer<C> product(features * k);
-      set_.reduce(part_modes(part), 0, 1, features, false, view_of<C>(product.data(), features, k),
-                  0, features);
-      for (int64_t b = first; b < last; ++b) {
-        kept_.counts[b] = static_cast<int32_t>(count);
-        const int64_t rows = feature(b + 1) - feature(b);
-        const C* from = product.data() + (feature(b) - feature(first)) * k + mode;
-        for (int64_t j = 0; j < count; ++j) {
-          kept_.tokens[b * capacity_ + j] = static_cast<int32_t>(j);
-          C* to = kept_.values + (b * capacity_ + j) * ld_;
-          for (int64_t f = 0; f < ld_; ++f) to[f] = f < rows ? from[f * k + j] : C(0);
-        }
-      }
-      multiply(part);
+  std::vector<double> sums(pieces);
+  const auto mean_clipped = [&](C limit) {
+    split(threads, pieces, [&](int64_t, int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        sums[i] = kernels.clipped_sum(scores.data() + i * kScoresPerSum,
+                                      std::min(kScoresPerSum, count - i * kScoresPerSum), limit);
     });
+    double sum = 0;
+    for (const double x : sums) sum += x;
+    return static_cast<C>(sum / static_cast<double>(count));
+  };
+  const C tiny = std::numeric_limits<C>::min();
+  C threshold = mean_clipped(std::numeric_limits<C>::infinity()) + tiny;
+  for (int64_t step = 0; step < kThresholdSteps; ++step) {
+    const C expected = mean_clipped(threshold) / threshold;
+    const C ratio = expected / static_cast<C>(share);
+    threshold *= ratio < C(0.1) ? C(0.1) : ratio > C(10) ? C(10) : ratio;
   }
+  return threshold < tiny ? tiny : threshold;
 }
 
+// Slices of X, and ranges of slices whose sums are held at a time.
+struct Plan {
+  int64_t capacity;                                                  // tokens of a chunk
+  int64_t blocks, slices, slice_blocks, slice_features, slice_rows;  // rows: features, padded
+  int64_t range;                                                     // slices
+
+  Plan(int64_t tokens, int64_t features, int64_t block, int64_t columns, int64_t size)
+      : capacity(round_up(std::min(kChunk, tokens), kMaskTokens)),
+        blocks(ceil_div(features, block)) {
+    slice_blocks = std::clamp<int64_t>(kSliceBytes / (capacity * size * block), 1, blocks);
+    slice_features = slice_blocks * block;
+    slice_rows = round_up(slice_features, kGroup);
+    slices = ceil_div(blocks, slice_blocks);
+    range = std::clamp<int64_t>(kSumBytes / (slice_rows * columns * size), 1, slices);
+  }
+};
+
+// What a thread needs to sample a slice of X and to multiply it.
 template <typename C>
-void Range<C>::write() {
-  AddJob<C> job;
-  job.sums = sums_.data();
-  job.blocks = blocks_;
-  job.ld = ld_;
-  job.block = call_.block;
-  job.d = call_.d;
-  job.feature = feature(0);
-  job.features = feature(blocks_) - feature(0);
-  job.alpha = call_.args.alpha;
-  job.target = call_.args.grad;
-  job.dtype = call_.args.grad_dtype;
-  job.feature_stride = call_.args.feature_stride;
-  job.column_stride = call_.args.column_stride;
-  for_parts(parts_,
-            [&](int64_t part) { set_.sampled.add(job, part_begin(part), part_begin(part + 1)); });
-}
+struct Workspace {
+  Buffer<C> values, scratch;
+  Buffer<uint64_t> masks;
+  Buffer<int32_t> tokens, lengths, features;
+  Sample<C> sample;
+
+  Workspace(int64_t capacity, int64_t groups, int64_t scratch_size)
+      : values(groups * (capacity + 1) * kGroup),
+        scratch(scratch_size),
+        masks(groups * capacity / kMaskTokens * kGroup),
+        tokens(groups * 4 * capacity),
+        lengths(groups * 4),
+        features(groups),
+        sample{capacity,      values.data(),  masks.data(),
+               tokens.data(), lengths.data(), features.data()} {}
+};
 
 }  // namespace
 
 template <typename C>
-void sampled_grad(const SampledGrad& args, const MutableView& moments, float* stats) {
-  std::fill_n(static_cast<C*>(moments.data), moments.rows * moments.cols, C(0));
-  stats[0] = args.share < 1 && args.x.rows > 0 ? 0.0f : 1.0f;
+void sampled_grad(const SampledGrad<C>& args, float* stats) {
+  const int64_t tokens = args.x.rows, features = args.x.cols, d = args.z.cols;
+  const bool sampling = args.share < 1 && tokens > 0;
+  stats[0] = sampling ? 0.0f : 1.0f;
   stats[1] = 0.0f;
-  if (args.x.rows == 0 || args.x.cols == 0 || args.z.cols == 0) return;
-  Call<C> call(args);
-  const int64_t row_bytes = WidePanels(call.set.lanes, call.d).cols * sizeof(C);
-  const int64_t features = std::min(kMaxFeatures, kSumBytes / row_bytes);
-  const int64_t step = std::max<int64_t>(1, features / call.block);
-  for (int64_t first = 0; first < call.blocks; first += step) {
-    Range<C> range(call, first, std::min(call.blocks, first + step));
-    for (int64_t t = 0; t < call.tokens; t += kChunk)
-      range.add_tokens(t, std::min(kChunk, call.tokens - t), moments);
-    range.add_modes();
-    range.write();
+  if (tokens == 0 || features == 0 || d == 0) return;
+  const KernelSet<C>& set = kernel_set<C>();
+  const SampledKernels<C>& kernels = set.sampled;
+  const int64_t available = std::max<int64_t>(torch::stable::get_num_threads(), 1);
+  const int64_t threads = std::clamp<int64_t>(tokens * features / kNumbersPerThread, 1, available);
+
+  SampleRule<C> rule;
+  rule.x = args.x;
+  rule.z = args.z;
+  rule.x_scale = args.x_scale;
+  rule.z_scale = args.z_scale;
+  rule.block = std::min(args.block, features);
+  rule.sampling = sampling;
+  rule.stream = random_stream(args.counter, args.seed);
+  const double threshold =
+      sampling ? static_cast<double>(find_threshold(kernels, rule, args.share, threads)) : 1.0;
+
+  const WidePanels wide(set.lanes, d);
+  const Plan plan(tokens, features, rule.block, wide.cols, sizeof(C));
+  const int64_t sum_rows = plan.range * plan.slice_rows;
+  Buffer<C> panels(plan.capacity * wide.cols), weights(plan.capacity), sums(sum_rows * wide.cols);
+  const int64_t scratch_size =
+      std::max(wide.cols, kernels.scan_scratch(plan.slice_features, plan.slice_blocks));
+  std::vector<std::unique_ptr<Workspace<C>>> workspaces;
+  for (int64_t i = 0; i < threads; ++i)
+    workspaces.push_back(
+        std::make_unique<Workspace<C>>(plan.capacity, plan.slice_rows / kGroup, scratch_size));
+  std::vector<SampleSums> counts(plan.slices);
+
+  const auto load_tokens = [&](int64_t first, int64_t rows) {
+    split(threads, rows, [&](int64_t part, int64_t begin, int64_t end) {
+      kernels.pack_wide(rule, first + begin, end - begin, plan.capacity, begin, !sampling,
+                        panels.data(), weights.data() + begin, workspaces[part]->scratch.data());
+      for (C* weight = weights.data() + begin; weight != weights.data() + end; ++weight)
+        if (std::isfinite(*weight))  // kept finite, as blocks of zeros are to stay zero
+          *weight = static_cast<C>(
+              std::min(*weight / threshold / threshold, double{std::numeric_limits<C>::max()}));
+    });
+  };
+  const auto slice_features = [&](int64_t slice) {  // the last may have fewer
+    return std::min(plan.slice_features, features - slice * plan.slice_features);
+  };
+  const auto add_tokens = [&](int64_t first, int64_t rows, int64_t slice, int64_t row,
+                              Workspace<C>& work) {
+    const int64_t block = slice * plan.slice_blocks;
+    const int64_t blocks = std::min(plan.slice_blocks, plan.blocks - block);
+    kernels.scan(rule, first, rows, weights.data(), block, blocks, work.sample, &counts[slice],
+                 work.scratch.data());
+    kernels.multiply(work.sample, ceil_div(slice_features(slice), kGroup), panels.data(), d,
+                     sums.data(), sum_rows, row);
+  };
+  const auto write = [&](int64_t slice, int64_t row) {
+    AddJob<C> job;
+    job.sums = sums.data();
+    job.rows = sum_rows;
+    job.d = d;
+    job.alpha = static_cast<C>(args.alpha);
+    job.target = args.grad;
+    job.dtype = args.grad_dtype;
+    job.offset = (slice * plan.slice_features - row) * args.feature_stride;
+    job.row_stride = args.feature_stride;
+    job.column_stride = args.column_stride;
+    kernels.add(job, row, row + slice_features(slice));
+  };
+
+  for (int64_t slice = 0; slice < plan.slices; slice += plan.range) {
+    const int64_t count = std::min(plan.range, plan.slices - slice);
+    split(threads, sum_rows * wide.cols, [&](int64_t, int64_t begin, int64_t end) {
+      std::fill(sums.data() + begin, sums.data() + end, C(0));
+    });
+    for (int64_t first = 0; first < tokens; first += kChunk) {
+      const int64_t rows = std::min(kChunk, tokens - first);
+      load_tokens(first, rows);
+      split(threads, count, [&](int64_t part, int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i)
+          add_tokens(first, rows, slice + i, i * plan.slice_rows, *workspaces[part]);
+      });
+    }
+    split(threads, count, [&](int64_t, int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) write(slice + i, i * plan.slice_rows);
+    });
   }
-  if (!call.sampling) return;
-  double kept = 0, noise = 0;
-  for (int64_t b = 0; b < call.blocks; ++b) {
-    kept += static_cast<double>(call.chosen[b]);
-    noise += call.noise[b];
+  if (!sampling) return;
+  SampleSums total;
+  for (const SampleSums& x : counts) {
+    total.taken += x.taken;
+    total.noise += x.noise;
+    total.energy += x.energy;
   }
-  stats[0] = static_cast<float>(kept / static_cast<double>(call.tokens * call.blocks));
-  stats[1] = static_cast<float>(noise);
+  stats[0] = static_cast<float>(total.taken / static_cast<double>(tokens * plan.blocks));
+  stats[1] = total.energy > 0 ? static_cast<float>(total.noise / total.energy) : 0.0f;
 }
 
-template void sampled_grad<float>(const SampledGrad&, const MutableView&, float*);
-template void sampled_grad<double>(const SampledGrad&, const MutableView&, float*);
+template void sampled_grad<float>(const SampledGrad<float>&, float*);
+template void sampled_grad<double>(const SampledGrad<double>&, float*);
 
 }  // namespace molegrad::cpu

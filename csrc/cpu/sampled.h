@@ -7,10 +7,10 @@
 
 namespace molegrad::cpu {
 
+template <typename C>
 struct SampledGrad {
-  View x, z;              // (T, F) and (T, d), the wider and the narrower operand
-  View x_scale, z_scale;  // (T, 1), the factor of each row; no data: 1
-  View basis;             // (d, k), no columns: none
+  View x, z;  // (T, F), (T, d): the wider, the narrower operand
+  const C *x_scale = nullptr, *z_scale = nullptr;  // (T), the factor of each row; null is 1
   int64_t counter = 0, seed = 0, block = 1;
   double share = 1, alpha = 1;
   // The gradient: its element of feature f of X and column c of Z.
@@ -19,10 +19,9 @@ struct SampledGrad {
   int64_t feature_stride = 0, column_stride = 0;
 };
 
-// grad += alpha Ĝ; moments (d, k) of type C; stats (2): the share kept, E‖Ĝ − G‖²_F.
-// What it computes does not depend on the number of threads, but for the last bits of the modes
-// along the basis and of the moments.
+// grad += alpha Ĝ; stats (2): the share taken and the relative noise. The number of threads has no
+// influence on the result. A score that is NaN makes its block of the gradient NaN.
 template <typename C>
-void sampled_grad(const SampledGrad& args, const MutableView& moments, float* stats);
+void sampled_grad(const SampledGrad<C>& args, float* stats);
 
 }  // namespace molegrad::cpu
