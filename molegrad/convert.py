@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 
 from molegrad.config import TARGET_GROUPS, MoleGradConfig
 from molegrad.linear import MoleLinear
-from molegrad.names import layer_role, matches
+from molegrad.names import ROLES, layer_role, matches
 
 logger = logging.getLogger("molegrad")
 
@@ -108,7 +108,8 @@ def plan(model: nn.Module, config: MoleGradConfig) -> ConversionPlan:
     )
     sources = {layer.rank_source for layer in layers}
     for override in (*config.rank_overrides, *config.sample_overrides):
-        if override not in sources:
+        role = override.rpartition("=")[0] in ROLES  # a rule for what may be there
+        if override not in sources and not role:
             raise ValueError(
                 f"the override {override!r} sets the rank or share of no linear layer of this "
                 "model: name a role (ffn, attention), the end of a layer's name, a parent or a "

@@ -35,6 +35,9 @@ _HEADS = {
 }  # fmt: skip
 
 
+ROLES = ("ffn", "attention")
+
+
 def _word(component: str) -> str:
     return re.sub(r"[^a-z]", "", component.lower())
 

@@ -313,6 +313,7 @@ def test_layers_have_shares_of_their_own():
     assert "taken, mlp_down=0.125" in str(plan(model, config))
     convert(model, config)
     assert [layer.share for layer in model.values()] == [1.0, 0.25, 0.125]
+    plan(model, MoleGradConfig(sample_overrides="attention=1"))  # a role may be absent
     with pytest.raises(ValueError, match="the override 'head=0.5' sets the rank or share of no"):
         plan(model, MoleGradConfig(sample_overrides="head=0.5"))
 
