@@ -178,7 +178,7 @@ def sample(op: str, share: float, block: int) -> None:
     _require(block >= 1, op, f"block must be at least 1, got {block}")
 
 
-def sampled_grad_(grad, a, b, a_scale, counter, share, block=4, alpha=1.0, seed=0) -> None:
+def sampled_grad_(grad, a, b, a_scale, counter, share, block=2, alpha=1.0, seed=0) -> None:
     op = "sampled_grad_"
     float8 = a.dtype == torch.float8_e4m3fn
     floating(op, b=b, grad=grad, a_scale=a_scale, a=None if float8 else a)

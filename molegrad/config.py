@@ -29,13 +29,23 @@ TARGET_GROUPS = ("ffn_only", "attention_only", "all")
 
 
 # Named configurations: which suits which batch, memory and patience stands in docs/quality.md.
-PRESETS: dict[str, dict[str, Any]] = {
-    "exact": {"method": "sampled", "sample_share": 1.0, "gradient_mode": "momentum"},
-    "balanced": {"method": "sampled", "sample_share": 0.25, "gradient_mode": "momentum"},
-    "minimal": {"method": "tangent", "rank_k": 0.125, "gradient_mode": "factored"},
+_IN_MOMENTUM = {
+    "method": "sampled",
+    "gradient_mode": "momentum",
+    "target_layers": "all",
+    "saved_inputs": "fp8",
+    "momentum_dtype": "bfloat16",
 }
-
-
+PRESETS: dict[str, dict[str, Any]] = {
+    "exact": {**_IN_MOMENTUM, "sample_share": 1.0},
+    "balanced": {**_IN_MOMENTUM, "sample_share": 0.25, "sample_overrides": ("attention=1",)},
+    "minimal": {
+        **_IN_MOMENTUM,
+        "sample_share": 0.25,
+        "sample_overrides": ("attention=1",),
+        "momentum_dtype": "int8",
+    },
+}
 DEFAULT_RANK = 32
 
 
@@ -100,7 +110,7 @@ class MoleGradConfig:
         "'attention=0.5'; patterns as in rank_overrides, sample_share is for the rest",
     )
     sample_block: int = _field(
-        4,
+        2,
         "method 'sampled': neighbouring features of the wider operand that are taken together; "
         "small blocks have less variance, large ones suit wider arithmetic units",
     )

@@ -69,7 +69,7 @@ def _fake_tangent_factors(u, v, y, w, cond_max=1e3):
     return u.new_empty((m, 2 * k), dtype=dtype), u.new_empty((n, 2 * k), dtype=dtype)
 
 
-def _fake_sampled_grad_(grad, a, b, a_scale, counter, share, block=4, alpha=1.0, seed=0):
+def _fake_sampled_grad_(grad, a, b, a_scale, counter, share, block=2, alpha=1.0, seed=0):
     return b.new_empty((len(reference.SAMPLING),), dtype=torch.float32)
 
 
@@ -160,7 +160,7 @@ OPS: dict[str, Op] = {
     ),
     "sampled_grad_": Op(
         "(Tensor(a!) grad, Tensor a, Tensor b, Tensor? a_scale, Tensor counter, "
-        "float share, int block=4, float alpha=1.0, int seed=0) -> Tensor",
+        "float share, int block=2, float alpha=1.0, int seed=0) -> Tensor",
         reference.sampled_grad_,
         checks.sampled_grad_,
         _fake_sampled_grad_,
@@ -382,7 +382,7 @@ def sampled_grad_(
     a_scale: Tensor | None,
     counter: Tensor,
     share: float,
-    block: int = 4,
+    block: int = 2,
     alpha: float = 1.0,
     seed: int = 0,
 ) -> Tensor:

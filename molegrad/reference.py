@@ -242,7 +242,7 @@ def sampled_grad_(
     a_scale: Tensor | None,
     counter: Tensor,
     share: float,
-    block: int = 4,
+    block: int = 2,
     alpha: float = 1.0,
     seed: int = 0,
 ) -> Tensor:

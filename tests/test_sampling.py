@@ -277,7 +277,7 @@ def test_an_int8_momentum_stays_near_the_exact_one():
 
 def test_memory_and_metrics():
     model = torch.nn.ModuleDict({"mlp": torch.nn.Linear(16, 64)})
-    convert(model, MoleGradConfig.preset("balanced", target_layers="all"))
+    convert(model, MoleGradConfig.preset("balanced", momentum_dtype="float32"))
     optimizer = Muon(matrix_param_groups(model))
     model["mlp"](randn(50, 16)).relu().square().mean().backward()
     memory = memory_bytes(model, [optimizer])

@@ -178,7 +178,8 @@ def _expand_preset(argv: list[str], config_class) -> list[str]:
     given = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in rest}
     fields = {PREFIX + field: value for field, value in preset_fields(name).items()}
     fields = {"enable_streaming": True, **fields}
-    return [f"--{field}={value}" for field, value in fields.items() if field not in given] + rest
+    words = [(k, ",".join(v) if isinstance(v, tuple) else v) for k, v in fields.items()]
+    return [f"--{field}={value}" for field, value in words if field not in given] + rest
 
 
 def _refuse_unknown(argv: list[str], config_class, prog: str) -> None:

@@ -104,10 +104,10 @@ def test_layer_patterns():
 def test_a_preset_is_its_flags_and_those_beside_it_win():
     balanced = flags.parse(Example, ["--streaming_preset=balanced"]).streaming_config()
     assert balanced == MoleGradConfig.preset("balanced")
-    words = ["--depth=3", "--streaming-preset", "minimal", "--streaming_rank_k=0.25"]
+    words = ["--depth=3", "--streaming-preset", "minimal", "--streaming_sample_share=0.5"]
     config = flags.parse(Example, words)
     assert config.depth == 3
-    assert config.streaming_config() == MoleGradConfig.preset("minimal", rank_k=0.25)
+    assert config.streaming_config() == MoleGradConfig.preset("minimal", sample_share=0.5)
     off = flags.parse(Example, ["--streaming_preset=exact", "--enable_streaming=False"])
     assert off.streaming_config() is None and off.streaming_sample_share == 1.0
 
