@@ -126,25 +126,10 @@ def dense_estimate(
 
 
 def linear_setup(ctx, inputs, output) -> None:
-    x, weight, bias, *ctx.rest = inputs
-    _, saved, scale = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(saved, scale)
-    ctx.fp8 = ctx.rest.pop()
+    x, weight, bias, data, scale, *ctx.rest = inputs
     # The other tensors are no saved ones: the backward pass changes them in place, and a layer
     # used twice in one pass changes them between its uses.
-    ctx.save_for_backward(weight, *((saved, scale) if ctx.fp8 else (x,)))
-
-
-def _of_result(formula):
-    """A backward pass that sees the gradient of y alone, and only where there is one."""
-
-    def backward(ctx, grad: Tensor | None, *_):
-        if grad is None:
-            return tuple(None for _ in ctx.needs_input_grad)
-        return formula(ctx, grad)
-
-    return backward
+    ctx.save_for_backward(weight, *((x,) if data is None else (data, scale)))
 
 
 def _grad_x_and_bias(ctx, grad: Tensor, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -156,10 +141,9 @@ def _grad_x_and_bias(ctx, grad: Tensor, weight: Tensor) -> tuple[Tensor | None, 
 def _saved_input(ctx, dtype: torch.dtype) -> Tensor:
     """A (T, n): the layer's input, or what float8 has left of it."""
     _, a, *scale = ctx.saved_tensors
-    return _tokens(a.to(dtype) * scale[0].to(dtype).unsqueeze(-1) if ctx.fp8 else a)
+    return _tokens(a.to(dtype) * scale[0].to(dtype).unsqueeze(-1) if scale else a)
 
 
-@_of_result
 def linear_dense_backward(ctx, grad: Tensor):
     weight = ctx.saved_tensors[0]
     grad_x, grad_bias = _grad_x_and_bias(ctx, grad, weight)
@@ -167,17 +151,16 @@ def linear_dense_backward(ctx, grad: Tensor):
     if ctx.needs_input_grad[1]:
         a = _saved_input(ctx, grad.dtype)
         grad_weight = dense_estimate(a, _tokens(grad), *ctx.rest).to(weight.dtype)
-    return grad_x, grad_weight, grad_bias, *[None] * (len(ctx.rest) + 1)
+    return grad_x, grad_weight, grad_bias, *[None] * (len(ctx.rest) + 2)
 
 
-@_of_result
 def linear_factored_backward(ctx, grad: Tensor):
     weight = ctx.saved_tensors[0]
     basis_u, basis_v, stats, method, rank_k, power_iters, cond_max = ctx.rest
     basis_u, basis_v = basis_u.detach(), basis_v.detach()
     grad_x, grad_bias = _grad_x_and_bias(ctx, grad, weight)
     grad_u = grad_v = None
-    if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
+    if ctx.needs_input_grad[5] or ctx.needs_input_grad[6]:
         a, b = _saved_input(ctx, grad.dtype), _tokens(grad)
         if method == "tangent":
             grad_u, grad_v = torch.ops.molegrad.sketch(a, b, basis_u, basis_v)
@@ -191,10 +174,9 @@ def linear_factored_backward(ctx, grad: Tensor):
             pad = basis_v.shape[1] - rank_k
             grad_u = torch.nn.functional.pad(grad_u, (0, pad))
             grad_v = torch.nn.functional.pad(grad_v, (0, pad))
-    return grad_x, None, grad_bias, grad_u, grad_v, *[None] * 6
+    return grad_x, None, grad_bias, None, None, grad_u, grad_v, *[None] * 5
 
 
-@_of_result
 def linear_sampled_backward(ctx, grad: Tensor):
     """Adds the weight's gradient to `momentum` where there is one, else returns it."""
     weight, a, *scale = ctx.saved_tensors
@@ -212,7 +194,7 @@ def linear_sampled_backward(ctx, grad: Tensor):
             grad_weight = target
         elif momentum_scale is not None:
             torch.ops.molegrad.add_quantized_(momentum, momentum_scale, target)
-    return grad_x, grad_weight, grad_bias, *[None] * 8
+    return grad_x, grad_weight, grad_bias, *[None] * 9
 
 
 def refuse(name: str):

@@ -224,10 +224,10 @@ def quantize_rows(x) -> None:
 
 
 def linear_sampled(
-    x, weight, bias, momentum, momentum_scale, counter, stats, share, block, seed, fp8
+    x, weight, bias, data, scale, momentum, momentum_scale, counter, stats, share, block, seed
 ) -> None:
     op = "linear_sampled"
-    linear(op, x, weight, bias)
+    linear(op, x, weight, bias, data, scale)
     if momentum is not None:
         if momentum_scale is None:
             floating(op, x=x, momentum=momentum)
@@ -240,7 +240,7 @@ def linear_sampled(
     sample(op, share, block)
 
 
-def linear(op: str, x, weight, bias) -> None:
+def linear(op: str, x, weight, bias, data, scale) -> None:
     floating(op, x=x, weight=weight, bias=bias)
     matrix(op, "weight", weight)
     m, n = weight.shape
@@ -257,11 +257,19 @@ def linear(op: str, x, weight, bias) -> None:
             tuple(bias.shape) == (m,) and bias.dtype == weight.dtype, op,
             f"expected bias ({m},) of {weight.dtype}, got {_shape(bias)} of {bias.dtype}",
         )  # fmt: skip
+    _require(
+        (data is None) == (scale is None), op, "expected both data and scale of float8, or none"
+    )
+    if data is not None:
+        _require(
+            data.shape == x.shape and scale.shape == x.shape[:-1], op,
+            f"expected data {_shape(x)} and scale without the last dimension, "
+            f"got {_shape(data)} and {_shape(scale)}",
+        )  # fmt: skip
 
 
-def linear_with_bases(op: str, x, weight, bias, basis_u, basis_v, rank_k) -> None:
-    linear(op, x, weight, bias)
-    floating(op, x=x, basis_u=basis_u, basis_v=basis_v)
+def linear_bases(op: str, weight, basis_u, basis_v, rank_k) -> None:
+    floating(op, weight=weight, basis_u=basis_u, basis_v=basis_v)
     m, n = weight.shape
     basis(op, "basis_u", basis_u, m)
     basis(op, "basis_v", basis_v, n)

@@ -187,23 +187,23 @@ class MoleLinear(nn.Linear):
         if not (torch.is_grad_enabled() and self.trains):
             return F.linear(input, self.weight, self.bias)
         c = self.config
-        fp8 = c.saved_inputs == "fp8"
+        saved = _float8(input) if c.saved_inputs == "fp8" else (None, None)
         if c.method == "sampled":
             return torch.ops.molegrad.linear_sampled(
-                input, self.weight, self.bias, self.momentum, self.momentum_scale,
-                self.counter, self.stats, self.share, c.sample_block, self._seed, fp8,
-            )[0]  # fmt: skip
+                input, self.weight, self.bias, *saved, self.momentum, self.momentum_scale,
+                self.counter, self.stats, self.share, c.sample_block, self._seed,
+            )  # fmt: skip
         if c.gradient_mode == "dense":
             return torch.ops.molegrad.linear_dense(
-                input, self.weight, self.bias, self.basis_u, self.basis_v, self.counter,
+                input, self.weight, self.bias, *saved, self.basis_u, self.basis_v, self.counter,
                 self.stats, c.method, c.power_iters, c.probes,
                 c.trust_max if c.trust_scaling else 0.0,
-                explored_directions(self.rank, c.warm_start_decay), self._seed, c.cond_max, fp8,
-            )[0]  # fmt: skip
+                explored_directions(self.rank, c.warm_start_decay), self._seed, c.cond_max,
+            )  # fmt: skip
         return torch.ops.molegrad.linear_factored(
-            input, self.weight, self.bias, self.basis_u, self.basis_v, self.stats,
-            c.method, self.rank, c.power_iters, c.cond_max, fp8,
-        )[0]  # fmt: skip
+            input, self.weight, self.bias, *saved, self.basis_u, self.basis_v, self.stats,
+            c.method, self.rank, c.power_iters, c.cond_max,
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         c = self.config
@@ -283,6 +283,16 @@ class _SinglePassGuard:
             f"the gradient, {reason}. Use method='tangent', which is exact under accumulation and "
             "data parallelism, or gradient_mode='dense'"
         )
+
+
+def _float8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`quantize_rows` of x, once for all layers that x is the input of (query, key and value)."""
+    if torch.compiler.is_compiling():  # a compiled graph has equal calls only once anyway
+        return torch.ops.molegrad.quantize_rows(x.detach())
+    known = getattr(x, "_molegrad_float8", None)
+    if known is None or known[0] != x._version:
+        x._molegrad_float8 = known = x._version, torch.ops.molegrad.quantize_rows(x.detach())
+    return known[1]
 
 
 def _own_containers(module: nn.Module) -> dict:

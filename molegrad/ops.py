@@ -21,8 +21,8 @@ from torch import Tensor
 from molegrad import _native, autograd, checks, reference
 from molegrad.reference import acc_dtype
 
-_LINEAR = "Tensor x, Tensor weight, Tensor? bias, "
-_LINEAR_RESULT = "bool fp8) -> (Tensor y, Tensor saved, Tensor scale)"
+# data and scale are x in float8, to be kept for the backward pass in place of x, or None.
+_LINEAR = "Tensor x, Tensor weight, Tensor? bias, Tensor? data, Tensor? scale, "
 
 
 @dataclass(frozen=True)
@@ -78,29 +78,24 @@ def _fake_quantize_rows(x):
     return data, x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
-# A linear op returns, beside its result, what it keeps of x for the backward pass: nothing (x
-# itself is kept), or x in float8. The last argument of each says which.
-
-
 def _linear(x, weight, bias, *rest):
-    y = F.linear(x, weight, bias)
-    if rest[-1]:
-        return y, *torch.ops.molegrad.quantize_rows(x)
-    return y, x.new_empty(0), x.new_empty(0)
+    return F.linear(x, weight, bias)
 
 
 def _fake_linear(x, weight, bias, *rest):
-    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
-    return y, *(_fake_quantize_rows(x) if rest[-1] else (x.new_empty(0), x.new_empty(0)))
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-def _check_linear_dense(x, weight, bias, basis_u, basis_v, *rest):
-    k = basis_v.shape[1]
-    checks.linear_with_bases("linear_dense", x, weight, bias, basis_u, basis_v, k)
+def _check_linear_dense(x, weight, bias, data, scale, basis_u, basis_v, *rest):
+    checks.linear("linear_dense", x, weight, bias, data, scale)
+    checks.linear_bases("linear_dense", weight, basis_u, basis_v, basis_v.shape[1])
 
 
-def _check_linear_factored(x, weight, bias, basis_u, basis_v, stats, method, rank_k, *rest):
-    checks.linear_with_bases("linear_factored", x, weight, bias, basis_u, basis_v, rank_k)
+def _check_linear_factored(
+    x, weight, bias, data, scale, basis_u, basis_v, stats, method, rank_k, *rest
+):
+    checks.linear("linear_factored", x, weight, bias, data, scale)
+    checks.linear_bases("linear_factored", weight, basis_u, basis_v, rank_k)
 
 
 def _nothing(*args):
@@ -186,8 +181,8 @@ OPS: dict[str, Op] = {
     ),
     "linear_dense": Op(
         f"({_LINEAR} Tensor basis_u, Tensor basis_v, Tensor counter, Tensor stats, str method, "
-        "int power_iters, int probes, float trust_max, int explored, int seed, float cond_max, "
-        f"{_LINEAR_RESULT}",
+        "int power_iters, int probes, float trust_max, int explored, int seed, float cond_max) "
+        "-> Tensor",
         _linear,
         _check_linear_dense,
         _fake_linear,
@@ -196,7 +191,7 @@ OPS: dict[str, Op] = {
     ),
     "linear_factored": Op(
         f"({_LINEAR} Tensor basis_u, Tensor basis_v, Tensor stats, str method, int rank_k, "
-        f"int power_iters, float cond_max, {_LINEAR_RESULT}",
+        "int power_iters, float cond_max) -> Tensor",
         _linear,
         _check_linear_factored,
         _fake_linear,
@@ -205,7 +200,7 @@ OPS: dict[str, Op] = {
     ),
     "linear_sampled": Op(
         f"({_LINEAR} Tensor? momentum, Tensor? momentum_scale, Tensor counter, Tensor stats, "
-        f"float share, int block, int seed, {_LINEAR_RESULT}",
+        "float share, int block, int seed) -> Tensor",
         _linear,
         checks.linear_sampled,
         _fake_linear,

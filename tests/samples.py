@@ -46,7 +46,8 @@ def sample_inputs(name: str, requires_grad: bool = False) -> list[tuple]:
     state = linear_state(13, 11, 4)
     counter, stats = state["counter"], state["stats"]
     x = randn(2, 5, 11).requires_grad_(requires_grad)
-    linear = (x, weight, bias, u, v)
+    linear = (x, weight, bias)
+    float8 = torch.ops.molegrad.quantize_rows(x.detach())
     return {
         "lowrank_grad": [
             (a.detach(), b.detach(), v),
@@ -76,18 +77,19 @@ def sample_inputs(name: str, requires_grad: bool = False) -> list[tuple]:
         ],
         "quantize_rows": [(randn(2, 5, 11),), (randn(7, 3).bfloat16(),)],
         "linear_dense": [
-            (*linear, counter, stats, method, 1, probes, trust, 1, 3, 1e3, probes == 2)
-            for method, probes, trust in (
-                ("power", 2, 0.0), ("tangent", 0, 0.0), ("tangent", 3, 2.0),
+            (*linear, *saved, u, v, counter, stats, method, 1, probes, trust, 1, 3, 1e3)
+            for method, probes, trust, saved in (
+                ("power", 2, 0.0, float8), ("tangent", 0, 0.0, (None, None)),
+                ("tangent", 3, 2.0, (None, None)),
             )
         ],
         "linear_sampled": [
-            (*linear[:3], None, None, counter, stats, 0.5, 2, 3, False),
-            (*linear[:3], torch.zeros(13, 11), None, counter, stats, 1.0, 4, 0, True),
+            (*linear, None, None, None, None, counter, stats, 0.5, 2, 3),
+            (*linear, *float8, torch.zeros(13, 11), None, counter, stats, 1.0, 4, 0),
         ],
         "linear_factored": [
-            (*linear[:3], u_, v_, stats, method, 3, 1, 1e3, method == "power")
-            for method in ("tangent", "power")
+            (*linear, *saved, u_, v_, stats, method, 3, 1, 1e3)
+            for method, saved in (("tangent", (None, None)), ("power", float8))
             for u_, v_ in ((u.clone().requires_grad_(requires_grad),
                             v.clone().requires_grad_(requires_grad)),)
         ],

@@ -204,6 +204,20 @@ def test_float8_inputs_are_what_is_kept(saved, wanted):
     assert sum(t.nbytes for t in kept if t.data_ptr() not in own) == wanted
 
 
+def test_layers_with_one_input_keep_one_copy_of_it():
+    x = randn(32, 16)
+    layers = [layer(saved_inputs="fp8") for _ in range(3)]
+    kept = set()
+    own = {p.data_ptr() for each in layers for p in each.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.add(t.data_ptr()) or t, id):
+        for each in layers:
+            each(x)
+        assert len(kept - own) == 2  # data and scale
+        x.mul_(2)
+        layers[0](x)
+        assert len(kept - own) == 4  # x has changed since
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_state_moves_saves_and_resumes(dtype):
     x = randn(50, 16)
