@@ -12,7 +12,7 @@ from molegrad._native import build_info
 from molegrad.clip import clip_grad_norm_
 from molegrad.config import MoleGradConfig
 from molegrad.convert import ConversionPlan, convert, plan, revert
-from molegrad.linear import MoleLinear, bases_state_dict, load_bases_state_dict
+from molegrad.linear import MoleLinear, bases_state_dict, ignored_by_ddp, load_bases_state_dict
 
 __all__ = [
     "ConversionPlan",
@@ -22,6 +22,7 @@ __all__ = [
     "build_info",
     "clip_grad_norm_",
     "convert",
+    "ignored_by_ddp",
     "load_bases_state_dict",
     "ops",
     "plan",

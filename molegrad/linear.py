@@ -303,6 +303,21 @@ def _own_containers(module: nn.Module) -> dict:
     }
 
 
+def ignored_by_ddp(model: nn.Module) -> list[str]:
+    """Names of the weights in momentum mode: they require a gradient and never get one.
+
+    DistributedDataParallel waits for the gradients of all its parameters, so tell it before it is
+    made: `DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)`. Muon
+    averages the momentum over the processes itself.
+    """
+    weights = {
+        id(layer.weight)
+        for layer in model.modules()
+        if isinstance(layer, MoleLinear) and layer.momentum is not None
+    }
+    return [name for name, p in model.named_parameters() if id(p) in weights]
+
+
 def bases_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """What an exact resume needs beside the state_dicts of model and optimizer.
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from molegrad import ConversionPlan, MoleLinear, convert, optim, plan
+from molegrad import ConversionPlan, convert, ignored_by_ddp, optim, plan
 from molegrad.gpt.model import GPT
 from molegrad.gpt.train_config import compute_dtype
 
@@ -145,16 +145,8 @@ def wrap(model: GPT, config, processes: Processes) -> nn.Module:
         called = torch.compile(called, dynamic=False)
     if processes.world_size > 1:
         # Every process computes its own buffers (rotary tables, bases, counters): none is sent.
-        # Where backward passes add to a momentum, Muon averages it; the weight has no gradient.
-        without = {
-            id(layer.weight)
-            for layer in model.modules()
-            if isinstance(layer, MoleLinear) and layer.momentum is not None
-        }
         nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
-            called,
-            [name for name, _ in called.named_buffers()]
-            + [name for name, p in called.named_parameters() if id(p) in without],
+            called, [*(name for name, _ in called.named_buffers()), *ignored_by_ddp(called)]
         )
         ids = [processes.local_rank] if model.device.type == "cuda" else None
         called = nn.parallel.DistributedDataParallel(called, device_ids=ids)
