@@ -8,6 +8,7 @@ import socket
 import pytest
 import torch
 
+from molegrad.config import PRESETS
 from molegrad.gpt import checkpoint, guard, setup
 from molegrad.gpt.logger import RunLogger, read_metrics
 from molegrad.gpt.loop import Trainer
@@ -20,6 +21,12 @@ FACTORED = {
     "streaming_rank_k": 4,
     "streaming_min_layer_utilization": 0.0,
     "streaming_gradient_mode": "factored",
+}
+
+
+PRESET = {
+    "enable_streaming": True,
+    **{f"streaming_{name}": value for name, value in PRESETS["balanced"].items()},
 }
 
 
@@ -160,11 +167,14 @@ STREAM = {k: v for k, v in FACTORED.items() if k != "streaming_gradient_mode"}
         FACTORED,
         {**FACTORED, "streaming_probes": 2, "total_batch_size": 160, "grad_clip": 1.0},
         {**FACTORED, "streaming_method": "power"},
+        PRESET,
+        {**PRESET, "streaming_momentum_dtype": "int8", "total_batch_size": 160},
         {**STREAM, **ADAPTIVE},
         {**FACTORED, **ADAPTIVE, "total_batch_size": 160, "grad_clip": 1.0},
     ],
     ids=[
-        "dense", "adamw", "tangent", "power", "factored", "accumulated", "factored-power",
+        "dense", "adamw", "tangent", "power", "factored", "accumulated", "factored-power", "preset",
+        "preset-int8",
         "adaptive", "factored-adaptive",
     ],
 )  # fmt: skip
