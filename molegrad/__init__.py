@@ -1,7 +1,7 @@
-"""Low-rank weight gradients for training language models on one GPU.
+"""Estimated weight gradients, sampled or of low rank, for training language models on one GPU.
 
     import molegrad
-    model = molegrad.convert(model, molegrad.MoleGradConfig(rank_k=32))
+    model = molegrad.convert(model, molegrad.MoleGradConfig.preset("balanced"))
 
 `torch.ops.molegrad.*` (documented in `molegrad.ops`) are the ops; `MoleLinear` is the layer,
 `molegrad.optim` the optimizers, `molegrad.gpt` a complete training pipeline.

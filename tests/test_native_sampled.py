@@ -133,7 +133,7 @@ def test_layouts(n, m):
         for grad in grads:
             grad.copy_(randn(m, n))
             expected = truth(grad, x, y, None, 0.3, 4)[0]
-            ops.sampled_grad_(grad, x, y, None, STEP, 0.3)
+            ops.sampled_grad_(grad, x, y, None, STEP, 0.3, 4)
             assert error(grad, expected) < 1e-6
     used = torch.zeros_like(storage, dtype=torch.bool)
     used[1 : m + 1, 1 : 2 * n + 2] = True

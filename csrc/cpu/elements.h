@@ -48,12 +48,11 @@ inline float widen(Float16 x) {
 }
 
 inline float widen(Float8 x) {
+  // Exponent and mantissa into place, rescaled by 2^120: exact, subnormals included. No branch, so
+  // that loops over it become vector code.
   const uint32_t magnitude = x.bits & 0x7fu;
-  const float normal = from_bits((magnitude << 20) + (120u << 23));
-  const float subnormal = static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-9f;
-  const uint32_t bits = magnitude == 0x7fu ? 0x7fc00000u
-                        : magnitude < 8u   ? to_bits(subnormal)
-                                           : to_bits(normal);
+  const uint32_t nan = static_cast<uint32_t>(-static_cast<int32_t>(magnitude == 0x7fu));
+  const uint32_t bits = to_bits(from_bits(magnitude << 20) * 0x1p120f) | (nan & 0x7fc00000u);
   return from_bits(bits | static_cast<uint32_t>(x.bits & 0x80u) << 24);
 }
 
