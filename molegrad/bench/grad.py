@@ -6,9 +6,10 @@
 For every in×out shape, token count and rank: the dense gradient BᵀA by torch.mm, and the sketch
 (tangent) and the power estimate, each in plain torch (molegrad/reference.py) and native. The
 variants are timed in interleaved rounds, so that another program's load falls on all of them, and
-ratios are medians of the rounds' own ratios. Then forward and backward pass of whole layers, which
-share the two dense products that low-rank gradients leave as they are, and the ops on factors,
-reference against native.
+ratios are medians of the rounds' own ratios. The sampled product is timed by share and block on
+operands as relu² makes them, four fifths of the wider one zero, against torch's product added to the
+same gradient. Then forward and backward pass of whole layers, which share the two dense products
+that estimated gradients leave as they are, and the small ops, reference against native.
 
 Columns: µs at the 20th, 50th and 80th percentile; GFLOP/s of the multiplications the formula needs;
 GB/s of A and B read as often as it must (dense and sketch once, power twice); the ratio to dense;
@@ -28,7 +29,7 @@ import torch
 from torch import nn
 
 from molegrad import MoleGradConfig, MoleLinear, build_info, ops, reference
-from molegrad.config import GRADIENT_MODES, METHODS
+from molegrad.config import PRESETS
 from molegrad.gpt import flags
 from molegrad.gpt.flags import flag
 
@@ -38,7 +39,11 @@ SMALL_OPS = (
     "polar_factor",
     "lowrank_update_",
     "rademacher",
+    "quantize_rows",
+    "add_quantized_",
 )
+SHARES, BLOCKS = (0.25, 0.125), (1, 2, 4, 16)
+ZEROS = 0.8  # of the wider operand, as relu² has them
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
 
@@ -181,6 +186,45 @@ def bench_gradients(
     return rows
 
 
+def bench_sampled(
+    n: int, m: int, tokens: int, dtype: torch.dtype, device: torch.device, repeats: int
+) -> list[dict]:
+    """`sampled_grad_` by share and block, against `torch.addmm` to the same gradient."""
+    a = torch.randn(tokens, n, device=device).to(dtype)
+    b = _with_zeros(tokens, m, dtype, device)
+    if n > m:
+        a, b = (
+            _with_zeros(tokens, n, dtype, device),
+            torch.randn(tokens, m, device=device).to(dtype),
+        )
+    grad, step = torch.zeros(m, n, device=device, dtype=dtype), torch.tensor(0, device=device)
+    variants: dict[tuple, Callable] = {(1.0, 0, "torch.addmm_"): lambda: grad.addmm_(b.mT, a)}
+    kernels = {"reference": reference.sampled_grad_}
+    if has_native("sampled_grad_", device):
+        kernels["native"] = ops.sampled_grad_
+    for how, kernel in kernels.items():
+        for share in SHARES:
+            for block in BLOCKS:
+                variants[share, block, how] = lambda f=kernel, s=share, k=block: f(
+                    grad, a, b, None, step, s, k
+                )
+    seconds = time_interleaved(variants, repeats, device)
+    rows = []
+    for (share, block, how), times in seconds.items():
+        row = {"n": n, "m": m, "tokens": tokens, "op": "sampled_grad_", "how": how}
+        row |= {"share": share, "block": block} | percentiles(times)
+        row["vs_dense"] = median_ratio(seconds[1.0, 0, "torch.addmm_"], times)
+        if how == "native":
+            row["vs_reference"] = median_ratio(seconds[share, block, "reference"], times)
+        rows.append(row)
+    return rows
+
+
+def _with_zeros(tokens: int, features: int, dtype: torch.dtype, device: torch.device):
+    x = torch.randn(tokens, features, device=device)
+    return (x * (torch.rand_like(x) >= ZEROS)).to(dtype)
+
+
 def bench_layers(
     n: int, m: int, tokens: int, k: int, dtype: torch.dtype, device: torch.device, repeats: int
 ) -> list[dict]:
@@ -188,16 +232,18 @@ def bench_layers(
     if 2 * k > min(n, m):
         return []
     x = torch.randn(tokens, n, device=device).to(dtype).requires_grad_()
-    grad = torch.randn(tokens, m, device=device).to(dtype)
+    grad = _with_zeros(tokens, m, dtype, device)
     layers: dict[tuple[str, str], nn.Module] = {
         ("nn.Linear", ""): nn.Linear(n, m, bias=False, device=device, dtype=dtype)
     }
-    for mode in GRADIENT_MODES:
-        for method in METHODS:
-            config = MoleGradConfig(rank_k=k, method=method, gradient_mode=mode)
-            layers[f"linear_{mode}", method] = MoleLinear(
-                n, m, bias=False, device=device, dtype=dtype, config=config
-            )
+    configs = {
+        (f"linear_{mode}", method): MoleGradConfig(rank_k=k, method=method, gradient_mode=mode)
+        for mode in ("dense", "factored")
+        for method in ("power", "tangent")
+    }
+    configs |= {("preset", name): MoleGradConfig.preset(name) for name in PRESETS}
+    for name, config in configs.items():
+        layers[name] = MoleLinear(n, m, bias=False, device=device, dtype=dtype, config=config)
 
     def run(layer: nn.Module) -> Callable[[], None]:
         def pass_through() -> None:
@@ -229,6 +275,12 @@ def bench_small(n: int, m: int, k: int, device: torch.device, repeats: int) -> l
         "polar_factor": (w,),
         "lowrank_update_": (weight, u, w, -1e-3),
         "rademacher": (m, k, torch.zeros((), dtype=torch.int64, device=device)),
+        "quantize_rows": (weight,),
+        "add_quantized_": (
+            torch.zeros(m, n, dtype=torch.int8, device=device),
+            torch.ones(m, 1, device=device),
+            weight,
+        ),
     }
     rows = []
     for name in SMALL_OPS:
@@ -250,7 +302,8 @@ def bench_small(n: int, m: int, k: int, device: torch.device, repeats: int) -> l
 
 @torch.no_grad()
 def bench(config: GradBenchConfig) -> dict:
-    """Every measurement of a configuration: "gradients", "layers", "small", and on what machine."""
+    """Every measurement of a configuration: "gradients", "sampled", "layers", "small", and on what
+    machine."""
     device = torch.device(config.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("device=cuda, but torch finds no CUDA device; use --device=cpu")
@@ -267,6 +320,12 @@ def bench(config: GradBenchConfig) -> dict:
                 n, m, tokens, k, DTYPES[config.dtype], device, config.repeats
             )
         ]
+        sampled = [
+            row
+            for n, m in config.shape_list
+            for tokens in config.token_list
+            for row in bench_sampled(n, m, tokens, DTYPES[config.dtype], device, config.repeats)
+        ]
         layers = [
             row
             for n, m in config.shape_list
@@ -282,6 +341,7 @@ def bench(config: GradBenchConfig) -> dict:
         ]
         return {
             "gradients": gradients,
+            "sampled": sampled,
             "layers": layers,
             "small": small,
             "config": flags.resolved(config),
@@ -295,6 +355,7 @@ def bench(config: GradBenchConfig) -> dict:
 
 _COLUMNS = {  # heading: (key, format)
     "in": ("n", "d"), "out": ("m", "d"), "tokens": ("tokens", "d"), "k": ("k", "d"),
+    "share": ("share", "g"), "block": ("block", "d"),
     "op": ("op", "s"), "how": ("how", "s"),
     "µs p20": ("us_p20", ".0f"), "p50": ("us_p50", ".0f"), "p80": ("us_p80", ".0f"),
     "GFLOP/s": ("gflops", ".0f"), "GB/s": ("gbytes", ".1f"),
@@ -333,6 +394,7 @@ def main(argv: list[str] | None = None) -> int:
         f"native kernels: {kernels}\n"
     )
     print(table(result["gradients"], config.markdown) + "\n")
+    print(table(result["sampled"], config.markdown) + "\n")
     print(table(result["layers"], config.markdown) + "\n")
     print(table(result["small"], config.markdown))
     if config.json:

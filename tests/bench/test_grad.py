@@ -18,8 +18,12 @@ def test_the_command_prints_tables_and_then_one_json_object(capsys):
     result = json.loads(lines[-1])
     hows = 2 if result["native"] else 1
     assert len(result["gradients"]) == 2 * 2 * 2 * (6 if result["native"] else 3)
-    assert len(result["small"]) == 2 * 2 * 5 * hows
-    assert len(result["layers"]) == 2 * 2 * 2 * 5
+    native = [name for name in grad.SMALL_OPS if grad.has_native(name, torch.device("cpu"))]
+    assert len(result["small"]) == 2 * 2 * (len(grad.SMALL_OPS) + len(native))
+    assert len(result["layers"]) == 2 * 2 * 2 * (1 + 4 + 3)
+    kernels = len(grad.SHARES) * len(grad.BLOCKS) * hows
+    assert len(result["sampled"]) == 2 * 2 * (1 + kernels)
+    assert all(row["vs_dense"] > 0 for row in result["sampled"])
     assert all(row["vs_dense"] > 0 for row in result["layers"])
     for row in result["gradients"]:
         assert 0 < row["us_p20"] <= row["us_p50"] <= row["us_p80"]
