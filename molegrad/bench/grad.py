@@ -7,9 +7,9 @@ For every in×out shape, token count and rank: the dense gradient BᵀA by torch
 (tangent) and the power estimate, each in plain torch (molegrad/reference.py) and native. The
 variants are timed in interleaved rounds, so that another program's load falls on all of them, and
 ratios are medians of the rounds' own ratios. The sampled product is timed by share and block on
-operands as relu² makes them, four fifths of the wider one zero, against torch's product added to the
-same gradient. Then forward and backward pass of whole layers, which share the two dense products
-that estimated gradients leave as they are, and the small ops, reference against native.
+operands as relu² makes them, four fifths of the wider one zero, against torch's product added to a
+gradient. Then forward and backward pass of whole layers, which share the two dense products that
+estimated gradients leave as they are, and the small ops, reference against native.
 
 Columns: µs at the 20th, 50th and 80th percentile; GFLOP/s of the multiplications the formula needs;
 GB/s of A and B read as often as it must (dense and sketch once, power twice); the ratio to dense;
