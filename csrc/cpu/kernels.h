@@ -79,10 +79,10 @@ struct UpdateJob {
 
 // ---- sampled products X̃ᵀZ -----------------------------------------------------------------------
 
-// The narrow operand Z (T, d), and sums as wide, are stored as panels of kPanelVectors vectors of
-// columns, each panel with all its rows; the last one may be half as wide. X (T, F) is worked on in
-// slices of whole blocks of features.
-constexpr int64_t kPanelVectors = 8;
+// Tokens are taken in chunks. The narrow operand Z (T, d), and sums as wide, are stored as panels
+// of kPanelVectors vectors of columns, each panel with all its rows; the last one may be half as
+// wide. The wide operand X (T, F) is worked on in slices of whole blocks of features.
+constexpr int64_t kChunk = 512, kPanelVectors = 8;
 
 struct WidePanels {
   int64_t width, cols;  // of a whole panel; cols is padded to half panels
@@ -94,19 +94,19 @@ struct WidePanels {
   }
 };
 
-// X̃ of one chunk of tokens and one slice: zero where a pair was not taken. Features are in groups
-// of kGroup, the last padded with zeros.
-constexpr int64_t kGroup = 16, kMaskTokens = 64;
+// X̃ of one chunk and one slice, without most of its zeros. Features are in groups of kGroup, and
+// every group is in tiles of 1, 2, 4 or 8 features: of each feature are listed the values at all
+// tokens at which not all of its tile are zero.
+constexpr int64_t kGroup = 16, kMaskTokens = 64, kMasks = kChunk / kMaskTokens;
+constexpr int64_t kValues = kChunk + kGroup;  // per feature; the rest may be written past the end
 
 template <typename C>
 struct Sample {
-  int64_t capacity = 0;         // tokens, a multiple of kMaskTokens
-  C* values = nullptr;          // (groups, capacity + 1, kGroup); the one keeps groups off one
-                                // another's cache sets
-  uint64_t* masks = nullptr;    // (groups, capacity / kMaskTokens, kGroup): which are not zero
-  int32_t* tokens = nullptr;    // (groups, 4, capacity): those that a tile of features has
-  int32_t* lengths = nullptr;   // (groups, 4): how many
-  int32_t* features = nullptr;  // (groups): of a tile, 1, 2, 4 or 8
+  C* values = nullptr;        // (groups, kGroup, kValues)
+  uint64_t* masks = nullptr;  // (groups, kMasks, kGroup): a tile's tokens, at its first feature
+  int32_t* tokens = nullptr;  // (groups, 4, kValues): the same as lists, for tiles of 4 and 8
+  int32_t* counts = nullptr;  // (groups, kGroup): values per feature
+  int32_t* tile = nullptr;    // (groups): features of a tile
 };
 
 // The rule of the sample. The pair (t, β) is taken where uniform(t, β)² < ‖x_tβ‖² weight[t], with
@@ -145,17 +145,16 @@ struct SampledKernels {
                  C* scratch);
   // Σ min(score, limit), NaN where a score is.
   double (*clipped_sum)(const C* scores, int64_t count, C limit);
-  // Tokens [first, first + rows) of Z into wide panels laid out for `capacity` rows, from row `to`
-  // on; out (rows) becomes ‖z_t‖², or with `only_finite` 0, and NaN where z is not finite.
-  void (*pack_wide)(const SampleRule<C>& rule, int64_t first, int64_t rows, int64_t capacity,
-                    int64_t to, bool only_finite, C* panels, C* out, C* scratch);
+  // Tokens [first, first + rows) of Z into rows `to` … of the wide panels of a chunk; out (rows)
+  // becomes ‖z_t‖², or where there is no sampling 0, and NaN where z is not finite.
+  void (*pack_wide)(const SampleRule<C>& rule, int64_t first, int64_t rows, int64_t to, C* panels,
+                    C* out, C* scratch);
   // The sample of tokens [first, first + rows) and blocks [block, block + blocks).
-  int64_t (*scan_scratch)(int64_t features, int64_t blocks);
+  int64_t (*scan_scratch)(int64_t features);
   void (*scan)(const SampleRule<C>& rule, int64_t first, int64_t rows, const C* weight,
                int64_t block, int64_t blocks, const Sample<C>& sample, SampleSums* sums,
                C* scratch);
-  // sums rows [row, row + groups * kGroup) of sum_rows += X̃ᵀ Z; z in wide panels of
-  // sample.capacity rows.
+  // sums rows [row, row + groups * kGroup) of sum_rows += X̃ᵀ Z; both in wide panels.
   void (*multiply)(const Sample<C>& sample, int64_t groups, const C* z, int64_t d, C* sums,
                    int64_t sum_rows, int64_t row);
   // Of rows [begin, end).

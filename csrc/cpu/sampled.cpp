@@ -16,10 +16,9 @@ namespace {
 
 // As in molegrad/reference.py: tokens that decide the threshold, and its steps.
 constexpr int64_t kThresholdTokens = 512, kThresholdSteps = 8;
-// Tokens at a time: a panel of so many rows of Z takes a quarter of a per-core L2, and so does the
-// sample of a slice of features. Numbers of the machine or of its threads are left out of this, so
-// that they have no influence on the order of sums.
-constexpr int64_t kChunk = 512, kSliceBytes = 256 << 10;
+// Features of a slice: with a panel of Z, its sample fits a per-core L2. Properties of the machine
+// are left out of this, so that they have no influence on the order of sums.
+constexpr int64_t kSliceFeatures = 128;
 // Memory for sums: more features are taken one range after the other.
 constexpr int64_t kSumBytes = 32 << 20;
 // Scores of a partial sum; numbers of X that are worth a thread.
@@ -71,18 +70,15 @@ C find_threshold(const SampledKernels<C>& kernels, const SampleRule<C>& rule, do
 
 // Slices of X, and ranges of slices whose sums are held at a time.
 struct Plan {
-  int64_t capacity;                                                  // tokens of a chunk
   int64_t blocks, slices, slice_blocks, slice_features, slice_rows;  // rows: features, padded
   int64_t range;                                                     // slices
 
-  Plan(int64_t tokens, int64_t features, int64_t block, int64_t columns, int64_t size)
-      : capacity(round_up(std::min(kChunk, tokens), kMaskTokens)),
-        blocks(ceil_div(features, block)) {
-    slice_blocks = std::clamp<int64_t>(kSliceBytes / (capacity * size * block), 1, blocks);
+  Plan(int64_t features, int64_t block, int64_t row_bytes) : blocks(ceil_div(features, block)) {
+    slice_blocks = std::clamp<int64_t>(kSliceFeatures / block, 1, blocks);
     slice_features = slice_blocks * block;
     slice_rows = round_up(slice_features, kGroup);
     slices = ceil_div(blocks, slice_blocks);
-    range = std::clamp<int64_t>(kSumBytes / (slice_rows * columns * size), 1, slices);
+    range = std::clamp<int64_t>(kSumBytes / (slice_rows * row_bytes), 1, slices);
   }
 };
 
@@ -91,18 +87,17 @@ template <typename C>
 struct Workspace {
   Buffer<C> values, scratch;
   Buffer<uint64_t> masks;
-  Buffer<int32_t> tokens, lengths, features;
+  Buffer<int32_t> tokens, counts, tile;
   Sample<C> sample;
 
-  Workspace(int64_t capacity, int64_t groups, int64_t scratch_size)
-      : values(groups * (capacity + 1) * kGroup),
+  Workspace(int64_t groups, int64_t scratch_size)
+      : values(groups * kGroup * kValues),
         scratch(scratch_size),
-        masks(groups * capacity / kMaskTokens * kGroup),
-        tokens(groups * 4 * capacity),
-        lengths(groups * 4),
-        features(groups),
-        sample{capacity,      values.data(),  masks.data(),
-               tokens.data(), lengths.data(), features.data()} {}
+        masks(groups * kMasks * kGroup),
+        tokens(groups * 4 * kValues),
+        counts(groups * kGroup),
+        tile(groups),
+        sample{values.data(), masks.data(), tokens.data(), counts.data(), tile.data()} {}
 };
 
 }  // namespace
@@ -131,21 +126,20 @@ void sampled_grad(const SampledGrad<C>& args, float* stats) {
       sampling ? static_cast<double>(find_threshold(kernels, rule, args.share, threads)) : 1.0;
 
   const WidePanels wide(set.lanes, d);
-  const Plan plan(tokens, features, rule.block, wide.cols, sizeof(C));
+  const Plan plan(features, rule.block, wide.cols * static_cast<int64_t>(sizeof(C)));
   const int64_t sum_rows = plan.range * plan.slice_rows;
-  Buffer<C> panels(plan.capacity * wide.cols), weights(plan.capacity), sums(sum_rows * wide.cols);
-  const int64_t scratch_size =
-      std::max(wide.cols, kernels.scan_scratch(plan.slice_features, plan.slice_blocks));
+  Buffer<C> panels(kChunk * wide.cols), weights(kChunk), sums(sum_rows * wide.cols);
+  const int64_t scratch_size = std::max(wide.cols, kernels.scan_scratch(plan.slice_features));
   std::vector<std::unique_ptr<Workspace<C>>> workspaces;
   for (int64_t i = 0; i < threads; ++i)
     workspaces.push_back(
-        std::make_unique<Workspace<C>>(plan.capacity, plan.slice_rows / kGroup, scratch_size));
+        std::make_unique<Workspace<C>>(plan.slice_rows / kGroup, scratch_size));
   std::vector<SampleSums> counts(plan.slices);
 
   const auto load_tokens = [&](int64_t first, int64_t rows) {
     split(threads, rows, [&](int64_t part, int64_t begin, int64_t end) {
-      kernels.pack_wide(rule, first + begin, end - begin, plan.capacity, begin, !sampling,
-                        panels.data(), weights.data() + begin, workspaces[part]->scratch.data());
+      kernels.pack_wide(rule, first + begin, end - begin, begin, panels.data(),
+                        weights.data() + begin, workspaces[part]->scratch.data());
       for (C* weight = weights.data() + begin; weight != weights.data() + end; ++weight)
         if (std::isfinite(*weight))  // kept finite, as blocks of zeros are to stay zero
           *weight = static_cast<C>(

@@ -36,47 +36,63 @@ C sum_of_squares(const C* x, int64_t n) {
   return total;
 }
 
+// Columns [column, column + columns) of a row, times its scale: in place where nothing is to be
+// done to them, else in `buffer`.
 template <typename C>
-void load_scaled(const View& src, const C* scale, int64_t row, int64_t column, int64_t columns,
-                 C* dst) {
-  with_inputs(src.data, src.dtype, row * src.ld + column,
-              [&](const auto* from) { load_row(from, columns, dst); });
+const C* load_scaled(const View& src, const C* scale, int64_t row, int64_t column, int64_t columns,
+                     C* buffer) {
+  const int64_t offset = row * src.ld + column;
+  if (scale == nullptr && src.dtype == (sizeof(C) == 8 ? DType::kFloat64 : DType::kFloat32))
+    return static_cast<const C*>(src.data) + offset;
+  with_inputs(src.data, src.dtype, offset,
+              [&](const auto* from) { load_row(from, columns, buffer); });
   if (scale != nullptr) {
     const C factor = scale[row];
-    for (int64_t c = 0; c < columns; ++c) dst[c] *= factor;
+    for (int64_t c = 0; c < columns; ++c) buffer[c] *= factor;
   }
+  return buffer;
+}
+
+// Asks for columns of a row that is needed soon: rows are far apart, which no prefetcher foresees.
+inline void ask_for(const View& src, int64_t row, int64_t column, int64_t columns) {
+  if (row >= src.rows) return;
+  const int64_t size = element_size(src.dtype);
+  const char* from = static_cast<const char*>(src.data) + (row * src.ld + column) * size;
+  for (int64_t byte = 0; byte < columns * size; byte += 64) __builtin_prefetch(from + byte, 0, 2);
 }
 
 template <typename C>
-void pack_wide(const SampleRule<C>& rule, int64_t first, int64_t rows, int64_t capacity, int64_t to,
-               bool only_finite, C* panels, C* out, C* scratch) {
+void pack_wide(const SampleRule<C>& rule, int64_t first, int64_t rows, int64_t to, C* panels,
+               C* out, C* scratch) {
   const int64_t d = rule.z.cols;
   const WidePanels wide(Simd<C>::kLanes, d);
-  for (int64_t c = d; c < wide.cols; ++c) scratch[c] = 0;
   for (int64_t r = 0; r < rows; ++r) {
-    load_scaled(rule.z, rule.z_scale, first + r, 0, d, scratch);
-    if (only_finite) {
-      C probe = 0;
-      for (int64_t c = 0; c < d; ++c) probe += scratch[c] * 0;
-      out[r] = probe;
+    const C* z = load_scaled(rule.z, rule.z_scale, first + r, 0, d, scratch);
+    if (rule.sampling) {
+      out[r] = sum_of_squares(z, d);
     } else {
-      out[r] = sum_of_squares(scratch, d);
+      C probe = 0;
+      for (int64_t c = 0; c < d; ++c) probe += z[c] * 0;
+      out[r] = probe;
     }
     for (int64_t p = 0; p < wide.count(); ++p) {
       const int64_t width = wide.panel_width(p), column = p * wide.width;
-      C* row = panels + column * capacity + (to + r) * width;
-      for (int64_t c = 0; c < width; ++c) row[c] = scratch[column + c];
+      const int64_t columns = min64(width, d - column);
+      C* row = panels + column * kChunk + (to + r) * width;
+      for (int64_t c = 0; c < columns; ++c) row[c] = z[column + c];
+      for (int64_t c = columns; c < width; ++c) row[c] = 0;
     }
   }
 }
 
-// out[β] = ‖x_β‖² of `blocks` blocks, the last of which may be short.
+// out[β] = ‖x_β‖² of the blocks of `features` numbers, the last of which may be short; what follows
+// them in `out`, up to `features` numbers, is overwritten.
 template <typename C, int kBlock>
-void block_norms(const C* x, int64_t features, C* out) {
+void block_norms(const C* __restrict x, int64_t features, C* __restrict out) {
   const int64_t whole = features / kBlock;
   for (int64_t b = 0; b < whole; ++b) {
     C sum = 0;
-#pragma GCC unroll 16
+#pragma GCC unroll 4
     for (int i = 0; i < kBlock; ++i) sum += x[b * kBlock + i] * x[b * kBlock + i];
     out[b] = sum;
   }
@@ -84,45 +100,48 @@ void block_norms(const C* x, int64_t features, C* out) {
     out[whole] = sum_of_squares(x + whole * kBlock, features - whole * kBlock);
 }
 
+// Sums of neighbours, in place; a last one without a neighbour stays.
+template <typename C>
+int64_t add_pairs(C* x, int64_t n) {
+  for (int64_t i = 0; i < n / 2; ++i) x[i] = x[2 * i] + x[2 * i + 1];
+  if (n % 2 != 0) x[n / 2] = x[n - 1];
+  return (n + 1) / 2;
+}
+
 template <typename C>
 void block_norms(const C* x, int64_t features, int64_t block, C* out) {
-  switch (block) {
-    case 1:
-      return block_norms<C, 1>(x, features, out);
-    case 2:
-      return block_norms<C, 2>(x, features, out);
-    case 4:
-      return block_norms<C, 4>(x, features, out);
-    case 8:
-      return block_norms<C, 8>(x, features, out);
-    case 16:
-      return block_norms<C, 16>(x, features, out);
-    default:
-      for (int64_t b = 0; b * block < features; ++b)
-        out[b] = sum_of_squares(x + b * block, min64(block, features - b * block));
+  if (block == 1) return block_norms<C, 1>(x, features, out);
+  if (block == 2) return block_norms<C, 2>(x, features, out);
+  if (block == 4 || block == 8 || block == 16) {
+    block_norms<C, 4>(x, features, out);
+    int64_t n = (features + 3) / 4;
+    for (int64_t size = 4; size < block; size *= 2) n = add_pairs(out, n);
+    return;
   }
+  for (int64_t b = 0; b * block < features; ++b)
+    out[b] = sum_of_squares(x + b * block, min64(block, features - b * block));
 }
 
 int64_t aligned(int64_t count) { return round_up(count, kGroup); }
 
 template <typename C>
 int64_t scores_scratch(const SampleRule<C>& rule) {
-  return aligned(rule.x.cols) + aligned(rule.z.cols);
+  return 2 * aligned(rule.x.cols);
 }
 
 template <typename C>
 void scores(const SampleRule<C>& rule, int64_t first, int64_t step, int64_t rows, C* out,
             C* scratch) {
   const int64_t features = rule.x.cols, blocks = (features + rule.block - 1) / rule.block;
-  C* z = scratch + aligned(features);
+  C* squares = scratch;
+  C* buffer = squares + aligned(features);
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t token = first + r * step;
-    load_scaled(rule.z, rule.z_scale, token, 0, rule.z.cols, z);
-    const C z_sq = sum_of_squares(z, rule.z.cols);
-    load_scaled(rule.x, rule.x_scale, token, 0, features, scratch);
-    C* row = out + r * blocks;
-    block_norms(scratch, features, rule.block, row);
-    for (int64_t b = 0; b < blocks; ++b) row[b] = root(row[b] * z_sq);
+    const C z_sq = sum_of_squares(
+        load_scaled(rule.z, rule.z_scale, token, 0, rule.z.cols, buffer), rule.z.cols);
+    block_norms(load_scaled(rule.x, rule.x_scale, token, 0, features, buffer), features,
+                rule.block, squares);
+    for (int64_t b = 0; b < blocks; ++b) out[r * blocks + b] = root(squares[b] * z_sq);
   }
 }
 
@@ -163,123 +182,233 @@ void uniform_row(uint64_t stream, uint64_t index, int64_t n, C* out) {
   }
 }
 
-// The weights of `blocks` blocks (a multiple of the vector's lanes) from their squared lengths.
+// Sums over many rows, lane by lane.
 template <typename C>
-void weigh(const C* squares, const C* uniform, C token_weight, int64_t blocks, C* weight,
-           SampleSums* sums) {
+struct LaneSums {
+  typename Simd<C>::Vec taken = {}, noise = {}, energy = {};
+
+  void flush(SampleSums* sums) {
+    for (int l = 0; l < Simd<C>::kLanes; ++l) {
+      sums->taken += static_cast<double>(taken[l]);
+      sums->noise += static_cast<double>(noise[l]);
+      sums->energy += static_cast<double>(energy[l]);
+    }
+    *this = {};
+  }
+};
+
+// The weights of `blocks` blocks, a multiple of the vector's lanes, from (score / τ)².
+template <typename C>
+inline void weigh(const C* squares, const C* uniform, int64_t blocks, C* weight,
+                  LaneSums<C>* sums) {
   using Vec = typename Simd<C>::Vec;
   using Loose = typename Simd<C>::Loose;
   constexpr int kLanes = Simd<C>::kLanes;
-  for (int64_t b = 0; b < blocks; ++b) weight[b] = root(squares[b] * token_weight);
   const Vec one = Vec{} + C(1), zero = Vec{};
-  Vec taken = {}, noise = {}, energy = {};
   for (int64_t b = 0; b < blocks; b += kLanes) {
-    Loose* slot = reinterpret_cast<Loose*>(weight + b);
-    const Vec ratio = *slot, number = *reinterpret_cast<const Loose*>(uniform + b);
+    Vec ratio = *reinterpret_cast<const Loose*>(squares + b);
+    for (int l = 0; l < kLanes; ++l) ratio[l] = root(ratio[l]);
+    const Vec number = *reinterpret_cast<const Loose*>(uniform + b);
     const auto sure = ratio >= one, take = number < ratio;
-    taken += take ? one : zero;
-    noise += sure ? zero : ratio - ratio * ratio;
-    energy += ratio * ratio;
+    sums->taken += take ? one : zero;
+    sums->noise += sure ? zero : ratio - ratio * ratio;
+    sums->energy += ratio * ratio;
     // A score that is no number makes its block of the gradient NaN.
-    *slot = sure ? one : take | (ratio != ratio) ? one / ratio : zero;
-  }
-  for (int l = 0; l < kLanes; ++l) {
-    sums->taken += static_cast<double>(taken[l]);
-    sums->noise += static_cast<double>(noise[l]);
-    sums->energy += static_cast<double>(energy[l]);
+    *reinterpret_cast<Loose*>(weight + b) =
+        sure ? one : take | (ratio != ratio) ? one / ratio : zero;
   }
 }
 
-// out[f] = weight of the block of feature f.
+// to = x times the weight of its block.
 template <typename C, int kBlock>
-void spread(const C* weight, int64_t features, C* out) {
+void scale_blocks(const C* __restrict x, const C* __restrict weight, int64_t features,
+                  C* __restrict to) {
   const int64_t whole = features / kBlock;
   for (int64_t b = 0; b < whole; ++b)
 #pragma GCC unroll 16
-    for (int i = 0; i < kBlock; ++i) out[b * kBlock + i] = weight[b];
-  for (int64_t f = whole * kBlock; f < features; ++f) out[f] = weight[whole];
+    for (int i = 0; i < kBlock; ++i) to[b * kBlock + i] = x[b * kBlock + i] * weight[b];
+  for (int64_t f = whole * kBlock; f < features; ++f) to[f] = x[f] * weight[whole];
 }
 
 template <typename C>
-void spread(const C* weight, int64_t features, int64_t block, C* out) {
+void scale_blocks(const C* x, const C* weight, int64_t features, int64_t block, C* to) {
   switch (block) {
     case 1:
-      return spread<C, 1>(weight, features, out);
+      return scale_blocks<C, 1>(x, weight, features, to);
     case 2:
-      return spread<C, 2>(weight, features, out);
+      return scale_blocks<C, 2>(x, weight, features, to);
     case 4:
-      return spread<C, 4>(weight, features, out);
+      return scale_blocks<C, 4>(x, weight, features, to);
     case 8:
-      return spread<C, 8>(weight, features, out);
+      return scale_blocks<C, 8>(x, weight, features, to);
     case 16:
-      return spread<C, 16>(weight, features, out);
+      return scale_blocks<C, 16>(x, weight, features, to);
     default:
-      for (int64_t f = 0; f < features; ++f) out[f] = weight[f / block];
+      for (int64_t f = 0; f < features; ++f) to[f] = x[f] * weight[f / block];
   }
 }
 
-// Which values of a group at kMaskTokens tokens are not zero, feature by feature.
+// ---- what is kept of it -------------------------------------------------------------------------
+
+// kGroup rows of kGroup features, read by features.
 template <typename C>
-void mask_group(const C* values, int64_t tokens, uint64_t* masks) {
-  for (int f = 0; f < kGroup; ++f) masks[f] = 0;
-  for (int64_t s = 0; s < tokens; ++s)
-    for (int f = 0; f < kGroup; ++f)
-      masks[f] |= static_cast<uint64_t>(values[s * kGroup + f] != 0) << s;
+struct Square {
+  C columns[kGroup][kGroup];
+
+  Square(const C* rows, int64_t stride) {
+    for (int i = 0; i < kGroup; ++i)
+      for (int f = 0; f < kGroup; ++f) columns[f][i] = rows[i * stride + f];
+  }
+  uint32_t nonzero(int f) const {
+    uint32_t mask = 0;
+    for (int i = 0; i < kGroup; ++i) mask |= static_cast<uint32_t>(columns[f][i] != 0) << i;
+    return mask;
+  }
+  // The values at the bits of a mask one after the other; up to kGroup are written.
+  void compress(int f, uint32_t mask, C* to) const {
+    for (int i = 0; i < kGroup; ++i) {
+      *to = columns[f][i];
+      to += mask >> i & 1;
+    }
+  }
+};
+
+// The numbers of the bits of a mask, plus `first`; up to kGroup are written.
+inline void compress_numbers(int32_t first, uint32_t mask, int32_t* to) {
+#ifdef __AVX512F__
+  const __m512i numbers = _mm512_add_epi32(
+      _mm512_set1_epi32(first),
+      _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+  _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(static_cast<__mmask16>(mask), numbers));
+#else
+  for (int i = 0; i < kGroup; ++i) {
+    *to = first + i;
+    to += mask >> i & 1;
+  }
+#endif
 }
 
-// The tile with which a group has least to do, and the tokens of its tiles.
-template <typename C>
-void arrange(const Sample<C>& sample, int64_t group, int64_t rows) {
-  const int64_t masks_per_feature = sample.capacity / kMaskTokens;
-  const C* values = sample.values + group * (sample.capacity + 1) * kGroup;
-  uint64_t* masks = sample.masks + group * masks_per_feature * kGroup;
-  int64_t counts[4] = {}, tiles[2] = {};
-  for (int64_t s = 0; s < sample.capacity; s += kMaskTokens) {
-    uint64_t* mask = masks + s / kMaskTokens * kGroup;
-    mask_group(values + s * kGroup, min64(kMaskTokens, rows - s), mask);
-    uint64_t eight[2] = {};
-    for (int f = 0; f < kGroup; f += 4) {
-      const uint64_t left = mask[f] | mask[f + 1], right = mask[f + 2] | mask[f + 3];
-      for (int i = 0; i < 4; ++i) {
-        counts[0] += __builtin_popcountll(mask[f + i]);
-        tiles[0] += mask[f + i] != 0;
-      }
-      counts[1] += __builtin_popcountll(left) + __builtin_popcountll(right);
-      tiles[1] += (left != 0) + (right != 0);
-      counts[2] += __builtin_popcountll(left | right);
-      eight[f / 8] |= left | right;
+#ifdef __AVX512F__
+template <>
+struct Square<float> {
+  __m512 columns[kGroup];
+
+  Square(const float* rows, int64_t stride) {
+    __m512 x[16], y[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) x[i] = _mm512_loadu_ps(rows + i * stride);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i += 2) {
+      y[i] = _mm512_unpacklo_ps(x[i], x[i + 1]);
+      y[i + 1] = _mm512_unpackhi_ps(x[i], x[i + 1]);
     }
-    counts[3] += __builtin_popcountll(eight[0]) + __builtin_popcountll(eight[1]);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i += 4)
+#pragma GCC unroll 16
+      for (int j = 0; j < 2; ++j) {
+        const __m512d low = _mm512_castps_pd(y[i + j]), high = _mm512_castps_pd(y[i + j + 2]);
+        x[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+        x[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+      }
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i += 8)
+#pragma GCC unroll 16
+      for (int j = 0; j < 4; ++j) {
+        y[i + j] = _mm512_shuffle_f32x4(x[i + j], x[i + j + 4], 0x88);
+        y[i + j + 4] = _mm512_shuffle_f32x4(x[i + j], x[i + j + 4], 0xdd);
+      }
+#pragma GCC unroll 16
+    for (int j = 0; j < 8; ++j) {
+      columns[j] = _mm512_shuffle_f32x4(y[j], y[j + 8], 0x88);
+      columns[j + 8] = _mm512_shuffle_f32x4(y[j], y[j + 8], 0xdd);
+    }
+  }
+  uint32_t nonzero(int f) const {
+    return _mm512_cmp_ps_mask(columns[f], _mm512_setzero_ps(), _CMP_NEQ_UQ);
+  }
+  void compress(int f, uint32_t mask, float* to) const {
+    _mm512_storeu_ps(to, _mm512_maskz_compress_ps(static_cast<__mmask16>(mask), columns[f]));
+  }
+};
+#endif
+
+// The tile with which a group has least to do, judged by `rows` of its rows.
+template <typename C>
+int choose_tile(const C* dense, int64_t stride, int64_t rows) {
+  uint64_t masks[kGroup] = {};
+  for (int64_t s = 0; s < rows; s += kGroup) {
+    const Square<C> square(dense + s * stride, stride);
+#pragma GCC unroll 16
+    for (int f = 0; f < kGroup; ++f) masks[f] |= static_cast<uint64_t>(square.nonzero(f)) << s;
   }
   int best = 0;
   double least = 0;
   for (int i = 0; i < 4; ++i) {
-    const double cost = kTokenCost[i] * static_cast<double>(counts[i]) +
-                        (i < 2 ? kMaskCost[i] * static_cast<double>(tiles[i]) : 0);
+    double cost = 0;
+    for (int f = 0; f < kGroup; f += 1 << i) {
+      uint64_t any = 0;
+      for (int j = 0; j < 1 << i; ++j) any |= masks[f + j];
+      cost += kTokenCost[i] * __builtin_popcountll(any) + (any != 0 ? kMaskCost[i] : 0.0);
+    }
     if (i == 0 || cost < least) {
       best = i;
       least = cost;
     }
   }
-  const int features = 1 << best;
-  sample.features[group] = features;
-  for (int tile = 0; features >= 4 && tile < kGroup / features; ++tile) {
-    int32_t* tokens = sample.tokens + (group * 4 + tile) * sample.capacity;
-    int32_t count = 0;
-    for (int64_t s = 0; s < rows; s += kMaskTokens) {
-      uint64_t any = 0;
-      for (int f = 0; f < features; ++f)
-        any |= masks[s / kMaskTokens * kGroup + tile * features + f];
-      for (; any != 0; any &= any - 1)
-        tokens[count++] = static_cast<int32_t>(s + __builtin_ctzll(any));
+  return 1 << best;
+}
+
+// Adds `rows` <= kMaskTokens rows of a group, from token `first` of the chunk on, to a sample;
+// rows up to a whole kGroup are zero.
+template <typename C, int kTile>
+void pack_tiles(const C* dense, int64_t stride, int64_t rows, int64_t first, int64_t group,
+                const Sample<C>& sample) {
+  C* values = sample.values + group * kGroup * kValues;
+  int32_t* tokens = sample.tokens + group * 4 * kValues;
+  int32_t* counts = sample.counts + group * kGroup;
+  uint64_t* masks = sample.masks + (group * kMasks + first / kMaskTokens) * kGroup;
+  for (int64_t s = 0; s < rows; s += kGroup) {
+    const Square<C> square(dense + s * stride, stride);
+#pragma GCC unroll 16
+    for (int f = 0; f < kGroup; f += kTile) {
+      uint32_t mask = 0;
+#pragma GCC unroll 16
+      for (int j = f; j < f + kTile; ++j) mask |= square.nonzero(j);
+      const int32_t count = counts[f];
+#pragma GCC unroll 16
+      for (int j = f; j < f + kTile; ++j) square.compress(j, mask, values + j * kValues + count);
+      if (kTile >= 4)
+        compress_numbers(static_cast<int32_t>(first + s), mask, tokens + f / kTile * kValues + count);
+      else
+        masks[f] |= static_cast<uint64_t>(mask) << s;
+      counts[f] = count + __builtin_popcount(mask);
     }
-    sample.lengths[group * 4 + tile] = count;
   }
 }
 
 template <typename C>
-int64_t scan_scratch(int64_t features, int64_t blocks) {
-  return 2 * aligned(features) + 3 * aligned(blocks);
+void pack_group(const C* dense, int64_t stride, int64_t rows, int64_t first, int64_t group,
+                const Sample<C>& sample) {
+  if (first == 0) sample.tile[group] = choose_tile(dense, stride, rows);
+  switch (sample.tile[group]) {
+    case 1:
+      return pack_tiles<C, 1>(dense, stride, rows, first, group, sample);
+    case 2:
+      return pack_tiles<C, 2>(dense, stride, rows, first, group, sample);
+    case 4:
+      return pack_tiles<C, 4>(dense, stride, rows, first, group, sample);
+    default:
+      return pack_tiles<C, 8>(dense, stride, rows, first, group, sample);
+  }
+}
+
+// Rows that are sampled in steps: what one step has stored is then out of the way of the next one,
+// which would else wait for it.
+constexpr int64_t kSteps = 16;
+
+template <typename C>
+int64_t scan_scratch(int64_t features) {
+  return (kMaskTokens + 4 * kSteps) * aligned(features);
 }
 
 template <typename C>
@@ -287,31 +416,49 @@ void scan(const SampleRule<C>& rule, int64_t first, int64_t rows, const C* token
           int64_t block, int64_t blocks, const Sample<C>& sample, SampleSums* sums, C* scratch) {
   const int64_t feature = block * rule.block;
   const int64_t features = min64(rule.x.cols, (block + blocks) * rule.block) - feature;
-  const int64_t padded = aligned(features);
-  const int64_t pairs = (rule.x.cols + rule.block - 1) / rule.block;
-  C* x = scratch;
-  C* spread_weight = x + padded;
-  C* weight = spread_weight + padded;
-  C* uniform = weight + aligned(blocks);
-  C* squares = uniform + aligned(blocks);
-  for (int64_t f = features; f < padded; ++f) x[f] = spread_weight[f] = 0;
-  for (int64_t b = blocks; b < aligned(blocks); ++b) squares[b] = uniform[b] = 0;
-  for (int64_t r = 0; r < rows; ++r) {
-    const int64_t token = first + r;
-    load_scaled(rule.x, rule.x_scale, token, feature, features, x);
-    if (rule.sampling) {
-      block_norms(x, features, rule.block, squares);
-      uniform_row(rule.stream, static_cast<uint64_t>(token * pairs + block), blocks, uniform);
-      weigh(squares, uniform, token_weight[r], aligned(blocks), weight, sums);
-    } else {
-      for (int64_t b = 0; b < blocks; ++b) weight[b] = 1 + token_weight[r];
+  const int64_t padded = aligned(features), groups = padded / kGroup;
+  const int64_t pairs = (rule.x.cols + rule.block - 1) / rule.block, size = aligned(blocks);
+  C* dense = scratch;  // (kMaskTokens, padded)
+  C* buffer = dense + kMaskTokens * padded;
+  C* squares = buffer + kSteps * padded;
+  C* uniform = squares + kSteps * padded;
+  C* weight = uniform + kSteps * padded;
+  LaneSums<C> lanes;
+  for (int64_t i = 0; i < groups * kGroup; ++i) sample.counts[i] = 0;
+  for (int64_t i = 0; i < groups * kMasks * kGroup; ++i) sample.masks[i] = 0;
+  for (int64_t s = 0; s < rows; s += kMaskTokens) {
+    const int64_t window = min64(kMaskTokens, rows - s);
+    for (int64_t q = 0; q < window; q += kSteps) {
+      const int64_t count = min64(kSteps, window - q), token = first + s + q;
+      const C* x[kSteps];
+      for (int64_t r = 0; r < count; ++r) {
+        ask_for(rule.x, token + r + kSteps, feature, features);
+        x[r] = load_scaled(rule.x, rule.x_scale, token + r, feature, features, buffer + r * padded);
+        const C z_weight = token_weight[s + q + r];
+        if (rule.sampling) {
+          block_norms(x[r], features, rule.block, squares + r * padded);
+          for (int64_t b = blocks; b < size; ++b) squares[r * padded + b] = 0;
+          for (int64_t b = 0; b < blocks; ++b) squares[r * padded + b] *= z_weight;
+        } else {
+          for (int64_t b = 0; b < blocks; ++b) weight[r * padded + b] = 1 + z_weight;
+        }
+      }
+      for (int64_t r = 0; r < count && rule.sampling; ++r)
+        uniform_row(rule.stream, static_cast<uint64_t>((token + r) * pairs + block), size,
+                    uniform + r * padded);
+      for (int64_t r = 0; r < count && rule.sampling; ++r)
+        weigh(squares + r * padded, uniform + r * padded, size, weight + r * padded, &lanes);
+      for (int64_t r = 0; r < count; ++r) {
+        C* row = dense + (q + r) * padded;
+        scale_blocks(x[r], weight + r * padded, features, rule.block, row);
+        for (int64_t f = features; f < padded; ++f) row[f] = 0;
+      }
     }
-    spread(weight, features, rule.block, spread_weight);
-    C* to = sample.values + r * kGroup;
-    for (int64_t f = 0; f < padded; f += kGroup, to += (sample.capacity + 1) * kGroup)
-      for (int i = 0; i < kGroup; ++i) to[i] = x[f + i] * spread_weight[f + i];
+    lanes.flush(sums);
+    for (int64_t i = window * padded; i < round_up(window, kGroup) * padded; ++i) dense[i] = 0;
+    for (int64_t g = 0; g < groups; ++g)
+      pack_group(dense + g * kGroup, padded, window, s, g, sample);
   }
-  for (int64_t group = 0; group < padded / kGroup; ++group) arrange(sample, group, rows);
 }
 
 // ---- the product --------------------------------------------------------------------------------
@@ -331,7 +478,8 @@ void gather(const C* __restrict values, uint64_t mask, const C* __restrict z, in
     const Vec* row = reinterpret_cast<const Vec*>(z + s * width);
     Vec value[kRows];
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) value[r] = values[s * kGroup + r] - Vec{};
+    for (int r = 0; r < kRows; ++r) value[r] = values[r * kValues] - Vec{};
+    ++values;
 #pragma GCC unroll 8
     for (int j = 0; j < kVectors; ++j) {
       const Vec x = row[j];
@@ -356,14 +504,13 @@ void tile(const C* __restrict values, const int32_t* __restrict tokens, int64_t 
 #pragma GCC unroll 8
     for (int j = 0; j < kVectors; ++j) acc[r][j] = reinterpret_cast<Vec*>(out + r * width)[j];
   for (int64_t i = 0; i < count; ++i) {
-    const int64_t s = tokens[i];
-    const Vec* row = reinterpret_cast<const Vec*>(z + s * width);
+    const Vec* row = reinterpret_cast<const Vec*>(z + tokens[i] * width);
     Vec x[kVectors];
 #pragma GCC unroll 8
     for (int j = 0; j < kVectors; ++j) x[j] = row[j];
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      const Vec value = values[s * kGroup + r] - Vec{};
+      const Vec value = values[r * kValues + i] - Vec{};
 #pragma GCC unroll 8
       for (int j = 0; j < kVectors; ++j) acc[r][j] += value * x[j];
     }
@@ -374,44 +521,59 @@ void tile(const C* __restrict values, const int32_t* __restrict tokens, int64_t 
     for (int j = 0; j < kVectors; ++j) reinterpret_cast<Vec*>(out + r * width)[j] = acc[r][j];
 }
 
+// Sums that are needed next, asked for in steps between the tiles: they come from afar.
+struct Ahead {
+  const char *from, *end;
+
+  Ahead(const void* from, int64_t bytes)
+      : from(static_cast<const char*>(from)), end(this->from + bytes) {}
+  void advance() {
+    const char* stop = end - from > kStep ? from + kStep : end;
+    for (; from < stop; from += 64) __builtin_prefetch(from, 1, 2);
+  }
+  static constexpr int64_t kStep = 1024;  // all within the fewest tiles, eight
+};
+
 // One group against one panel, kVectors wide.
 template <typename C, int kVectors>
-void multiply_group(const Sample<C>& sample, int64_t group, const C* z, C* out) {
+void multiply_group(const Sample<C>& sample, int64_t group, const C* z, C* out, Ahead ahead) {
   constexpr int64_t kLanes = Simd<C>::kLanes, kWidth = kVectors * kLanes;
   constexpr bool kManyRegisters = kRegisters == 32;
-  const C* values = sample.values + group * (sample.capacity + 1) * kGroup;
-  const int features = sample.features[group];
+  const C* values = sample.values + group * kGroup * kValues;
+  const int features = sample.tile[group];
   if (features <= 2) {
     constexpr int kPair = kManyRegisters ? kVectors : 4;  // vectors at a time of two features
-    const int64_t segments = sample.capacity / kMaskTokens;
-    const uint64_t* masks = sample.masks + group * segments * kGroup;
-    for (int64_t s = 0; s < segments;
-         ++s, masks += kGroup, values += kMaskTokens * kGroup, z += kMaskTokens * kWidth)
+    const uint64_t* masks = sample.masks + group * kMasks * kGroup;
+    const C* from[kGroup];
+    for (int f = 0; f < kGroup; ++f) from[f] = values + f * kValues;
+    for (int64_t s = 0; s < kMasks; ++s, masks += kGroup, z += kMaskTokens * kWidth)
       for (int f = 0; f < kGroup; f += features) {
-        if (features == 1) {
-          if (masks[f] != 0)
-            gather<C, 1, kVectors>(values + f, masks[f], z, kWidth, out + f * kWidth);
-        } else if (const uint64_t mask = masks[f] | masks[f + 1]; mask != 0) {
+        ahead.advance();
+        const uint64_t mask = masks[f];
+        if (mask == 0) continue;
+        if (features == 1)
+          gather<C, 1, kVectors>(from[f], mask, z, kWidth, out + f * kWidth);
+        else
           for (int64_t j = 0; j < kVectors; j += kPair)
-            gather<C, 2, kPair>(values + f, mask, z + j * kLanes, kWidth,
+            gather<C, 2, kPair>(from[f], mask, z + j * kLanes, kWidth,
                                 out + f * kWidth + j * kLanes);
-        }
+        from[f] += __builtin_popcountll(mask);
       }
     return;
   }
   constexpr int kFour = kManyRegisters ? 4 : 2, kEight = kManyRegisters ? 8 : 4;
-  for (int i = 0; i < kGroup / features; ++i) {
-    const int32_t* tokens = sample.tokens + (group * 4 + i) * sample.capacity;
-    const int64_t count = sample.lengths[group * 4 + i];
-    for (int f = i * features; f < (i + 1) * features; f += features == 4 ? 4 : kEight)
+  const int rows = features == 4 ? 4 : kEight, vectors = features == 4 ? kFour : 2;
+  for (int f = 0; f < kGroup; f += rows) {
+    const int32_t* tokens = sample.tokens + (group * 4 + f / features) * kValues;
+    const int64_t count = sample.counts[group * kGroup + f / features * features];
+    for (int64_t j = 0; j < kVectors; j += vectors) {
+      ahead.advance();
+      C* to = out + f * kWidth + j * kLanes;
       if (features == 4)
-        for (int64_t j = 0; j < kVectors; j += kFour)
-          tile<C, 4, kFour>(values + f, tokens, count, z + j * kLanes, kWidth,
-                            out + f * kWidth + j * kLanes);
+        tile<C, 4, kFour>(values + f * kValues, tokens, count, z + j * kLanes, kWidth, to);
       else
-        for (int64_t j = 0; j < kVectors; j += 2)
-          tile<C, kEight, 2>(values + f, tokens, count, z + j * kLanes, kWidth,
-                             out + f * kWidth + j * kLanes);
+        tile<C, kEight, 2>(values + f * kValues, tokens, count, z + j * kLanes, kWidth, to);
+    }
   }
 }
 
@@ -421,13 +583,19 @@ void multiply(const Sample<C>& sample, int64_t groups, const C* z, int64_t d, C*
   const WidePanels wide(Simd<C>::kLanes, d);
   for (int64_t p = 0; p < wide.count(); ++p) {
     const int64_t width = wide.panel_width(p), column = p * wide.width;
-    const C* panel = z + column * sample.capacity;
+    const C* panel = z + column * kChunk;
     C* out = sums + column * sum_rows + row * width;
-    for (int64_t group = 0; group < groups; ++group, out += kGroup * width)
+    const int64_t next_width = p + 1 < wide.count() ? wide.panel_width(p + 1) : 0;
+    const C* next = sums + (column + width) * sum_rows + row * next_width;
+    for (int64_t group = 0; group < groups; ++group, out += kGroup * width) {
+      const bool last = group + 1 == groups;
+      const Ahead ahead(last ? next : out + kGroup * width,
+                        kGroup * (last ? next_width : width) * static_cast<int64_t>(sizeof(C)));
       if (width == wide.width)
-        multiply_group<C, kPanelVectors>(sample, group, panel, out);
+        multiply_group<C, kPanelVectors>(sample, group, panel, out, ahead);
       else
-        multiply_group<C, kPanelVectors / 2>(sample, group, panel, out);
+        multiply_group<C, kPanelVectors / 2>(sample, group, panel, out, ahead);
+    }
   }
 }
 
