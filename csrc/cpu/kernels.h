@@ -96,16 +96,18 @@ struct WidePanels {
 
 // X̃ of one chunk and one slice, without most of its zeros. Features are in groups of kGroup, and
 // every group is in tiles of 1, 2, 4 or 8 features: of each feature are listed the values at all
-// tokens at which not all of its tile are zero.
+// tokens at which not all of its tile are zero. Tiles of one have masks of these tokens, others
+// lists.
 constexpr int64_t kGroup = 16, kMaskTokens = 64, kMasks = kChunk / kMaskTokens;
 constexpr int64_t kValues = kChunk + kGroup;  // per feature; the rest may be written past the end
 
 template <typename C>
 struct Sample {
   C* values = nullptr;        // (groups, kGroup, kValues)
-  uint64_t* masks = nullptr;  // (groups, kMasks, kGroup): a tile's tokens, at its first feature
-  int32_t* tokens = nullptr;  // (groups, 4, kValues): the same as lists, for tiles of 4 and 8
   int32_t* counts = nullptr;  // (groups, kGroup): values per feature
+  uint64_t* masks = nullptr;  // (groups, kMasks, kGroup)
+  int32_t* starts = nullptr;  // (groups, kMasks, kGroup): where the values of a mask begin
+  int32_t* tokens = nullptr;  // (groups, kGroup / 2, kValues): the lists
   int32_t* tile = nullptr;    // (groups): features of a tile
 };
 

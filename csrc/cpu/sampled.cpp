@@ -87,17 +87,19 @@ template <typename C>
 struct Workspace {
   Buffer<C> values, scratch;
   Buffer<uint64_t> masks;
-  Buffer<int32_t> tokens, counts, tile;
+  Buffer<int32_t> counts, starts, tokens, tile;
   Sample<C> sample;
 
   Workspace(int64_t groups, int64_t scratch_size)
       : values(groups * kGroup * kValues),
         scratch(scratch_size),
         masks(groups * kMasks * kGroup),
-        tokens(groups * 4 * kValues),
         counts(groups * kGroup),
+        starts(groups * kMasks * kGroup),
+        tokens(groups * kGroup / 2 * kValues),
         tile(groups),
-        sample{values.data(), masks.data(), tokens.data(), counts.data(), tile.data()} {}
+        sample{values.data(), counts.data(), masks.data(),
+               starts.data(), tokens.data(), tile.data()} {}
 };
 
 }  // namespace
@@ -132,8 +134,7 @@ void sampled_grad(const SampledGrad<C>& args, float* stats) {
   const int64_t scratch_size = std::max(wide.cols, kernels.scan_scratch(plan.slice_features));
   std::vector<std::unique_ptr<Workspace<C>>> workspaces;
   for (int64_t i = 0; i < threads; ++i)
-    workspaces.push_back(
-        std::make_unique<Workspace<C>>(plan.slice_rows / kGroup, scratch_size));
+    workspaces.push_back(std::make_unique<Workspace<C>>(plan.slice_rows / kGroup, scratch_size));
   std::vector<SampleSums> counts(plan.slices);
 
   const auto load_tokens = [&](int64_t first, int64_t rows) {

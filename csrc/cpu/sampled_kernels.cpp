@@ -3,18 +3,18 @@
 //
 // X̃ is mostly zeros: what was not taken, and zeros of X itself, of which activations such as relu²
 // and their gradients have many. How they lie depends on the data and on the blocks of the sample,
-// so every group of features chooses the tile with which it has least to do: one or two features,
-// whose tokens are read from a bit mask, or four or eight, whose tokens are listed.
+// so every group of features chooses the tile with which it has least to do: single features, whose
+// tokens are read from bit masks, or two, four or eight, whose tokens are listed.
 #include "elements.h"
 #include "kernels.h"
+#include "sampled_product.h"
 #include "simd.h"
 
 namespace molegrad::cpu::MOLEGRAD_CAPABILITY {
 namespace {
 
-// Cycles that a panel costs per token of a tile of 1, 2, 4, 8 features, and per tile of a mask.
-constexpr double kTokenCost[] = {5.0, 8.5, 17.0, 33.0};
-constexpr double kMaskCost[] = {30.0, 40.0};
+// Cycles that a panel costs per token of a tile of 1, 2, 4, 8 features, and per mask.
+constexpr double kTokenCost[] = {5.0, 13.0, 20.0, 37.5}, kMaskCost = 29.0;
 
 inline float root(float x) { return __builtin_sqrtf(x); }
 inline double root(double x) { return __builtin_sqrt(x); }
@@ -137,10 +137,10 @@ void scores(const SampleRule<C>& rule, int64_t first, int64_t step, int64_t rows
   C* buffer = squares + aligned(features);
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t token = first + r * step;
-    const C z_sq = sum_of_squares(
-        load_scaled(rule.z, rule.z_scale, token, 0, rule.z.cols, buffer), rule.z.cols);
-    block_norms(load_scaled(rule.x, rule.x_scale, token, 0, features, buffer), features,
-                rule.block, squares);
+    const C z_sq = sum_of_squares(load_scaled(rule.z, rule.z_scale, token, 0, rule.z.cols, buffer),
+                                  rule.z.cols);
+    block_norms(load_scaled(rule.x, rule.x_scale, token, 0, features, buffer), features, rule.block,
+                squares);
     for (int64_t b = 0; b < blocks; ++b) out[r * blocks + b] = root(squares[b] * z_sq);
   }
 }
@@ -214,8 +214,9 @@ inline void weigh(const C* squares, const C* uniform, int64_t blocks, C* weight,
     sums->noise += sure ? zero : ratio - ratio * ratio;
     sums->energy += ratio * ratio;
     // A score that is no number makes its block of the gradient NaN.
-    *reinterpret_cast<Loose*>(weight + b) =
-        sure ? one : take | (ratio != ratio) ? one / ratio : zero;
+    *reinterpret_cast<Loose*>(weight + b) = sure                      ? one
+                                            : take | (ratio != ratio) ? one / ratio
+                                                                      : zero;
   }
 }
 
@@ -276,9 +277,9 @@ struct Square {
 // The numbers of the bits of a mask, plus `first`; up to kGroup are written.
 inline void compress_numbers(int32_t first, uint32_t mask, int32_t* to) {
 #ifdef __AVX512F__
-  const __m512i numbers = _mm512_add_epi32(
-      _mm512_set1_epi32(first),
-      _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+  const __m512i numbers =
+      _mm512_add_epi32(_mm512_set1_epi32(first),
+                       _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
   _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(static_cast<__mmask16>(mask), numbers));
 #else
   for (int i = 0; i < kGroup; ++i) {
@@ -348,7 +349,7 @@ int choose_tile(const C* dense, int64_t stride, int64_t rows) {
     for (int f = 0; f < kGroup; f += 1 << i) {
       uint64_t any = 0;
       for (int j = 0; j < 1 << i; ++j) any |= masks[f + j];
-      cost += kTokenCost[i] * __builtin_popcountll(any) + (any != 0 ? kMaskCost[i] : 0.0);
+      cost += kTokenCost[i] * __builtin_popcountll(any) + (i == 0 && any != 0 ? kMaskCost : 0.0);
     }
     if (i == 0 || cost < least) {
       best = i;
@@ -364,9 +365,11 @@ template <typename C, int kTile>
 void pack_tiles(const C* dense, int64_t stride, int64_t rows, int64_t first, int64_t group,
                 const Sample<C>& sample) {
   C* values = sample.values + group * kGroup * kValues;
-  int32_t* tokens = sample.tokens + group * 4 * kValues;
+  int32_t* tokens = sample.tokens + group * kGroup / 2 * kValues;
   int32_t* counts = sample.counts + group * kGroup;
-  uint64_t* masks = sample.masks + (group * kMasks + first / kMaskTokens) * kGroup;
+  const int64_t window = (group * kMasks + first / kMaskTokens) * kGroup;
+  uint64_t* masks = sample.masks + window;
+  for (int f = 0; f < kGroup && kTile == 1; ++f) sample.starts[window + f] = counts[f];
   for (int64_t s = 0; s < rows; s += kGroup) {
     const Square<C> square(dense + s * stride, stride);
 #pragma GCC unroll 16
@@ -377,8 +380,9 @@ void pack_tiles(const C* dense, int64_t stride, int64_t rows, int64_t first, int
       const int32_t count = counts[f];
 #pragma GCC unroll 16
       for (int j = f; j < f + kTile; ++j) square.compress(j, mask, values + j * kValues + count);
-      if (kTile >= 4)
-        compress_numbers(static_cast<int32_t>(first + s), mask, tokens + f / kTile * kValues + count);
+      if (kTile > 1)
+        compress_numbers(static_cast<int32_t>(first + s), mask,
+                         tokens + f / kTile * kValues + count);
       else
         masks[f] |= static_cast<uint64_t>(mask) << s;
       counts[f] = count + __builtin_popcount(mask);
@@ -458,175 +462,6 @@ void scan(const SampleRule<C>& rule, int64_t first, int64_t rows, const C* token
     for (int64_t i = window * padded; i < round_up(window, kGroup) * padded; ++i) dense[i] = 0;
     for (int64_t g = 0; g < groups; ++g)
       pack_group(dense + g * kGroup, padded, window, s, g, sample);
-  }
-}
-
-// ---- the product --------------------------------------------------------------------------------
-
-// out (kRows, kVectors) += the values of the tokens of a mask times their rows of z.
-template <typename C, int kRows, int kVectors>
-void gather(const C* __restrict values, uint64_t mask, const C* __restrict z, int64_t width,
-            C* __restrict out) {
-  using Vec = typename Simd<C>::Vec;
-  Vec acc[kRows][kVectors];
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 8
-    for (int j = 0; j < kVectors; ++j) acc[r][j] = reinterpret_cast<Vec*>(out + r * width)[j];
-  for (; mask != 0; mask &= mask - 1) {
-    const int64_t s = __builtin_ctzll(mask);
-    const Vec* row = reinterpret_cast<const Vec*>(z + s * width);
-    Vec value[kRows];
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) value[r] = values[r * kValues] - Vec{};
-    ++values;
-#pragma GCC unroll 8
-    for (int j = 0; j < kVectors; ++j) {
-      const Vec x = row[j];
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) acc[r][j] += value[r] * x;
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 8
-    for (int j = 0; j < kVectors; ++j) reinterpret_cast<Vec*>(out + r * width)[j] = acc[r][j];
-}
-
-// The same over `count` listed tokens.
-template <typename C, int kRows, int kVectors>
-void tile(const C* __restrict values, const int32_t* __restrict tokens, int64_t count,
-          const C* __restrict z, int64_t width, C* __restrict out) {
-  using Vec = typename Simd<C>::Vec;
-  Vec acc[kRows][kVectors];
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 8
-    for (int j = 0; j < kVectors; ++j) acc[r][j] = reinterpret_cast<Vec*>(out + r * width)[j];
-  for (int64_t i = 0; i < count; ++i) {
-    const Vec* row = reinterpret_cast<const Vec*>(z + tokens[i] * width);
-    Vec x[kVectors];
-#pragma GCC unroll 8
-    for (int j = 0; j < kVectors; ++j) x[j] = row[j];
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      const Vec value = values[r * kValues + i] - Vec{};
-#pragma GCC unroll 8
-      for (int j = 0; j < kVectors; ++j) acc[r][j] += value * x[j];
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 8
-    for (int j = 0; j < kVectors; ++j) reinterpret_cast<Vec*>(out + r * width)[j] = acc[r][j];
-}
-
-// Sums that are needed next, asked for in steps between the tiles: they come from afar.
-struct Ahead {
-  const char *from, *end;
-
-  Ahead(const void* from, int64_t bytes)
-      : from(static_cast<const char*>(from)), end(this->from + bytes) {}
-  void advance() {
-    const char* stop = end - from > kStep ? from + kStep : end;
-    for (; from < stop; from += 64) __builtin_prefetch(from, 1, 2);
-  }
-  static constexpr int64_t kStep = 1024;  // all within the fewest tiles, eight
-};
-
-// One group against one panel, kVectors wide.
-template <typename C, int kVectors>
-void multiply_group(const Sample<C>& sample, int64_t group, const C* z, C* out, Ahead ahead) {
-  constexpr int64_t kLanes = Simd<C>::kLanes, kWidth = kVectors * kLanes;
-  constexpr bool kManyRegisters = kRegisters == 32;
-  const C* values = sample.values + group * kGroup * kValues;
-  const int features = sample.tile[group];
-  if (features <= 2) {
-    constexpr int kPair = kManyRegisters ? kVectors : 4;  // vectors at a time of two features
-    const uint64_t* masks = sample.masks + group * kMasks * kGroup;
-    const C* from[kGroup];
-    for (int f = 0; f < kGroup; ++f) from[f] = values + f * kValues;
-    for (int64_t s = 0; s < kMasks; ++s, masks += kGroup, z += kMaskTokens * kWidth)
-      for (int f = 0; f < kGroup; f += features) {
-        ahead.advance();
-        const uint64_t mask = masks[f];
-        if (mask == 0) continue;
-        if (features == 1)
-          gather<C, 1, kVectors>(from[f], mask, z, kWidth, out + f * kWidth);
-        else
-          for (int64_t j = 0; j < kVectors; j += kPair)
-            gather<C, 2, kPair>(from[f], mask, z + j * kLanes, kWidth,
-                                out + f * kWidth + j * kLanes);
-        from[f] += __builtin_popcountll(mask);
-      }
-    return;
-  }
-  constexpr int kFour = kManyRegisters ? 4 : 2, kEight = kManyRegisters ? 8 : 4;
-  const int rows = features == 4 ? 4 : kEight, vectors = features == 4 ? kFour : 2;
-  for (int f = 0; f < kGroup; f += rows) {
-    const int32_t* tokens = sample.tokens + (group * 4 + f / features) * kValues;
-    const int64_t count = sample.counts[group * kGroup + f / features * features];
-    for (int64_t j = 0; j < kVectors; j += vectors) {
-      ahead.advance();
-      C* to = out + f * kWidth + j * kLanes;
-      if (features == 4)
-        tile<C, 4, kFour>(values + f * kValues, tokens, count, z + j * kLanes, kWidth, to);
-      else
-        tile<C, kEight, 2>(values + f * kValues, tokens, count, z + j * kLanes, kWidth, to);
-    }
-  }
-}
-
-template <typename C>
-void multiply(const Sample<C>& sample, int64_t groups, const C* z, int64_t d, C* sums,
-              int64_t sum_rows, int64_t row) {
-  const WidePanels wide(Simd<C>::kLanes, d);
-  for (int64_t p = 0; p < wide.count(); ++p) {
-    const int64_t width = wide.panel_width(p), column = p * wide.width;
-    const C* panel = z + column * kChunk;
-    C* out = sums + column * sum_rows + row * width;
-    const int64_t next_width = p + 1 < wide.count() ? wide.panel_width(p + 1) : 0;
-    const C* next = sums + (column + width) * sum_rows + row * next_width;
-    for (int64_t group = 0; group < groups; ++group, out += kGroup * width) {
-      const bool last = group + 1 == groups;
-      const Ahead ahead(last ? next : out + kGroup * width,
-                        kGroup * (last ? next_width : width) * static_cast<int64_t>(sizeof(C)));
-      if (width == wide.width)
-        multiply_group<C, kPanelVectors>(sample, group, panel, out, ahead);
-      else
-        multiply_group<C, kPanelVectors / 2>(sample, group, panel, out, ahead);
-    }
-  }
-}
-
-template <typename C>
-void add(const AddJob<C>& job, int64_t begin, int64_t end) {
-  const WidePanels wide(Simd<C>::kLanes, job.d);
-  const int64_t rs = job.row_stride, cs = job.column_stride;
-  for (int64_t p = 0; p < wide.count(); ++p) {
-    const int64_t width = wide.panel_width(p), column = p * wide.width;
-    const int64_t columns = min64(width, job.d - column);
-    const C* sums = job.sums + column * job.rows;
-    // By groups of rows, so that the lines of a transposed target are written whole.
-    for (int64_t first = begin; first < end; first += kGroup) {
-      const int64_t last = min64(end, first + kGroup);
-      with_elements(job.target, job.dtype, job.offset + column * cs, [&](const auto* o) {
-        auto* out = writable(o);
-        if (cs == 1) {
-          for (int64_t r = first; r < last; ++r)
-            for (int64_t c = 0; c < columns; ++c) {
-              auto& slot = out[r * rs + c];
-              narrow(widen(slot) + job.alpha * sums[r * width + c], slot);
-            }
-        } else {
-          for (int64_t c = 0; c < columns; ++c)
-            for (int64_t r = first; r < last; ++r) {
-              auto& slot = out[r * rs + c * cs];
-              narrow(widen(slot) + job.alpha * sums[r * width + c], slot);
-            }
-        }
-      });
-    }
   }
 }
 
