@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from molegrad import bases
-from molegrad.reference import hutch_norm_sq
+from molegrad.reference import dequantize_rows, hutch_norm_sq
 
 # What a layer's `stats` buffer holds, in this order.
 STATS = (
@@ -141,7 +141,7 @@ def _grad_x_and_bias(ctx, grad: Tensor, weight: Tensor) -> tuple[Tensor | None, 
 def _saved_input(ctx, dtype: torch.dtype) -> Tensor:
     """A (T, n): the layer's input, or what float8 has left of it."""
     _, a, *scale = ctx.saved_tensors
-    return _tokens(a.to(dtype) * scale[0].to(dtype).unsqueeze(-1) if scale else a)
+    return _tokens(dequantize_rows(a, scale[0], dtype) if scale else a)
 
 
 def linear_dense_backward(ctx, grad: Tensor):

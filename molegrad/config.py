@@ -36,15 +36,11 @@ _IN_MOMENTUM = {
     "saved_inputs": "fp8",
     "momentum_dtype": "bfloat16",
 }
+_BALANCED = {**_IN_MOMENTUM, "sample_share": 0.25, "sample_overrides": ("attention=1",)}
 PRESETS: dict[str, dict[str, Any]] = {
     "exact": {**_IN_MOMENTUM, "sample_share": 1.0},
-    "balanced": {**_IN_MOMENTUM, "sample_share": 0.25, "sample_overrides": ("attention=1",)},
-    "minimal": {
-        **_IN_MOMENTUM,
-        "sample_share": 0.25,
-        "sample_overrides": ("attention=1",),
-        "momentum_dtype": "int8",
-    },
+    "balanced": _BALANCED,
+    "minimal": {**_BALANCED, "momentum_dtype": "int8"},
 }
 DEFAULT_RANK = 32
 

@@ -75,7 +75,7 @@ class MoleLinear(nn.Linear):
         """The nn.Linear with this layer's parameters, hooks and mode; gradients are not kept."""
         linear = nn.Linear.__new__(nn.Linear)
         linear.__dict__.update(_own_containers(self))
-        for attribute in ("config", "name", "_seed", "_share", "_guard"):
+        for attribute in ("config", "name", "_seed", "share", "_guard"):
             linear.__dict__.pop(attribute, None)
         for key in _WORKING_STATE:
             linear._buffers.pop(key, None)
@@ -95,7 +95,8 @@ class MoleLinear(nn.Linear):
                 f"{self.in_features} -> {self.out_features}: lower rank_k or leave the layer dense"
             )
         self.config, self.name = config, name
-        self._share = config.share_of(name) if config.method == "sampled" else 1.0
+        # The share of the products that method "sampled" takes; 1 for the other methods.
+        self.share = config.share_of(name) if config.method == "sampled" else 1.0
         self._seed = (config.seed * 1_000_003 + zlib.crc32(name.encode())) % 2**62
         trains = self.weight.requires_grad
         factored = config.gradient_mode == "factored"
@@ -128,11 +129,6 @@ class MoleLinear(nn.Linear):
         """k: the width of the layer's bases, probe columns not counted; 0 for method "sampled"."""
         factored = self.config.gradient_mode == "factored"
         return self.basis_v.shape[1] - (self.config.probes if factored else 0)
-
-    @property
-    def share(self) -> float:
-        """Share of the products that method "sampled" takes; 1 for the other methods."""
-        return self._share
 
     @property
     def trains(self) -> bool:

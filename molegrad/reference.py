@@ -249,11 +249,12 @@ def sampled_grad_(
     """grad += alpha Ĝ with E Ĝ = G = BᵀA from a sample X̃ of the wider of A and B; see `ops`."""
     dtype = acc_dtype(b.dtype)
     a, b = _tokens(a), _tokens(b)
+    a_scale = None if a_scale is None else a_scale.reshape(-1)
     wide_a = a.shape[1] > b.shape[1]
     total = a.shape[0]
     if share >= 1.0 and grad.dtype == b.dtype:  # the library's product adds to grad by itself
         if a_scale is not None:
-            a = a.to(b.dtype) * a_scale.reshape(-1, 1).to(b.dtype)
+            a = dequantize_rows(a, a_scale, b.dtype)
         grad.addmm_(b.mT, a, alpha=alpha)
         return torch.tensor([1.0, 0.0], device=grad.device)
     out = grad if grad.dtype == dtype else torch.zeros_like(grad, dtype=dtype)
@@ -261,9 +262,7 @@ def sampled_grad_(
 
     def part(rows: slice) -> tuple[Tensor, Tensor]:
         """X (·, F) and Z (·, d), the wide and the narrow operand."""
-        x = a[rows].to(dtype)
-        if a_scale is not None:
-            x = x * a_scale.reshape(-1)[rows].to(dtype)[:, None]
+        x = a[rows].to(dtype) if a_scale is None else dequantize_rows(a[rows], a_scale[rows], dtype)
         return (x, b[rows].to(dtype)) if wide_a else (b[rows].to(dtype), x)
 
     sampling = share < 1.0 and total > 0
@@ -307,6 +306,11 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     scale = x.abs().amax(-1).to(torch.float32) / FLOAT8_MAX
     scale = torch.where(scale > 0, scale, 1.0)
     return (x / scale.unsqueeze(-1)).to(torch.float8_e4m3fn), scale
+
+
+def dequantize_rows(data: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """data (…, n) times scale (…), in `dtype`: what `quantize_rows` has left of its input."""
+    return data.to(dtype) * scale.to(dtype).unsqueeze(-1)
 
 
 def _scores(x: Tensor, z: Tensor, block: int) -> Tensor:

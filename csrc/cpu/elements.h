@@ -131,12 +131,5 @@ inline T* writable(const T* p) {
   return const_cast<T*>(p);
 }
 
-inline int64_t element_size(DType dtype) {
-  return dtype == DType::kFloat64   ? 8
-         : dtype == DType::kFloat32 ? 4
-         : dtype == DType::kFloat8  ? 1
-                                    : 2;
-}
-
 }  // namespace
 }  // namespace molegrad::cpu::MOLEGRAD_CAPABILITY

@@ -11,6 +11,14 @@ namespace molegrad::cpu {
 // kFloat8 is e4m3fn, and only ever read.
 enum class DType : int { kFloat32, kFloat64, kBFloat16, kFloat16, kFloat8 };
 
+// In bytes.
+constexpr int64_t element_size(DType dtype) {
+  return dtype == DType::kFloat64   ? 8
+         : dtype == DType::kFloat32 ? 4
+         : dtype == DType::kFloat8  ? 1
+                                    : 2;
+}
+
 // A row-major matrix in the caller's memory: unit column stride, `ld` elements from row to row.
 struct View {
   const void* data = nullptr;

@@ -55,15 +55,9 @@ MutableView view_of(C* data, int64_t rows, int64_t cols) {
   return {data, dtype_of<C>(), rows, cols, cols};
 }
 
-constexpr int64_t size_of(DType dtype) {
-  return dtype == DType::kFloat64   ? 8
-         : dtype == DType::kFloat32 ? 4
-         : dtype == DType::kFloat8  ? 1
-                                    : 2;
-}
-
 inline View part_of(const View& x, int64_t row, int64_t rows, int64_t column, int64_t cols) {
-  const char* data = static_cast<const char*>(x.data) + (row * x.ld + column) * size_of(x.dtype);
+  const char* data =
+      static_cast<const char*>(x.data) + (row * x.ld + column) * element_size(x.dtype);
   return {data, x.dtype, rows, cols, x.ld};
 }
 

@@ -22,7 +22,7 @@ import types
 import typing
 from dataclasses import dataclass, field
 
-from molegrad.config import DEFAULT_RANK, PRESETS, MoleGradConfig
+from molegrad.config import DEFAULT_RANK, PRESETS
 from molegrad.gpt.flags import PREFIX
 from molegrad.gpt.train_config import BaseTrainConfig
 
@@ -103,12 +103,8 @@ class Method:
         """The rank k (a fraction: of a layer's smaller side), None for dense methods."""
         if self.peer is not None:
             return self.peer.rank
-        if not self.flags.get("enable_streaming", False):
-            return None
-        names = {PREFIX + field.name: field.name for field in dataclasses.fields(MoleGradConfig)}
-        return MoleGradConfig(
-            **{names[key]: value for key, value in self.flags.items() if key in names}
-        ).rank_k
+        streaming = BaseTrainConfig(**self.flags).streaming_config()
+        return None if streaming is None else streaming.rank_k
 
 
 def peer_module():

@@ -10,6 +10,7 @@ device).
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -20,7 +21,10 @@ from molegrad.optim.factored import FactoredOptimizer
 
 
 class FactoredMomentum(FactoredOptimizer):
-    """Base class: groups have "lr", "weight_decay", "truncation_iters"; a layer has a "core"."""
+    """Base class: groups have "lr", "momentum", "weight_decay", "truncation_iters"; a layer has a
+    "core"."""
+
+    LIMITS = {"lr": (0.0, math.inf), "momentum": (0.0, 1.0), "weight_decay": (0.0, math.inf)}
 
     def _average(self, group: dict[str, Any], momentum: Tensor, gradient: Tensor):
         """New momentum, and the direction to go; all four are stacked cores (size, j, i)."""

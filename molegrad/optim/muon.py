@@ -61,7 +61,6 @@ class Muon(FactoredMomentum):
     """
 
     KINDS = ("dense", "factored", "momentum")
-    LIMITS = {"lr": (0.0, math.inf), "momentum": (0.0, 1.0), "weight_decay": (0.0, math.inf)}
 
     def __init__(
         self,
@@ -94,22 +93,24 @@ class Muon(FactoredMomentum):
 
     def _dense_step(self, group: dict[str, Any]) -> None:
         mu = group["momentum"]
-        by_shape: dict[tuple, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        pairs = []
         for p, state in self._dense(group):
             buffer = state["momentum_buffer"].lerp_(p.grad, 1 - mu)
-            update = p.grad.lerp(buffer, mu) if group["nesterov"] else buffer
-            by_shape[(p.shape, p.dtype, p.device)].append((p, update))
-        for pairs in by_shape.values():
-            self._update_dense(group, [p for p, _ in pairs], [update for _, update in pairs])
+            pairs.append((p, p.grad.lerp(buffer, mu) if group["nesterov"] else buffer))
+        self._along_polar_factors(group, pairs)
 
-    def _update_dense(self, group: dict[str, Any], params: list, updates: list[Tensor]) -> None:
-        """Step matrices of one shape along the polar factors of `updates`."""
-        lr = group["lr"] * lr_scale(group["adjust_lr"], *params[0].shape)
-        directions = newton_schulz(torch.stack(updates), group["ns_steps"])
-        for p, direction in zip(params, directions.unbind(), strict=True):
-            if group["weight_decay"]:
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-            p.add_(direction.to(p.dtype), alpha=-lr)
+    def _along_polar_factors(self, group: dict[str, Any], pairs: list[tuple]) -> None:
+        """Step the matrix of each (matrix, update) along the polar factor of its update."""
+        by_shape: dict[tuple, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        for p, update in pairs:
+            by_shape[(p.shape, p.dtype, update.dtype, p.device)].append((p, update))
+        for (shape, *_), same in by_shape.items():
+            lr = group["lr"] * lr_scale(group["adjust_lr"], *shape)
+            directions = newton_schulz(torch.stack([u for _, u in same]), group["ns_steps"])
+            for (p, _), direction in zip(same, directions.unbind(), strict=True):
+                if group["weight_decay"]:
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(direction.to(p.dtype), alpha=-lr)
 
     def _momentum_step(self, group: dict[str, Any]) -> None:
         """The backward passes have made M ← M + Ĝ; step along a polar factor, then M ← μ M.
@@ -117,8 +118,7 @@ class Muon(FactoredMomentum):
         (1 − μ) is left out, as a factor changes no polar factor. Nesterov's μ M + Ĝ is (1 + μ) M
         minus what M was before the backward passes.
         """
-        mu, layers = group["momentum"], _momentum_layers(group)
-        by_shape: dict[tuple, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        mu, layers, pairs = group["momentum"], _momentum_layers(group), []
         for p, *momentum in layers:
             state = self.state[p]
             if not state:
@@ -129,9 +129,8 @@ class Muon(FactoredMomentum):
             update = momentum[0] if len(momentum) == 1 else momentum[0] * momentum[1]
             if group["nesterov"]:
                 update = (1 + mu) * update.float() - state["before"] * state["before_scale"]
-            by_shape[(p.shape, p.dtype, update.dtype, p.device)].append((p, update))
-        for pairs in by_shape.values():
-            self._update_dense(group, [p for p, _ in pairs], [update for _, update in pairs])
+            pairs.append((p, update))
+        self._along_polar_factors(group, pairs)
         torch._foreach_mul_([layer[-1] for layer in layers], mu)
         if group["nesterov"]:
             for p, *momentum in layers:

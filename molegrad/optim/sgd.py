@@ -8,7 +8,6 @@ the same.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -39,8 +38,6 @@ class SGD(FactoredMomentum):
     Raises:
         ValueError: see `FactoredOptimizer`.
     """
-
-    LIMITS = {"lr": (0.0, math.inf), "momentum": (0.0, 1.0), "weight_decay": (0.0, math.inf)}
 
     def __init__(
         self,
