@@ -48,6 +48,8 @@ inline std::string dtype_name(ScalarType dtype) {
       return "torch.int64";
     case ScalarType::Int:
       return "torch.int32";
+    case ScalarType::Char:
+      return "torch.int8";
     default: {
       std::ostringstream name;
       name << "torch." << dtype;
@@ -247,6 +249,30 @@ inline void check_sampled_grad(const Tensor& grad, const Tensor& a, const Tensor
   check_cpu(op, "counter", counter);
   require(share > 0, op, "share must be positive, got ", number(share));
   require(block >= 1, op, "block must be at least 1, got ", block);
+}
+
+inline void check_quantize_rows(const Tensor& x) {
+  const char* op = "quantize_rows";
+  check_input(op, "x", x);
+  require(x.dim() >= 1 && x.size(x.dim() - 1) >= 1, op, "x needs at least one feature, got ",
+          shape(x));
+}
+
+inline void check_add_quantized(const Tensor& data, const Tensor& scale, const Tensor& x) {
+  const char* op = "add_quantized_";
+  check_matrix(op, "data", data);
+  const int64_t m = data.size(0), n = data.size(1);
+  require(data.scalar_type() == ScalarType::Char, op, "expected data in int8, got ",
+          dtype_name(data.scalar_type()));
+  const bool fits = scale.dim() == 2 && ((scale.size(0) == m && scale.size(1) == 1) ||
+                                         (scale.size(0) == 1 && scale.size(1) == n));
+  require(fits && scale.scalar_type() == ScalarType::Float, op, "expected scale (", m, ", 1) or (1, ",
+          n, ") in float32, got ", shape(scale), " in ", dtype_name(scale.scalar_type()));
+  check_input(op, "x", x);
+  check_cpu(op, "data", data);
+  check_cpu(op, "scale", scale);
+  require(x.dim() == 2 && x.size(0) == m && x.size(1) == n, op, "expected x ", shape(data),
+          ", got ", shape(x));
 }
 
 }  // namespace molegrad

@@ -16,6 +16,7 @@
 #include "cpu/kernels.h"
 #include "cpu/orth.h"
 #include "cpu/products.h"
+#include "cpu/quantized.h"
 #include "cpu/rademacher.h"
 #include "cpu/sampled.h"
 
@@ -250,6 +251,28 @@ Tensor sampled_grad_(Tensor grad, Tensor a, Tensor b, std::optional<Tensor> a_sc
   return stats;
 }
 
+std::tuple<Tensor, Tensor> quantize_rows(Tensor x) {
+  check_quantize_rows(x);
+  const Operand x_in(x);  // one dimension is one row
+  Tensor data = new_like(x, ScalarType::Float8_e4m3fn);
+  const std::vector<int64_t> leading(x.sizes().begin(), x.sizes().end() - 1);
+  Tensor scale = torch::stable::new_empty(x, leading, ScalarType::Float);
+  cpu::quantize_rows(x_in.view, data.mutable_data_ptr(),
+                     static_cast<float*>(scale.mutable_data_ptr()));
+  return {data, scale};
+}
+
+void add_quantized_(Tensor data, Tensor scale, Tensor x) {
+  check_add_quantized(data, scale, x);
+  const Operand x_in(x);
+  Tensor values = torch::stable::contiguous(data), scales = torch::stable::contiguous(scale);
+  const bool by_column = scale.size(0) != data.size(0) || scale.size(1) != 1;
+  cpu::add_quantized(static_cast<int8_t*>(values.mutable_data_ptr()),
+                     static_cast<float*>(scales.mutable_data_ptr()), x_in.view, by_column);
+  if (!data.is_contiguous()) torch::stable::copy_(data, values);
+  if (!scale.is_contiguous()) torch::stable::copy_(scale, scales);
+}
+
 Tensor rademacher(int64_t rows, int64_t cols, Tensor counter, int64_t seed) {
   check_rademacher(rows, cols, counter);
   Tensor out = new_matrix(counter, {rows, cols}, ScalarType::Float);
@@ -269,6 +292,8 @@ STABLE_TORCH_LIBRARY_IMPL(molegrad, CPU, m) {
   m.impl("polar_factor", TORCH_BOX(&polar_factor));
   m.impl("lowrank_update_", TORCH_BOX(&lowrank_update_));
   m.impl("sampled_grad_", TORCH_BOX(&sampled_grad_));
+  m.impl("quantize_rows", TORCH_BOX(&quantize_rows));
+  m.impl("add_quantized_", TORCH_BOX(&add_quantized_));
   m.impl("rademacher", TORCH_BOX(&rademacher));
 }
 

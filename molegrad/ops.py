@@ -420,7 +420,8 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         data (…, T, n) float8_e4m3fn and scale (…, T) float32 with x ≈ data · scale: relative
-        rounding of 2⁻⁴ down to 2⁻¹⁵ of the row's largest magnitude. NaN stays NaN.
+        rounding of 2⁻⁴ down to 2⁻¹⁵ of the row's largest magnitude. NaN stays NaN; a row
+        whose magnitudes are all below 448 · 2⁻¹²⁶ becomes zeros.
 
     Source: Micikevicius et al., FP8 formats for deep learning (2022).
     """

@@ -294,8 +294,8 @@ def sampled_grad_(
 
 def add_quantized_(data: Tensor, scale: Tensor, x: Tensor) -> None:
     """data · scale += x, rounded to int8 with new scales, one for each row or column."""
-    value = data.to(torch.float32) * scale + x
-    dim = 1 if scale.shape[0] == data.shape[0] else 0
+    value = data.to(torch.float32) * scale + x.to(torch.float32)
+    dim = 1 if scale.shape == (data.shape[0], 1) else 0
     new = value.abs().amax(dim, keepdim=True) / 127.0
     scale.copy_(torch.where(new == 0, 1.0, new))
     data.copy_((value / scale).round_())
@@ -303,8 +303,10 @@ def add_quantized_(data: Tensor, scale: Tensor, x: Tensor) -> None:
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """float8_e4m3fn rows and their scales: x ≈ data · scale."""
-    scale = x.abs().amax(-1).to(torch.float32) / FLOAT8_MAX
-    scale = torch.where(scale > 0, scale, 1.0)
+    x = x.to(torch.float32)
+    scale = x.abs().amax(-1) / FLOAT8_MAX
+    # A subnormal scale is too coarse: by it, the largest would not fit.
+    scale = torch.where(scale >= torch.finfo(torch.float32).tiny, scale, 1.0)
     return (x / scale.unsqueeze(-1)).to(torch.float8_e4m3fn), scale
 
 

@@ -296,3 +296,43 @@ def test_cuda_paths_follow_capability_and_library():
     assert supported(90, 130400) == {"fp8": True, "grouped": True}
     assert supported(100, 130200) == {"fp8": True, "grouped": True}
     assert supported(120, 130500) == {"fp8": True, "grouped": False}
+
+
+@pytest.mark.parametrize("dtype", [F32, F64, BF16, F16])
+@pytest.mark.parametrize("shape", [(5,), (7, 3), (2, 5, 11), (300, 257), (0, 4)], ids=str)
+def test_quantize_rows_bit_for_bit(shape, dtype):
+    x = randn(*shape) * (3 * randn(*shape, seed=1)).exp()
+    if x.dim() == 2 and len(x) > 6:
+        x[0], x[1], x[2, 0], x[3] = 0.0, torch.nan, torch.inf, -0.0
+        x[4] *= 1e-41
+    x = x.to(dtype)
+    data, scale = ops.quantize_rows(x)
+    expected, expected_scale = reference.quantize_rows(x)
+    assert data.shape == x.shape and torch.equal(scale, expected_scale)
+    assert torch.equal(data.float().nan_to_num(999), expected.float().nan_to_num(999))
+
+
+def test_quantize_rows_rounds_every_magnitude_as_torch_does():
+    bits = torch.arange(0, 2**31, 4999, dtype=torch.int64).to(torch.int32)
+    x = bits.view(F32)
+    x = x[x <= 448]
+    x = torch.cat([x, -x, torch.tensor([448.0])])  # the largest is 448: the scale is 1
+    assert torch.equal(ops.quantize_rows(x)[0].float(), x.to(torch.float8_e4m3fn).float())
+
+
+@pytest.mark.parametrize("dtype", [F32, F64, BF16])
+@pytest.mark.parametrize("m, n", [(13, 11), (300, 257), (1, 5), (5, 1), (1, 1)])
+@pytest.mark.parametrize("by_column", [False, True])
+def test_add_quantized_bit_for_bit(m, n, dtype, by_column):
+    x = 5 * randn(m, n, dtype=dtype)
+    scale = randn(1, n).abs() if by_column else randn(m, 1).abs()
+    data = (40 * randn(m, n, seed=3)).clamp(-127, 127).to(torch.int8)
+    expected, expected_scale = data.clone(), scale.clone()
+    ops.add_quantized_(data, scale, x)
+    reference.add_quantized_(expected, expected_scale, x)
+    assert torch.equal(data, expected) and torch.equal(scale, expected_scale)
+    strided = torch.zeros(n, m, dtype=torch.int8).mT
+    strided.copy_(data)
+    ops.add_quantized_(strided, scale, x)
+    reference.add_quantized_(data, expected_scale, x)
+    assert torch.equal(strided, data) and torch.equal(scale, expected_scale)

@@ -433,6 +433,7 @@ const KernelTable& table() {
                                        axpy,
                                        jacobi_rotate,
                                        signs,
+                                       quantized_kernels(),
                                        make_set<float>(),
                                        make_set<double>()};
   return instance;

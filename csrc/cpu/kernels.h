@@ -1,6 +1,6 @@
-// Interface between the capability-independent drivers (products.cpp, sampled.cpp) and kernels.cpp
-// and sampled_kernels.cpp, which are compiled once per instruction set. Only plain data crosses it:
-// those two must not instantiate inline functions of other headers with their own machine flags
+// Interface between the capability-independent drivers (products.cpp, sampled.cpp, quantized.cpp)
+// and kernels.cpp, sampled_kernels.cpp and quantized_kernels.cpp, which are compiled once per
+// instruction set. Only plain data crosses it: those three must not instantiate inline functions of other headers with their own machine flags
 // (the linker keeps one copy of each).
 #pragma once
 
@@ -167,8 +167,27 @@ struct SampledKernels {
   // sums rows [row, row + groups * kGroup) of sum_rows += X̃ᵀ Z; both in wide panels.
   void (*multiply)(const Sample<C>& sample, int64_t groups, const C* z, int64_t d, C* sums,
                    int64_t sum_rows, int64_t row);
+  // Rows [begin, end) of sums become zero.
+  void (*clear)(C* sums, int64_t sum_rows, int64_t d, int64_t begin, int64_t end);
   // Of rows [begin, end).
   void (*add)(const AddJob<C>& job, int64_t begin, int64_t end);
+};
+
+// Rows in float8, and sums in int8; `scratch` holds a row of float32.
+struct QuantizedKernels {
+  // Rows [begin, end): data = float8(x / scale) with scale = max |x| / 448, or 1 if that is subnormal.
+  void (*rows)(const View& x, int64_t begin, int64_t end, uint8_t* data, float* scales,
+               float* scratch);
+  // Rows [begin, end): data · scale += x, with a new scale for each row.
+  void (*add_by_row)(int8_t* data, float* scales, const View& x, int64_t begin, int64_t end,
+                     float* scratch);
+  // The same with one for each column: bits of the largest magnitude of the sums in rows
+  // [begin, end), the scale that follows, and the sums under it.
+  void (*column_peaks)(const int8_t* data, const float* scales, const View& x, int64_t begin,
+                       int64_t end, uint32_t* peaks, float* scratch);
+  void (*scales)(const uint32_t* peaks, int64_t count, float* out);
+  void (*add_by_column)(int8_t* data, const float* old_scales, const float* scales, const View& x,
+                        int64_t begin, int64_t end, float* scratch);
 };
 
 template <typename C>
@@ -201,6 +220,7 @@ struct KernelTable {
                         double* xx, double* yy);
   // out[i] = ±1 from the hash of position i + 1 in `stream`, for i in [begin, end).
   void (*signs)(uint64_t stream, int64_t begin, int64_t end, float* out);
+  QuantizedKernels quantized;
   KernelSet<float> f32;
   KernelSet<double> f64;
 };

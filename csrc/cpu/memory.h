@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
@@ -67,6 +68,15 @@ void for_parts(int64_t parts, const F& fn) {
   if (parts == 1) return fn(0);
   torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) fn(part);
+  });
+}
+
+// fn(part, i) for i in [0, count), each on whichever of `parts` threads is free.
+template <typename F>
+void for_each(int64_t parts, int64_t count, const F& fn) {
+  std::atomic<int64_t> next{0};
+  for_parts(std::clamp<int64_t>(count, 1, parts), [&](int64_t part) {
+    for (int64_t i = next++; i < count; i = next++) fn(part, i);
   });
 }
 

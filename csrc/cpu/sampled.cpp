@@ -16,23 +16,16 @@ namespace {
 
 // As in molegrad/reference.py: tokens that decide the threshold, and its steps.
 constexpr int64_t kThresholdTokens = 512, kThresholdSteps = 8;
-// Features of a slice: with a panel of Z, its sample fits a per-core L2. Properties of the machine
-// are left out of this, so that they have no influence on the order of sums.
-constexpr int64_t kSliceFeatures = 128;
+// Features of a slice. Its sums, a panel of Z and its sample of X fit a per-core L2; a span of Z,
+// several chunks of tokens, an L3. Properties of the machine are left out of this, so that they
+// have no influence on the order of sums. Few features make smaller slices, for the threads' sake.
+constexpr int64_t kSliceFeatures = 128, kSmallSlice = 32, kSlices = 8, kSpanBytes = 4 << 20;
 // Memory for sums: more features are taken one range after the other.
 constexpr int64_t kSumBytes = 32 << 20;
-// Scores of a partial sum; numbers of X that are worth a thread.
-constexpr int64_t kScoresPerSum = 1 << 15, kNumbersPerThread = 1 << 14;
+// Tokens that a thread takes at a time; scores of a partial sum; numbers of X worth a thread.
+constexpr int64_t kTokens = 64, kScores = 1 << 16, kNumbers = 1 << 14;
 
 int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
-
-// fn(part, begin, end) on threads: [0, count) in contiguous parts.
-template <typename F>
-void split(int64_t threads, int64_t count, const F& fn) {
-  const int64_t parts = std::clamp<int64_t>(count, 1, threads);
-  for_parts(parts,
-            [&](int64_t part) { fn(part, count * part / parts, count * (part + 1) / parts); });
-}
 
 // τ with mean(min(1, score / τ)) ≈ share, from every (T / kThresholdTokens)-th token.
 template <typename C>
@@ -40,19 +33,20 @@ C find_threshold(const SampledKernels<C>& kernels, const SampleRule<C>& rule, do
                  int64_t threads) {
   const int64_t stride = std::max<int64_t>(1, rule.x.rows / kThresholdTokens);
   const int64_t rows = ceil_div(rule.x.rows, stride), blocks = ceil_div(rule.x.cols, rule.block);
-  const int64_t count = rows * blocks, pieces = ceil_div(count, kScoresPerSum);
+  const int64_t count = rows * blocks, pieces = ceil_div(count, kScores);
   const int64_t scratch_size = round_up(kernels.scores_scratch(rule), kAlignment);
   Buffer<C> scores(count), scratch(threads * scratch_size);
-  split(threads, rows, [&](int64_t part, int64_t begin, int64_t end) {
-    kernels.scores(rule, begin * stride, stride, end - begin, scores.data() + begin * blocks,
-                   scratch.data() + part * scratch_size);
+  for_each(threads, ceil_div(rows, kTokens), [&](int64_t part, int64_t i) {
+    const int64_t begin = i * kTokens;
+    kernels.scores(rule, begin * stride, stride, std::min(kTokens, rows - begin),
+                   scores.data() + begin * blocks, scratch.data() + part * scratch_size);
   });
   std::vector<double> sums(pieces);
   const auto mean_clipped = [&](C limit) {
-    split(threads, pieces, [&](int64_t, int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i)
-        sums[i] = kernels.clipped_sum(scores.data() + i * kScoresPerSum,
-                                      std::min(kScoresPerSum, count - i * kScoresPerSum), limit);
+    // A few pieces are not worth waking threads for.
+    for_each(std::min(threads, ceil_div(pieces, 8)), pieces, [&](int64_t, int64_t i) {
+      sums[i] = kernels.clipped_sum(scores.data() + i * kScores,
+                                    std::min(kScores, count - i * kScores), limit);
     });
     double sum = 0;
     for (const double x : sums) sum += x;
@@ -68,17 +62,20 @@ C find_threshold(const SampledKernels<C>& kernels, const SampleRule<C>& rule, do
   return threshold < tiny ? tiny : threshold;
 }
 
-// Slices of X, and ranges of slices whose sums are held at a time.
+// Slices of X, ranges of slices whose sums are held at a time, spans of tokens.
 struct Plan {
   int64_t blocks, slices, slice_blocks, slice_features, slice_rows;  // rows: features, padded
-  int64_t range;                                                     // slices
+  int64_t range, span;                                               // slices, tokens
 
   Plan(int64_t features, int64_t block, int64_t row_bytes) : blocks(ceil_div(features, block)) {
-    slice_blocks = std::clamp<int64_t>(kSliceFeatures / block, 1, blocks);
+    const int64_t share = round_up(ceil_div(features, kSlices), kGroup);
+    slice_blocks = std::clamp<int64_t>(std::clamp(share, kSmallSlice, kSliceFeatures) / block, 1,
+                                       blocks);
     slice_features = slice_blocks * block;
     slice_rows = round_up(slice_features, kGroup);
     slices = ceil_div(blocks, slice_blocks);
     range = std::clamp<int64_t>(kSumBytes / (slice_rows * row_bytes), 1, slices);
+    span = std::max<int64_t>(1, kSpanBytes / (kChunk * row_bytes)) * kChunk;
   }
 };
 
@@ -113,8 +110,8 @@ void sampled_grad(const SampledGrad<C>& args, float* stats) {
   if (tokens == 0 || features == 0 || d == 0) return;
   const KernelSet<C>& set = kernel_set<C>();
   const SampledKernels<C>& kernels = set.sampled;
-  const int64_t available = std::max<int64_t>(torch::stable::get_num_threads(), 1);
-  const int64_t threads = std::clamp<int64_t>(tokens * features / kNumbersPerThread, 1, available);
+  const int64_t threads = std::clamp<int64_t>(
+      tokens * features / kNumbers, 1, std::max<int64_t>(torch::stable::get_num_threads(), 1));
 
   SampleRule<C> rule;
   rule.x = args.x;
@@ -129,37 +126,41 @@ void sampled_grad(const SampledGrad<C>& args, float* stats) {
 
   const WidePanels wide(set.lanes, d);
   const Plan plan(features, rule.block, wide.cols * static_cast<int64_t>(sizeof(C)));
+  const int64_t span = std::min(plan.span, round_up(tokens, kChunk));
   const int64_t sum_rows = plan.range * plan.slice_rows;
-  Buffer<C> panels(kChunk * wide.cols), weights(kChunk), sums(sum_rows * wide.cols);
+  Buffer<C> panels(span * wide.cols), weights(span), sums(sum_rows * wide.cols);
   const int64_t scratch_size = std::max(wide.cols, kernels.scan_scratch(plan.slice_features));
   std::vector<std::unique_ptr<Workspace<C>>> workspaces;
   for (int64_t i = 0; i < threads; ++i)
     workspaces.push_back(std::make_unique<Workspace<C>>(plan.slice_rows / kGroup, scratch_size));
   std::vector<SampleSums> counts(plan.slices);
 
-  const auto load_tokens = [&](int64_t first, int64_t rows) {
-    split(threads, rows, [&](int64_t part, int64_t begin, int64_t end) {
-      kernels.pack_wide(rule, first + begin, end - begin, begin, panels.data(),
-                        weights.data() + begin, workspaces[part]->scratch.data());
-      for (C* weight = weights.data() + begin; weight != weights.data() + end; ++weight)
-        if (std::isfinite(*weight))  // kept finite, as blocks of zeros are to stay zero
-          *weight = static_cast<C>(
-              std::min(*weight / threshold / threshold, double{std::numeric_limits<C>::max()}));
-    });
+  // Tokens first, first + 1, … of Z, in a span that begins with token `begin`.
+  const auto load_tokens = [&](int64_t begin, int64_t first, int64_t rows, Workspace<C>& work) {
+    const int64_t at = first - begin;
+    C* weight = weights.data() + at;
+    kernels.pack_wide(rule, first, rows, at % kChunk,
+                      panels.data() + at / kChunk * kChunk * wide.cols, weight,
+                      work.scratch.data());
+    for (int64_t i = 0; i < rows; ++i)
+      if (std::isfinite(weight[i]))  // kept finite, as blocks of zeros are to stay zero
+        weight[i] = static_cast<C>(std::min(weight[i] / threshold / threshold,
+                                            double{std::numeric_limits<C>::max()}));
   };
-  const auto slice_features = [&](int64_t slice) {  // the last may have fewer
-    return std::min(plan.slice_features, features - slice * plan.slice_features);
-  };
-  const auto add_tokens = [&](int64_t first, int64_t rows, int64_t slice, int64_t row,
-                              Workspace<C>& work) {
-    const int64_t block = slice * plan.slice_blocks;
+  // A slice, whose sums begin with `row`, against a span of tokens.
+  const auto add_slice = [&](int64_t begin, int64_t end, int64_t slice, int64_t row,
+                             Workspace<C>& work) {
+    const int64_t block = slice * plan.slice_blocks, feature = slice * plan.slice_features;
     const int64_t blocks = std::min(plan.slice_blocks, plan.blocks - block);
-    kernels.scan(rule, first, rows, weights.data(), block, blocks, work.sample, &counts[slice],
-                 work.scratch.data());
-    kernels.multiply(work.sample, ceil_div(slice_features(slice), kGroup), panels.data(), d,
-                     sums.data(), sum_rows, row);
-  };
-  const auto write = [&](int64_t slice, int64_t row) {
+    const int64_t rows = std::min(plan.slice_features, features - feature);
+    if (begin == 0) kernels.clear(sums.data(), sum_rows, d, row, row + plan.slice_rows);
+    for (int64_t first = begin; first < end; first += kChunk) {
+      kernels.scan(rule, first, std::min(kChunk, end - first), weights.data() + (first - begin),
+                   block, blocks, work.sample, &counts[slice], work.scratch.data());
+      kernels.multiply(work.sample, ceil_div(rows, kGroup),
+                       panels.data() + (first - begin) * wide.cols, d, sums.data(), sum_rows, row);
+    }
+    if (end < tokens) return;
     AddJob<C> job;
     job.sums = sums.data();
     job.rows = sum_rows;
@@ -167,29 +168,23 @@ void sampled_grad(const SampledGrad<C>& args, float* stats) {
     job.alpha = static_cast<C>(args.alpha);
     job.target = args.grad;
     job.dtype = args.grad_dtype;
-    job.offset = (slice * plan.slice_features - row) * args.feature_stride;
+    job.offset = (feature - row) * args.feature_stride;
     job.row_stride = args.feature_stride;
     job.column_stride = args.column_stride;
-    kernels.add(job, row, row + slice_features(slice));
+    kernels.add(job, row, row + rows);
   };
 
-  for (int64_t slice = 0; slice < plan.slices; slice += plan.range) {
-    const int64_t count = std::min(plan.range, plan.slices - slice);
-    split(threads, sum_rows * wide.cols, [&](int64_t, int64_t begin, int64_t end) {
-      std::fill(sums.data() + begin, sums.data() + end, C(0));
-    });
-    for (int64_t first = 0; first < tokens; first += kChunk) {
-      const int64_t rows = std::min(kChunk, tokens - first);
-      load_tokens(first, rows);
-      split(threads, count, [&](int64_t part, int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i)
-          add_tokens(first, rows, slice + i, i * plan.slice_rows, *workspaces[part]);
+  for (int64_t slice = 0; slice < plan.slices; slice += plan.range)
+    for (int64_t begin = 0; begin < tokens; begin += span) {
+      const int64_t end = std::min(tokens, begin + span);
+      for_each(threads, ceil_div(end - begin, kTokens), [&](int64_t part, int64_t i) {
+        const int64_t first = begin + i * kTokens;
+        load_tokens(begin, first, std::min(kTokens, end - first), *workspaces[part]);
+      });
+      for_each(threads, std::min(plan.range, plan.slices - slice), [&](int64_t part, int64_t i) {
+        add_slice(begin, end, slice + i, i * plan.slice_rows, *workspaces[part]);
       });
     }
-    split(threads, count, [&](int64_t, int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) write(slice + i, i * plan.slice_rows);
-    });
-  }
   if (!sampling) return;
   SampleSums total;
   for (const SampleSums& x : counts) {

@@ -138,6 +138,16 @@ void multiply(const Sample<C>& sample, int64_t groups, const C* z, int64_t d, C*
 }
 
 template <typename C>
+void clear(C* sums, int64_t sum_rows, int64_t d, int64_t begin, int64_t end) {
+  const WidePanels wide(Simd<C>::kLanes, d);
+  for (int64_t p = 0; p < wide.count(); ++p) {
+    const int64_t width = wide.panel_width(p);
+    C* panel = sums + p * wide.width * sum_rows;
+    for (int64_t i = begin * width; i < end * width; ++i) panel[i] = 0;
+  }
+}
+
+template <typename C>
 void add(const AddJob<C>& job, int64_t begin, int64_t end) {
   const WidePanels wide(Simd<C>::kLanes, job.d);
   const int64_t rs = job.row_stride, cs = job.column_stride;

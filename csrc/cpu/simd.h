@@ -25,8 +25,9 @@ inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 
 }  // namespace
 
-// The kernels of sampled_kernels.cpp, for the table of kernels.cpp.
+// The kernels of sampled_kernels.cpp and quantized_kernels.cpp, for the table of kernels.cpp.
 template <typename C>
 SampledKernels<C> sampled_kernels();
+QuantizedKernels quantized_kernels();
 
 }  // namespace molegrad::cpu::MOLEGRAD_CAPABILITY
