@@ -37,14 +37,16 @@ from molegrad.lab.sweep import (
     seed_runs,
 )
 from molegrad.lab.timing import equal_time_runs, measure_times
-from molegrad.lab.worker import build_peer, terminable, work_off
+from molegrad.lab.worker import Pacer, build_peer, terminable, work_off
 
 
 @dataclass(frozen=True)
 class CompareConfig(LabConfig):
     """Compare training methods: quality, memory and time against tuned dense Muon."""
 
-    time_steps: int = flag(30, "steps to time each method with after the sweep, alone; 0 is off")
+    time_steps: int = flag(
+        30, "steps to time each method with after the sweep, in turn with dense; 0 is off"
+    )
     time_again: bool = flag(False, "measure step times that are in the store once more")
     equal_time: bool = flag(False, "train every method as long as dense takes, too")
     list: bool = flag(False, "print the runs that would be made and how many are known, no more")
@@ -90,18 +92,18 @@ def compare(
     known: dict[str, dict],
     say: Callable[[str], None],
     perform: Callable[[Run], dict] | None = None,
-    time: Callable[[Run], object] | None = None,
+    start: Callable[[Run], Pacer] = Pacer,
 ) -> list[dict]:
     """Sweep, time, train at equal time where that is asked for; the rows of the tables.
 
     Args:
         known: key -> record of what has been trained; grows.
-        perform, time: in place of processes, see `train_all` and `measure_times`.
+        perform, start: in place of processes, see `train_all` and `measure_times`.
     """
     train_all(config, known, lambda: next_runs(config, text, known), say, perform)
     times, longer = {}, {}
     if config.time_steps:
-        times = measure_times(config, text, known, config.time_steps, say, config.time_again, time)
+        times = measure_times(config, text, known, config.time_steps, say, config.time_again, start)
     if config.equal_time:
         longer = equal_time_runs(config, text, known, times)
         runs = {run.key: run for cell in longer.values() for run in cell}

@@ -1,9 +1,10 @@
-"""Step times, measured alone: one process after the other, with all threads, in rounds.
+"""Step times, measured alone: dense and another method side by side, step after step in turn.
 
 Times taken while several runs share the processor say nothing, and a machine that is slower for a
-minute slows whatever runs then. So every method trains a few steps in each of several rounds, in an
-order that rotates, dense among them, and a method's ratio to dense is the median of the rounds' own
-ratios. The spread is their range.
+minute slows whatever runs then. So a method and dense train in two processes at the same time, of
+which only one is at work: each waits while the other makes its step, the first of a pair going
+second in the next. The ratio of a method to dense is the median of the pairs' own ratios, with an
+interval that holds that median with 95% confidence whatever the ratios' distribution.
 
 A ratio is stored with the record's key (method and dense, model, batch, device), so that a later
 comparison measures only what is new; lengths, seeds and learning rates share it.
@@ -11,7 +12,9 @@ comparison measures only what is new; lengths, seeds and learning rates share it
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import math
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -23,10 +26,9 @@ from molegrad.gpt.hardware import device_name
 from molegrad.lab import store
 from molegrad.lab.store import Run
 from molegrad.lab.sweep import LabConfig, Text, cells, make_run, search, seed_runs
-from molegrad.lab.worker import Workers
+from molegrad.lab.worker import Pacer
 
-ROUNDS = 3
-WARM_UP = 5  # steps at the start of every process that do not count
+WARM_UP = 5  # pairs of steps at the start that do not count
 
 
 def timed_runs(config: LabConfig, text: Text, known: Mapping[str, dict]) -> list[list[Run]]:
@@ -52,25 +54,15 @@ def measure_times(
     steps: int,
     say: Callable[[str], None],
     again: bool = False,
-    perform: Callable[[Run], object] | None = None,
+    start: Callable[[Run], Pacer] = Pacer,
 ) -> dict[str, dict]:
     """time_key -> timing of every method of a finished sweep: from the store, or measured now.
 
     Args:
-        steps: of each method over all rounds, warm-up not counted.
+        steps: of each method, warm-up not counted.
         again: measure what is in the store once more.
-        perform: run -> seconds of its steps; by default in a process of its own.
+        start: run -> what makes its steps; by default a process of its own.
     """
-    workers = Workers()
-    try:
-        time = perform or (lambda run: workers(run, "time"))
-        return _measure(config, text, known, steps, say, again, time)
-    except BaseException:
-        workers.stop()
-        raise
-
-
-def _measure(config, text, known, steps, say, again, perform) -> dict[str, dict]:
     stored, times = {} if again else store.read_times(), {}
     for runs in timed_runs(config, text, known):
         if not runs:
@@ -79,7 +71,7 @@ def _measure(config, text, known, steps, say, again, perform) -> dict[str, dict]
         keys = {run.time_key: _key(run, dense) for run in runs}
         new = [run for run in runs[1:] if keys[run.time_key] not in stored]
         if new or keys[dense.time_key] not in stored:
-            for record in _rounds([dense, *new], steps, say, perform):
+            for record in _time(dense, new, steps, say, start):
                 record["key"] = keys[record["time_key"]]
                 store.append(store.TIMES, record)
                 stored[record["key"]] = record
@@ -92,55 +84,80 @@ def _key(run: Run, dense: Run) -> str:
     return hashlib.sha256(f"{run.time_key}:{dense.time_key}:{device}".encode()).hexdigest()[:16]
 
 
-def _rounds(runs: list[Run], steps: int, say, perform) -> list[dict]:
-    """A record of every run that could be timed; runs[0] is the reference."""
-    each = WARM_UP + -(-steps // ROUNDS)
-    seconds: dict[str, list[float]] = {run.time_key: [] for run in runs}
-    reasons: dict[str, str] = {}
-    for number in range(ROUNDS):
-        turn = number % len(runs)
-        for run in [*runs[turn:], *runs[:turn]]:
+def _time(dense: Run, others: list[Run], steps: int, say, start) -> list[dict]:
+    """A record of every run that could be timed, dense among them."""
+    records, reference = [], []
+    for run in others:
+        try:
+            pairs = _pairs([dense, run], steps, start)
+        except RuntimeError as error:
+            say(f"{run.title} could not be timed: {error}")
+            continue
+        reference += [first for first, _ in pairs]
+        records.append(_record(run, [own for _, own in pairs], [b / a for a, b in pairs]))
+        shown = "{ratio:.3f} ({ratio_low:.3f} to {ratio_high:.3f})".format(**records[-1])
+        say(f"{run.title}: step time / dense {shown}")
+    if not reference:  # nothing to compare with, or nothing that ran
+        try:
+            reference = [seconds for (seconds,) in _pairs([dense], steps, start)]
+        except RuntimeError as error:
+            say(f"{dense.title} could not be timed: {error}")
+            return []
+    return [_record(dense, reference, [1.0] * len(reference)), *records]
+
+
+def _pairs(runs: list[Run], steps: int, start) -> list[tuple[float, ...]]:
+    """Seconds of each run's steps, made in turn."""
+    with contextlib.ExitStack() as stack:
+        pacers = []
+        for number, run in enumerate(runs):
             short = replace(
                 run.config,
-                run=f"time-{run.time_key}",
-                num_iterations=each,
+                run=f"time-{number}-{run.time_key}",
+                num_iterations=WARM_UP + steps + 2,
                 eval_every=-1,
                 monitor_every=0,
                 threads=0,
             )
-            result = perform(replace(run, config=short))
-            if isinstance(result, dict):
-                reasons[run.time_key] = result["reason"]
-            else:
-                seconds[run.time_key].append(statistics.median(result[WARM_UP:]))
-                shown = f"{1e3 * seconds[run.time_key][-1]:.1f} ms a step"
-                say(f"round {number + 1} of {ROUNDS}: {run.title}: {shown}")
-    for run in runs:
-        if run.time_key in reasons:
-            say(f"{run.title} could not be timed: {reasons[run.time_key]}")
-    if runs[0].time_key in reasons:
-        return []
-    reference = seconds[runs[0].time_key]
-    records = []
-    for run in (run for run in runs if run.time_key not in reasons):
-        own = seconds[run.time_key]
-        ratios = [mine / dense for mine, dense in zip(own, reference, strict=True)]
-        records.append(
-            {
-                "time_key": run.time_key,
-                "method": run.label,
-                "ms": 1e3 * statistics.median(own),
-                "ms_low": 1e3 * min(own),
-                "ms_high": 1e3 * max(own),
-                "ratio": statistics.median(ratios),
-                "ratio_low": min(ratios),
-                "ratio_high": max(ratios),
-                "rounds": ROUNDS,
-                "steps": each - WARM_UP,
-                "device": device_name(torch.device(run.config.device_type)),
-            }
-        )
-    return records
+            pacers.append(start(replace(run, config=short)))
+            stack.callback(pacers[-1].close)
+        pairs = []
+        for number in range(WARM_UP + steps):
+            order = list(range(len(runs)))
+            seconds = {i: pacers[i].step() for i in (order if number % 2 else order[::-1])}
+            pairs.append(tuple(seconds[i] for i in order))
+        return pairs[WARM_UP:]
+
+
+def _record(run: Run, seconds: list[float], ratios: list[float]) -> dict:
+    low, high = median_interval(ratios)
+    return {
+        "time_key": run.time_key,
+        "method": run.label,
+        "ms": 1e3 * statistics.median(seconds),
+        "ratio": statistics.median(ratios),
+        "ratio_low": low,
+        "ratio_high": high,
+        "steps": len(ratios),
+        "device": device_name(torch.device(run.config.device_type)),
+    }
+
+
+def median_interval(values: list[float], confidence: float = 0.95) -> tuple[float, float]:
+    """Two of the values that hold the median of their distribution between them, with at least
+    this confidence where there are enough of them; else the smallest and the largest.
+
+    The number of values below the median is binomial (n, 1/2).
+    """
+    ordered, n = sorted(values), len(values)
+    inside, below = 0, 0.0  # values left out on each side, and the chance of so few below
+    while inside < (n - 1) // 2:
+        below += math.comb(n, inside) / 2**n
+        if 2 * below > 1 - confidence:
+            break
+        inside += 1
+    inside = max(0, inside - 1)
+    return ordered[inside], ordered[n - 1 - inside]
 
 
 def equal_time_runs(

@@ -4,7 +4,8 @@ Why processes: the peak of resident memory belongs to the process, threads are s
 process, and a run that dies takes nothing else with it. `Workers` starts `python -m
 molegrad.lab.worker`, which reads a run from its standard input, trains it, adds the record to the
 store itself (nothing is lost where the parent dies first) and prints the record. A run is claimed
-while it trains: a second sweep over the same store waits for it in place of repeating it.
+while it trains: a second sweep over the same store waits for it in place of repeating it. `Pacer`
+starts a process that trains one step whenever it is told to.
 
 A run whose loss or gradients became NaN or infinite is a result and is stored as failed. Whatever
 else ends a run (a bug, a kill) is told and tried again next time.
@@ -21,6 +22,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -164,21 +166,43 @@ def train(run: Run) -> dict:
         return known
 
 
-def step_times(run: Run) -> list[float]:
-    """Seconds of every step of a run that is neither evaluated nor stored."""
-    result = base_train(run.config, lambda model, config: build_optimizers(run, model, config))
-    if result["interrupted"]:
-        raise KeyboardInterrupt("a signal ended the run")
-    metrics = read_metrics(Path(result["folder"]))
-    return [m["train/dt"] for m in metrics if "train/dt" in m]
+class _Enough(Exception):
+    """Nobody wants another step."""
 
 
-TASKS: dict[str, Callable[[Run], object]] = {"train": train, "time": step_times}
+def pace(run: Run) -> None:
+    """Train one step for every line of standard input, and answer with its seconds.
+
+    A step lasts from one call of an optimizer to the next; the first one is taken unasked.
+    """
+    begun: list[float] = []
+
+    def turn(optimizer, args, kwargs) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        print(now - begun.pop() if begun else READY, file=sys.__stdout__, flush=True)
+        if not sys.stdin.readline():
+            raise _Enough
+        begun.append(time.perf_counter())
+
+    def build(model, config) -> list[torch.optim.Optimizer]:
+        made = build_optimizers(run, model, config)
+        made[0].register_step_post_hook(turn)
+        return made
+
+    with contextlib.suppress(_Enough):
+        base_train(run.config, build)
+
+
+READY = "ready"
+TASKS: dict[str, Callable[[Run], object]] = {"train": train, "pace": pace}
 
 
 def main() -> int:
-    """The process: a task and a run as JSON from standard input, the result to standard output."""
-    job = json.load(sys.stdin)
+    """The process: a line with task and run as JSON from standard input, the result to standard
+    output."""
+    job = json.loads(sys.stdin.readline())
     try:
         with contextlib.redirect_stdout(sys.stderr):
             result = TASKS[job["task"]](Run.from_dict(job["run"]))
@@ -189,8 +213,68 @@ def main() -> int:
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         print(json.dumps({"status": "failed", "reason": reason}), flush=True)
         return 1
-    print(json.dumps(result), flush=True)
+    if result is not None:
+        print(json.dumps(result), flush=True)
     return 0
+
+
+def start(run: Run, task: str, folder: Path) -> subprocess.Popen:
+    """The process of a task, whose job is told and whose messages go to a log in the folder."""
+    environment = dict(os.environ)
+    if run.config.threads:
+        environment["OMP_NUM_THREADS"] = str(run.config.threads)
+    with open(folder / LOG, "w", encoding="utf-8") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "molegrad.lab.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            env=environment,
+            text=True,
+        )
+    process.stdin.write(json.dumps({"task": task, "run": run.to_dict()}) + "\n")
+    process.stdin.flush()
+    return process
+
+
+class Pacer:
+    """A run in a process of its own that trains step by step.
+
+    Raises:
+        RuntimeError: the process ended before its first step was done; the message says why.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._folder = paths.run_dir(run.config.run)
+        self._process = start(run, "pace", self._folder)
+        self._answer()
+
+    def step(self) -> float:
+        """Train one step; its seconds.
+
+        Raises:
+            RuntimeError: the process ended.
+        """
+        with contextlib.suppress(BrokenPipeError):  # the answer says why it ended
+            self._process.stdin.write("\n")
+            self._process.stdin.flush()
+        return float(self._answer())
+
+    def close(self) -> None:
+        """End the process; what it wrote is deleted."""
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        self._process.stdout.close()
+        self._process.terminate()
+        self._process.wait()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _answer(self) -> str:
+        line = self._process.stdout.readline()
+        if line and not line.startswith("{"):
+            return line.strip()
+        status = self._process.wait()
+        raise RuntimeError(json.loads(line)["reason"] if line else _ending(status))
 
 
 class Workers:
@@ -199,8 +283,8 @@ class Workers:
     def __init__(self) -> None:
         self._processes: set[subprocess.Popen] = set()
 
-    def __call__(self, run: Run, task: str = "train"):
-        """The result of a task in a process of its own.
+    def __call__(self, run: Run) -> dict:
+        """The record of a run, trained in a process of its own.
 
         A run that did not end of itself gives a record with status "failed" and the reason; it is
         not stored, and its folder with worker.log is left.
@@ -209,23 +293,12 @@ class Workers:
             KeyboardInterrupt: a signal ended the process.
         """
         folder = paths.run_dir(run.config.run)
-        environment = dict(os.environ)
-        if run.config.threads:
-            environment["OMP_NUM_THREADS"] = str(run.config.threads)
-        with open(folder / LOG, "w", encoding="utf-8") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "molegrad.lab.worker"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                env=environment,
-                text=True,
-            )
-            self._processes.add(process)
-            try:
-                output, _ = process.communicate(json.dumps({"task": task, "run": run.to_dict()}))
-            finally:
-                self._processes.discard(process)
+        process = start(run, "train", folder)
+        self._processes.add(process)
+        try:
+            output, _ = process.communicate()
+        finally:
+            self._processes.discard(process)
         if process.returncode == 130:
             raise KeyboardInterrupt("a signal ended the run")
         if process.returncode == 0:

@@ -42,11 +42,18 @@ def test_equal_time_trains_once_more(home, text, fake):
     calls, known = [], {}
     config = CompareConfig(methods="factored-tangent", seeds=2, equal_time=True)
 
-    def time(run):
-        return [0.5 if run.config.enable_streaming else 1.0] * run.config.num_iterations
+    class Steps:
+        def __init__(self, run):
+            self.seconds = 0.5 if run.config.enable_streaming else 1.0
+
+        def step(self):
+            return self.seconds
+
+        def close(self):
+            pass
 
     def rows():
-        return compare(config, text, known, lambda words: None, fake(calls), time)
+        return compare(config, text, known, lambda words: None, fake(calls), Steps)
 
     dense, low = rows()
     assert low["time"]["ratio"] == 0.5 and low["equal_time"]["steps"] == 600

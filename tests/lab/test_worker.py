@@ -6,7 +6,6 @@ import os
 import signal
 import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from molegrad.gpt import paths
 from molegrad.gpt.model import GPT, GPTConfig
 from molegrad.lab import store
 from molegrad.lab.sweep import LabConfig, cells, make_run, prepare_text
-from molegrad.lab.worker import Workers, build_optimizers, memory, step_times, train, work_off
+from molegrad.lab.worker import Pacer, Workers, build_optimizers, memory, train, work_off
 
 TINY = {
     "vocab": "bytes",
@@ -92,10 +91,32 @@ def test_gradients_that_never_exist_together_are_not_counted_together(tiny):
     assert counted["model"]["gradients"] == 4 * (64 * 256 + 2 * 265 * 64)
 
 
-def test_step_times(tiny):
-    seconds = step_times(replace(tiny(), config=replace(tiny().config, eval_every=-1)))
-    assert len(seconds) == 6 and min(seconds) > 0
+@pytest.mark.parametrize("name", ["dense", "balanced", "in-backward-muon"])
+def test_a_pacer_makes_one_step_when_told(name, tiny):
+    run = tiny(name)
+    pacer = Pacer(run)
+    try:
+        begun = time.perf_counter()
+        seconds = [pacer.step() for _ in range(3)]
+        assert 0 < sum(seconds) <= time.perf_counter() - begun
+        time.sleep(0.3)  # waiting is no part of a step
+        assert pacer.step() < 0.25 + max(seconds)
+    finally:
+        pacer.close()
+    assert not paths.run_dir(run.config.run).joinpath("worker.log").exists()
     assert store.read_runs() == {}
+
+
+def test_a_pacer_whose_process_fails_says_why(tiny):
+    pacer = Pacer(tiny(num_iterations="1"))
+    try:
+        with pytest.raises(RuntimeError, match="ended with status 0"):
+            for _ in range(2):
+                pacer.step()
+    finally:
+        pacer.close()
+    with pytest.raises(RuntimeError, match="is not linear in"):
+        Pacer(tiny("factored-power:rank=8", batch_sizes="128"))
 
 
 def test_a_process_that_fails_says_why_and_one_that_is_killed_too(tiny):
