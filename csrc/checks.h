@@ -266,8 +266,9 @@ inline void check_add_quantized(const Tensor& data, const Tensor& scale, const T
           dtype_name(data.scalar_type()));
   const bool fits = scale.dim() == 2 && ((scale.size(0) == m && scale.size(1) == 1) ||
                                          (scale.size(0) == 1 && scale.size(1) == n));
-  require(fits && scale.scalar_type() == ScalarType::Float, op, "expected scale (", m, ", 1) or (1, ",
-          n, ") in float32, got ", shape(scale), " in ", dtype_name(scale.scalar_type()));
+  require(fits && scale.scalar_type() == ScalarType::Float, op, "expected scale (", m,
+          ", 1) or (1, ", n, ") in float32, got ", shape(scale), " in ",
+          dtype_name(scale.scalar_type()));
   check_input(op, "x", x);
   check_cpu(op, "data", data);
   check_cpu(op, "scale", scale);

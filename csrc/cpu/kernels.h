@@ -1,7 +1,7 @@
 // Interface between the capability-independent drivers (products.cpp, sampled.cpp, quantized.cpp)
 // and kernels.cpp, sampled_kernels.cpp and quantized_kernels.cpp, which are compiled once per
-// instruction set. Only plain data crosses it: those three must not instantiate inline functions of other headers with their own machine flags
-// (the linker keeps one copy of each).
+// instruction set. Only plain data crosses it: those three must not instantiate inline functions of
+// other headers with their own machine flags (the linker keeps one copy of each).
 #pragma once
 
 #include <cstdint>
@@ -175,7 +175,8 @@ struct SampledKernels {
 
 // Rows in float8, and sums in int8; `scratch` holds a row of float32.
 struct QuantizedKernels {
-  // Rows [begin, end): data = float8(x / scale) with scale = max |x| / 448, or 1 if that is subnormal.
+  // Rows [begin, end): data = float8(x / scale) with scale = max |x| / 448, or 1 if that is
+  // subnormal.
   void (*rows)(const View& x, int64_t begin, int64_t end, uint8_t* data, float* scales,
                float* scratch);
   // Rows [begin, end): data · scale += x, with a new scale for each row.

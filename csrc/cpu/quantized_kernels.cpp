@@ -87,8 +87,8 @@ void column_peaks(const int8_t* data, const float* scales, const View& x, int64_
     const float* __restrict from = load(x, r, scratch);
     const int8_t* __restrict old = data + r * n;
     for (int64_t i = 0; i < n; ++i)
-      peaks[i] = larger(
-          peaks[i], to_bits(static_cast<float>(old[i]) * scales[i] + from[i]) & kMagnitude);
+      peaks[i] =
+          larger(peaks[i], to_bits(static_cast<float>(old[i]) * scales[i] + from[i]) & kMagnitude);
   }
 }
 

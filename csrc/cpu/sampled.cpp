@@ -69,8 +69,8 @@ struct Plan {
 
   Plan(int64_t features, int64_t block, int64_t row_bytes) : blocks(ceil_div(features, block)) {
     const int64_t share = round_up(ceil_div(features, kSlices), kGroup);
-    slice_blocks = std::clamp<int64_t>(std::clamp(share, kSmallSlice, kSliceFeatures) / block, 1,
-                                       blocks);
+    slice_blocks =
+        std::clamp<int64_t>(std::clamp(share, kSmallSlice, kSliceFeatures) / block, 1, blocks);
     slice_features = slice_blocks * block;
     slice_rows = round_up(slice_features, kGroup);
     slices = ceil_div(blocks, slice_blocks);
@@ -144,8 +144,8 @@ void sampled_grad(const SampledGrad<C>& args, float* stats) {
                       work.scratch.data());
     for (int64_t i = 0; i < rows; ++i)
       if (std::isfinite(weight[i]))  // kept finite, as blocks of zeros are to stay zero
-        weight[i] = static_cast<C>(std::min(weight[i] / threshold / threshold,
-                                            double{std::numeric_limits<C>::max()}));
+        weight[i] = static_cast<C>(
+            std::min(weight[i] / threshold / threshold, double{std::numeric_limits<C>::max()}));
   };
   // A slice, whose sums begin with `row`, against a span of tokens.
   const auto add_slice = [&](int64_t begin, int64_t end, int64_t slice, int64_t row,

@@ -469,8 +469,8 @@ void scan(const SampleRule<C>& rule, int64_t first, int64_t rows, const C* token
 
 template <typename C>
 SampledKernels<C> sampled_kernels() {
-  return {scores_scratch<C>, scores<C>, clipped_sum<C>, pack_wide<C>,
-          scan_scratch<C>,   scan<C>,   multiply<C>,    clear<C>, add<C>};
+  return {scores_scratch<C>, scores<C>,   clipped_sum<C>, pack_wide<C>, scan_scratch<C>,
+          scan<C>,           multiply<C>, clear<C>,       add<C>};
 }
 template SampledKernels<float> sampled_kernels<float>();
 template SampledKernels<double> sampled_kernels<double>();
