@@ -1,0 +1,154 @@
+// What device code may use beside CUDA C++: the few instructions that have no function in it, under
+// names of ours, so that every kernel also compiles as plain C++ with tests/cuda/emulation.h and is
+// tested where there is no GPU. NVRTC can read this header.
+#pragma once
+
+#ifdef MOLEGRAD_EMULATED
+#include "emulation.h"
+#else
+
+#ifdef __CUDACC_RTC__
+typedef unsigned char uint8_t;
+typedef signed char int8_t;
+typedef unsigned short uint16_t;
+typedef int int32_t;
+typedef unsigned int uint32_t;
+typedef long long int64_t;
+typedef unsigned long long uint64_t;
+#else
+#include <cstdint>
+#endif
+
+// The block's dynamic shared memory, 128-byte aligned.
+#define MOLEGRAD_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
+
+namespace molegrad::cuda {
+
+constexpr uint32_t kWholeWarp = 0xffffffffu;
+
+// ---- tensor cores: D += A B of one warp, float32 sums; fragments as the PTX ISA lays them out ----
+
+// m16n8k16, A (16, 16) and B (16, 8) in bfloat16 or float16.
+__device__ __forceinline__ void mma_bf16(float (&d)[4], const uint32_t (&a)[4],
+                                         const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+__device__ __forceinline__ void mma_f16(float (&d)[4], const uint32_t (&a)[4],
+                                        const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// m16n8k8, A (16, 8) and B (8, 8) in float32 of which ten bits of the mantissa are used.
+__device__ __forceinline__ void mma_tf32(float (&d)[4], const uint32_t (&a)[4],
+                                         const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// To the nearest number of mma_tf32.
+__device__ __forceinline__ uint32_t to_tf32(float x) {
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+  return bits;
+}
+
+// ---- shared memory -------------------------------------------------------------------------------
+
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+// Four 8x8 matrices of 16-bit numbers; lanes 8 i to 8 i + 7 give the rows (16 bytes) of matrix i. A
+// lane receives numbers 2 (lane % 4) and the next of row lane / 4, transposed those of its column.
+__device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row)));
+}
+__device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row)));
+}
+
+// 16 bytes, both sides aligned to 16, into shared memory by the time copies_wait returns; zeros
+// where `valid` is not set, and then nothing is read.
+__device__ __forceinline__ void copy_async(void* shared, const void* global, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
+               "l"(global), "r"(valid ? 16 : 0));
+}
+__device__ __forceinline__ void copies_commit() { asm volatile("cp.async.commit_group;"); }
+// All but the newest kPending groups have arrived, for this thread.
+template <int kPending>
+__device__ __forceinline__ void copies_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending));
+}
+
+// ---- numbers -------------------------------------------------------------------------------------
+
+// Two numbers in 16 bits each, to nearest, ties to even; `low` in the low half.
+__device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
+  uint32_t bits;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  return bits;
+}
+__device__ __forceinline__ uint32_t pack_f16(float low, float high) {
+  uint32_t bits;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  return bits;
+}
+__device__ __forceinline__ float f16_to_float(uint16_t x) {
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(x));
+  return value;
+}
+// Two numbers in float8 e4m3 or e5m2, to nearest, ties to even, the largest where they are larger.
+__device__ __forceinline__ uint16_t pack_e4m3(float low, float high) {
+  uint16_t bits;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(bits) : "f"(high), "f"(low));
+  return bits;
+}
+__device__ __forceinline__ uint16_t pack_e5m2(float low, float high) {
+  uint16_t bits;
+  asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(bits) : "f"(high), "f"(low));
+  return bits;
+}
+// Two float8 numbers as two float16 ones: exact.
+__device__ __forceinline__ uint32_t e4m3_to_f16(uint16_t x) {
+  uint32_t bits;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(bits) : "h"(x));
+  return bits;
+}
+
+__device__ __forceinline__ float from_bits(uint32_t bits) { return __uint_as_float(bits); }
+__device__ __forceinline__ uint32_t to_bits(float x) { return __float_as_uint(x); }
+
+}  // namespace molegrad::cuda
+
+#endif  // MOLEGRAD_EMULATED
+
+namespace molegrad::cuda {
+
+__device__ __forceinline__ float bf16_to_float(uint16_t x) {
+  return from_bits(static_cast<uint32_t>(x) << 16);
+}
+
+template <typename T>
+__device__ __forceinline__ T warp_sum(T x) {
+  for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(kWholeWarp, x, offset);
+  return x;
+}
+
+}  // namespace molegrad::cuda
