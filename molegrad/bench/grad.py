@@ -364,9 +364,14 @@ _COLUMNS = {  # heading: (key, format)
 }  # fmt: skip
 
 
-def table(rows: list[dict], markdown: bool = False) -> str:
-    """The rows as aligned text or as Markdown; columns that no row has are left out."""
-    columns = {h: c for h, c in _COLUMNS.items() if any(c[0] in row for row in rows)}
+def table(rows: list[dict], markdown: bool = False, columns: dict | None = None) -> str:
+    """The rows as aligned text or as Markdown; columns that no row has are left out.
+
+    Args:
+        columns: heading -> (key of a row, format); by default those of this benchmark.
+    """
+    columns = columns or _COLUMNS
+    columns = {h: c for h, c in columns.items() if any(c[0] in row for row in rows)}
     lines = [list(columns)]
     for row in rows:
         values = ((row.get(key), spec) for key, spec in columns.values())

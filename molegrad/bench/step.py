@@ -1,0 +1,339 @@
+"""Time and memory of whole training steps: dense Muon against MoleGrad, the same code otherwise.
+
+    python -m scripts.bench_step --device=cpu --depth=4 --aspect-ratio=32 --batches=8x256 --json
+    python -m scripts.bench_step --device=cuda --depth=12 --batches=1x8192,16x2048 --compile=both
+
+A method is a name of `molegrad.lab.methods`, overrides behind colons included. For every batch
+(sequences x tokens of one micro-batch, a step each) and every method, first its memory is measured
+with nothing else there: gradients, optimizer state and saved layer inputs as tensors that exist, and
+on a GPU the peak of three steps. Then its steps are timed in turn with dense's, step by step, in the
+same process; a ratio is the median of the pairs' own ratios, with an interval that holds it with
+95% confidence.
+
+Phases: forward (the loss included), backward, optimizer (zero_grad included), total. Times are the
+host's on the CPU, the device's between events on a GPU, which is waited for once a step. Where dense
+and a method do not fit the device together, the method's steps follow dense's instead, and "in_turn"
+is false.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from molegrad import build_info
+from molegrad.bench.grad import table
+from molegrad.gpt import flags, setup
+from molegrad.gpt.flags import flag
+from molegrad.gpt.hardware import device_name, keep_freed_memory, peak_memory_bytes
+from molegrad.gpt.model import GPT, GPTConfig
+from molegrad.gpt.train_config import BaseTrainConfig, compute_dtype, resolve
+from molegrad.lab.methods import Method, parse_methods
+from molegrad.lab.timing import median_interval
+from molegrad.monitor import memory_bytes, saved_bytes
+
+PHASES = ("forward", "backward", "optimizer")
+WARM_UP = 3
+
+
+@dataclass(frozen=True)
+class StepBenchConfig:
+    """Time training steps, and count what they hold.
+
+    Raises:
+        ValueError: a batch, size or method that cannot be timed; the message names it.
+    """
+
+    device: str = flag("cpu", "cpu or cuda")
+    depth: int = flag(4, "transformer blocks")
+    aspect_ratio: int = flag(64, "width per block")
+    vocab: int = flag(32768, "entries of the vocabulary")
+    batches: str = flag("4x512", "sequences x tokens of a step, comma separated")
+    methods: str = flag(
+        "exact,balanced,minimal,factored-tangent", "methods, as scripts.compare takes them"
+    )
+    dtype: str = flag("auto", "of the matrix products: auto, bfloat16 or float32")
+    compile: str = flag("no", "torch.compile: no, yes or both")
+    steps: int = flag(20, "steps of every method that count")
+    threads: int = flag(0, "CPU threads; 0 leaves torch's own number")
+    seed: int = flag(0, "of weights and tokens")
+    json: bool = flag(False, "print one JSON object as the last line")
+    markdown: bool = flag(False, "print the tables as Markdown")
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("auto", "bfloat16", "float32"):
+            raise ValueError(f"dtype={self.dtype} is not one of auto, bfloat16, float32")
+        if self.compile not in ("no", "yes", "both"):
+            raise ValueError(f"compile={self.compile} is not one of no, yes, both")
+        for name in ("depth", "aspect_ratio", "vocab", "steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if min(min(batch) for batch in self.batch_list) < 1:
+            raise ValueError(f"batches={self.batches} needs at least one sequence and token")
+
+    @property
+    def batch_list(self) -> list[tuple[int, int]]:
+        try:
+            pairs = [tuple(int(x) for x in part.split("x")) for part in self.batches.split(",")]
+            return [(rows, tokens) for rows, tokens in pairs]
+        except ValueError:
+            raise ValueError(f"batches={self.batches} should look like 1x8192,16x2048") from None
+
+
+class Training:
+    """One method's model and optimizers, and the seconds of its steps by phase.
+
+    Args:
+        batch: (sequences, tokens). compiled: forward and backward pass through torch.compile.
+    """
+
+    def __init__(
+        self, config: StepBenchConfig, method: Method, batch: tuple[int, int], compiled: bool
+    ) -> None:
+        rows, tokens = batch
+        device = torch.device(config.device)
+        values = {
+            "depth": config.depth,
+            "aspect_ratio": config.aspect_ratio,
+            "max_seq_len": tokens,
+            "device_batch_size": rows,
+            "total_batch_size": rows * tokens,
+            "device_type": config.device,
+            "compile": compiled,
+            "seed": config.seed,
+            "num_iterations": 1,
+            "dtype": config.dtype,
+            **method.flags,
+        }
+        self.config = resolve(BaseTrainConfig(**values), device)
+        sizes = GPTConfig(
+            config.depth, config.aspect_ratio, vocab_size=config.vocab, max_seq_len=tokens
+        )
+        self.model = setup.place(GPT(sizes, config.seed), self.config, device)
+        setup.equip(self.model, self.config)
+        self.optimizers = setup.build_optimizers(self.model, self.config)
+        self.called = setup.wrap(self.model, self.config, setup.Processes())
+        generator = torch.Generator().manual_seed(config.seed)
+        text = torch.randint(config.vocab, (rows, tokens + 1), generator=generator).to(device)
+        self.inputs, self.targets = text[:, :-1].contiguous(), text[:, 1:].contiguous()
+        self.seconds: list[dict[str, float]] = []
+
+    def loss(self) -> torch.Tensor:
+        dtype = compute_dtype(self.config)
+        with torch.autocast(self.model.device.type, dtype, enabled=dtype != torch.float32):
+            return self.called(self.inputs, self.targets)
+
+    def step(self) -> float:
+        """One training step; its seconds, which are kept by phase too."""
+        clock = _Clock(self.model.device)
+        loss = self.loss()
+        clock.mark()
+        loss.backward()
+        clock.mark()
+        for optimizer in self.optimizers:
+            optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        clock.mark()
+        phases = dict(zip(PHASES, clock.read(), strict=True))
+        self.seconds.append(phases)
+        return sum(phases.values())
+
+    def memory(self) -> dict[str, int]:
+        """Bytes held, by kind, and on a GPU the peak of three steps."""
+        device = self.model.device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        for _ in range(3):
+            self.step()
+        self.seconds.clear()
+        peak = {"peak": peak_memory_bytes(device)} if device.type == "cuda" else {}
+        blocks = self.model.transformer["h"]
+        held = memory_bytes(blocks, self.optimizers)
+        layers = [m for m in blocks.modules() if isinstance(m, torch.nn.Linear)]
+        compiled, self.called = self.called, self.model  # hooks see eager calls only
+        saved = saved_bytes(layers, self.loss)
+        self.called = compiled
+        state = held["optimizer_state"] + held["bases"]
+        return {"gradients": held["gradients"], "state": state, "inputs": saved, **peak}
+
+
+class _Clock:
+    """Seconds between marks, on the device's own time where it has one."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._marks: list = []
+        self.mark()
+
+    def mark(self) -> None:
+        if self._cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks.append(event)
+        else:
+            self._marks.append(time.perf_counter())
+
+    def read(self) -> list[float]:
+        pairs = list(zip(self._marks, self._marks[1:], strict=False))
+        if self._cuda:
+            self._marks[-1].synchronize()
+            return [first.elapsed_time(second) / 1e3 for first, second in pairs]
+        return [second - first for first, second in pairs]
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Around what is built and measured by itself; its memory is given back after it."""
+    yield
+    gc.collect()
+    torch.compiler.reset()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def bench_batch(
+    config: StepBenchConfig, methods: list[Method], batch: tuple[int, int], compiled: bool
+) -> list[dict]:
+    """A row for every method, dense first."""
+    held, rows = {}, []
+    for method in methods:
+        with _alone():
+            held[method.label] = Training(config, method, batch, compiled).memory()
+    dense_seconds: list[dict[str, float]] = []
+    for method in methods[1:] or methods:
+        with _alone():
+            seconds, reference, in_turn = _time(config, methods[0], method, batch, compiled)
+        dense_seconds += reference
+        if method is not methods[0]:
+            rows.append(
+                _row(method, seconds, reference, in_turn, held[method.label], held["dense"])
+            )
+    first = _row(methods[0], dense_seconds, dense_seconds, True, held["dense"], held["dense"])
+    common = {"sequences": batch[0], "tokens": batch[1], "compiled": compiled}
+    return [{**common, **row} for row in (first, *rows)]
+
+
+def _time(config, dense: Method, method: Method, batch, compiled: bool):
+    """Seconds by phase of the method's steps and of dense's, and whether they were in turn."""
+    reference = Training(config, dense, batch, compiled)
+    if method is dense:
+        for _ in range(WARM_UP + config.steps):
+            reference.step()
+        return reference.seconds[WARM_UP:], reference.seconds[WARM_UP:], True
+    try:
+        own = Training(config, method, batch, compiled)
+        for number in range(WARM_UP + config.steps):
+            for training in (reference, own) if number % 2 else (own, reference):
+                training.step()
+        return own.seconds[WARM_UP:], reference.seconds[WARM_UP:], True
+    except torch.cuda.OutOfMemoryError:
+        own = None
+        gc.collect()
+        torch.cuda.empty_cache()
+    reference.seconds.clear()
+    for _ in range(WARM_UP + config.steps):
+        reference.step()
+    seconds, reference = reference.seconds, None
+    gc.collect()
+    torch.cuda.empty_cache()
+    own = Training(config, method, batch, compiled)
+    for _ in range(WARM_UP + config.steps):
+        own.step()
+    return own.seconds[WARM_UP:], seconds[WARM_UP:], False
+
+
+def _row(method: Method, seconds, reference, in_turn: bool, held: dict, dense: dict) -> dict:
+    totals = [sum(phases.values()) for phases in seconds]
+    others = [sum(phases.values()) for phases in reference]
+    ratios = [own / other for own, other in zip(totals, others, strict=True)]
+    low, high = median_interval(ratios)
+    return {
+        "method": method.label,
+        "ms": 1e3 * statistics.median(totals),
+        **{f"{p}_ms": 1e3 * statistics.median(phases[p] for phases in seconds) for p in PHASES},
+        "ratio": statistics.median(ratios),
+        "ratio_low": low,
+        "ratio_high": high,
+        "in_turn": in_turn,
+        **{f"{key}_mib": value / 2**20 for key, value in held.items()},
+        **({"peak_ratio": held["peak"] / dense["peak"]} if "peak" in held else {}),
+    }
+
+
+def bench(config: StepBenchConfig) -> dict:
+    """Every measurement of a configuration, and on what machine.
+
+    Raises:
+        ValueError: an unknown method, or a device that is not there.
+    """
+    device = torch.device(config.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device=cuda, but torch finds no CUDA device; use --device=cpu")
+    methods = parse_methods(config.methods)
+    peers = [method.label for method in methods if method.peer is not None]
+    if peers:
+        raise ValueError(f"methods={', '.join(peers)}: peers are timed by scripts.compare")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(config.threads or threads)
+    if device.type == "cpu":
+        keep_freed_memory()
+    try:
+        rows = [
+            row
+            for batch in config.batch_list
+            for compiled in {"no": (False,), "yes": (True,), "both": (False, True)}[config.compile]
+            for row in bench_batch(config, methods, batch, compiled)
+        ]
+        return {
+            "rows": rows,
+            "device": device_name(device),
+            "config": flags.resolved(config),
+            "build_info": build_info(),
+        }
+    finally:
+        torch.set_num_threads(threads)
+
+
+_COLUMNS = {  # heading: (key, format)
+    "batch": ("batch", "s"), "compiled": ("compiled", "s"), "method": ("method", "s"),
+    "ms a step": ("ms", ".1f"), "forward": ("forward_ms", ".1f"),
+    "backward": ("backward_ms", ".1f"), "optimizer": ("optimizer_ms", ".1f"),
+    "/ dense": ("shown", "s"), "gradients MiB": ("gradients_mib", ".1f"),
+    "state MiB": ("state_mib", ".1f"), "layer inputs MiB": ("inputs_mib", ".1f"),
+    "peak MiB": ("peak_mib", ".0f"), "peak / dense": ("peak_ratio", ".2f"),
+}  # fmt: skip
+
+
+def _shown(row: dict) -> dict:
+    interval = f"{row['ratio']:.3f} ({row['ratio_low']:.3f} to {row['ratio_high']:.3f})"
+    return {
+        **row,
+        "batch": f"{row['sequences']}x{row['tokens']}",
+        "compiled": "yes" if row["compiled"] else "no",
+        "shown": interval + ("" if row["in_turn"] else ", not in turn"),
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command."""
+    config = flags.parse(StepBenchConfig, argv, prog="python -m scripts.bench_step")
+    try:
+        result = bench(config)
+    except ValueError as error:
+        print(f"bench_step: {error}")
+        return 2
+    sizes = f"depth {config.depth}, width {config.depth * config.aspect_ratio}"
+    versions = f"torch {result['build_info']['torch']}"
+    print(f"{result['device']}, {versions}, {sizes}, vocabulary {config.vocab}\n")
+    print(table([_shown(row) for row in result["rows"]], config.markdown, _COLUMNS))
+    if config.json:
+        print(json.dumps(result))
+    return 0
