@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from molegrad.gpt.loss import default_chunk
-from molegrad.linear import MoleLinear
+from molegrad.linear import MoleLinear, ignored_by_ddp
 from molegrad.optim import FactoredOptimizer
 
 # Dense bf16 FLOP/s with float32 accumulation, from the makers' data sheets; the first name that
@@ -168,12 +168,14 @@ def memory_estimate(
     """Bytes a training step is expected to hold, by kind, and "total".
 
     Weights (bases among them) and what `molegrad.optim` keeps for them are exact. Gradients: one
-    number per parameter that takes one, in its own dtype. Another optimizer: two numbers per
+    number per parameter that takes one, in its own dtype; none where it is added to the momentum
+    at once. Another optimizer: two numbers per
     parameter, as AdamW has.
     Activations: what the backward pass of one micro-batch of `tokens` keeps, about 22 numbers of
     `activation_bytes` per token, block and unit of width. Logits: one chunk in float32, twice.
     """
     params = list(model.parameters())
+    without = set(ignored_by_ddp(model))  # their gradient goes to the momentum at once
     state = 0
     for optimizer in optimizers:
         if isinstance(optimizer, FactoredOptimizer):
@@ -185,7 +187,11 @@ def memory_estimate(
     chunk = config.loss_chunk or default_chunk(config.vocab_size, model.device.type)
     sizes = {
         "weights": sum(p.numel() * p.element_size() for p in params),
-        "gradients": sum(p.numel() * p.element_size() for p in params if p.requires_grad),
+        "gradients": sum(
+            p.numel() * p.element_size()
+            for name, p in model.named_parameters()
+            if p.requires_grad and name not in without
+        ),
         "optimizer": state,
         "activations": 22 * config.width * config.depth * tokens * activation_bytes,
         "logits": 8 * min(tokens, chunk) * config.vocab_size,

@@ -59,6 +59,10 @@ class FactoredOptimizer(Optimizer):
         """The state of a matrix of a dense group before its first step."""
         raise NotImplementedError
 
+    def _new_momentum_state(self, group: dict[str, Any], p: Tensor) -> dict[str, Tensor]:
+        """The same of a layer whose backward passes add to its momentum, beside the momentum."""
+        raise NotImplementedError
+
     def _factored_step(self, bucket: Bucket) -> None:
         """One step of a bucket; calls `turn` at its end."""
         raise NotImplementedError
@@ -110,8 +114,9 @@ class FactoredOptimizer(Optimizer):
             params = [p.detach().to("meta") for p in group["params"]]
             if group["kind"] == "dense":
                 states = [self._new_dense_state(group, p) for p in params]
-            elif group["kind"] == "momentum":
-                states = []  # the momentum is among the model's parameters
+            elif group["kind"] == "momentum":  # the momentum itself is among the parameters
+                weights = params[:: 3 if group["quantized"] else 2]
+                states = [self._new_momentum_state(group, p) for p in weights]
             else:
                 states = []
                 for u, v in zip(params[1::3], params[2::3], strict=True):

@@ -122,9 +122,7 @@ class Muon(FactoredMomentum):
         for p, *momentum in layers:
             state = self.state[p]
             if not state:
-                state.update(_named(momentum))
-                if group["nesterov"]:
-                    state.update(_new_snapshot(p))
+                state.update(_named(momentum), **self._new_momentum_state(group, p))
             _average_over_processes(*momentum)
             update = momentum[0] if len(momentum) == 1 else momentum[0] * momentum[1]
             if group["nesterov"]:
@@ -155,6 +153,9 @@ class Muon(FactoredMomentum):
 
     def _new_dense_state(self, group: dict[str, Any], p: Tensor) -> dict[str, Tensor]:
         return {"momentum_buffer": torch.zeros_like(p)}
+
+    def _new_momentum_state(self, group: dict[str, Any], p: Tensor) -> dict[str, Tensor]:
+        return _new_snapshot(p) if group["nesterov"] else {}
 
     def _average(self, group: dict[str, Any], momentum: Tensor, gradient: Tensor):
         mu = group["momentum"]
