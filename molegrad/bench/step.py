@@ -5,15 +5,15 @@
 
 A method is a name of `molegrad.lab.methods`, overrides behind colons included. For every batch
 (sequences x tokens of one micro-batch, a step each) and every method, first its memory is measured
-with nothing else there: gradients, optimizer state and saved layer inputs as tensors that exist, and
-on a GPU the peak of three steps. Then its steps are timed in turn with dense's, step by step, in the
-same process; a ratio is the median of the pairs' own ratios, with an interval that holds it with
-95% confidence.
+with nothing else there: gradients, optimizer state and saved layer inputs as tensors that exist,
+and on a GPU the peak of three steps. Then its steps are timed in turn with dense's, step by step,
+in the same process; a ratio is the median of the pairs' own ratios, with an interval that holds it
+with 95% confidence.
 
 Phases: forward (the loss included), backward, optimizer (zero_grad included), total. Times are the
-host's on the CPU, the device's between events on a GPU, which is waited for once a step. Where dense
-and a method do not fit the device together, the method's steps follow dense's instead, and "in_turn"
-is false.
+host's on the CPU, the device's between events on a GPU, which is waited for once a step. Where
+dense and a method do not fit the device together, the method's steps follow dense's instead, and
+"in_turn" is false.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@
 // that cannot come ends the process with a message.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cmath>
@@ -70,26 +71,30 @@ constexpr size_t kStack = 256 << 10, kShared = 228 << 10;
 }
 
 struct Fiber {
-  ucontext_t context;
+  ucontext_t start;  // only to begin with: switching by it costs system calls
+  jmp_buf here;
   std::unique_ptr<char[]> stack;
   dim3 thread;
   int number = 0;
-  bool done = false;
+  bool started = false, done = true;
 };
 
 // What the lanes of a warp exchange; generations tell one rendezvous from the next.
 struct Warp {
-  int arrived = 0, lanes = 0;
+  int arrived = 0;
+  uint32_t mask = 0;
+  const void* instruction = nullptr;
   uint64_t generation = 0;
   unsigned char slots[2][kLanes][64];
+  float left[2][16][16], right[2][16][8];  // the operands of a product
 };
 
 struct Block {
   dim3 index, grid, size;
-  std::vector<Fiber> fibers;
+  std::vector<std::unique_ptr<Fiber>> fibers;
   std::vector<Warp> warps;
   std::vector<unsigned char> shared = std::vector<unsigned char>(kShared + 128);
-  ucontext_t scheduler;
+  jmp_buf scheduler;
   Fiber* running = nullptr;
   int alive = 0, at_barrier = 0;
   uint64_t barrier = 0, progress = 0;
@@ -101,7 +106,18 @@ inline Block& block() {
   return instance;
 }
 inline Fiber& current() { return *block().running; }
-inline void yield() { swapcontext(&current().context, &block().scheduler); }
+
+__attribute__((noinline)) inline void yield() {
+  if (_setjmp(current().here) == 0) _longjmp(block().scheduler, 1);
+}
+__attribute__((noinline)) inline void resume(Fiber& fiber) {
+  Block& b = block();
+  b.running = &fiber;
+  if (_setjmp(b.scheduler) != 0) return;
+  if (fiber.started) _longjmp(fiber.here, 1);
+  fiber.started = true;
+  setcontext(&fiber.start);
+}
 
 inline void release_barrier() {
   Block& b = block();
@@ -120,38 +136,61 @@ inline void sync_threads() {
   while (b.barrier == mine) yield();
 }
 
-// Every lane of `mask` gives a value and then sees the values of all: fn(slot of lane).
-template <typename T, typename F>
-auto exchange(uint32_t mask, const T& value, const F& fn) {
-  static_assert(sizeof(T) <= 64, "too large for a slot");
+// Every lane of `mask` gives something, give(warp, 0 or 1, lane), and then takes from what all have
+// given: take(warp, 0 or 1). The address of `instruction` tells which one the lanes are to meet in.
+template <typename Give, typename Take>
+auto meet(uint32_t mask, const void* instruction, const Give& give, const Take& take) {
   Block& b = block();
   Warp& warp = b.warps[current().number / kLanes];
   const int lane = current().number % kLanes;
   if ((mask >> lane & 1u) == 0) fail("a lane takes part in an exchange that its mask leaves out");
+  if (warp.arrived == 0) {
+    warp.mask = mask;
+    warp.instruction = instruction;
+  }
+  if (warp.mask != mask) fail("lanes of a warp meet with different masks");
+  if (warp.instruction != instruction) fail("lanes of a warp meet in different instructions");
   const uint64_t mine = warp.generation;
-  std::memcpy(warp.slots[mine & 1][lane], &value, sizeof(T));
+  give(warp, mine & 1, lane);
   if (++warp.arrived == __builtin_popcount(mask)) {
     warp.arrived = 0;
     ++warp.generation;
     ++b.progress;
   }
   while (warp.generation == mine) yield();
-  const auto slot = [&](int from) {
-    T other;
-    std::memcpy(&other, warp.slots[mine & 1][from], sizeof(T));
-    return other;
-  };
-  return fn(slot);
+  return take(warp, mine & 1);
 }
 
-inline void enter() {
-  Block& b = block();
-  (*b.body)();
-  b.running->done = true;
-  --b.alive;
-  ++b.progress;
-  release_barrier();  // those who wait do not wait for a thread that has returned
-  swapcontext(&b.running->context, &b.scheduler);
+// Every lane of `mask` gives a value and then sees the values of all: fn(slot of lane).
+template <typename T, typename F>
+auto exchange(uint32_t mask, const T& value, const F& fn) {
+  static_assert(sizeof(T) <= 64, "too large for a slot");
+  static const char instruction = 0;
+  return meet(
+      mask, &instruction,
+      [&](Warp& warp, int side, int lane) {
+        std::memcpy(warp.slots[side][lane], &value, sizeof(T));
+      },
+      [&](const Warp& warp, int side) {
+        return fn([&](int from) {
+          T other;
+          std::memcpy(&other, warp.slots[side][from], sizeof(T));
+          return other;
+        });
+      });
+}
+
+// A fiber runs one thread of a block after the other, for as long as the process lives.
+[[noreturn]] inline void enter() {
+  for (;;) {
+    Block& b = block();
+    (*b.body)();
+    b.running->done = true;
+    --b.alive;
+    ++b.progress;
+    release_barrier();  // those who wait do not wait for a thread that has returned
+    yield();
+  }
 }
 
 inline void run_block(dim3 index, dim3 grid, dim3 size, const std::function<void()>& body) {
@@ -162,31 +201,32 @@ inline void run_block(dim3 index, dim3 grid, dim3 size, const std::function<void
   b.grid = grid;
   b.size = size;
   b.body = &body;
-  b.fibers.resize(count);
   b.warps.assign((count + kLanes - 1) / kLanes, Warp());
   b.alive = count;
   b.at_barrier = 0;
+  while (static_cast<int>(b.fibers.size()) < count) {
+    auto fiber = std::make_unique<Fiber>();
+    fiber->stack.reset(new char[kStack]);
+    getcontext(&fiber->start);
+    fiber->start.uc_stack.ss_sp = fiber->stack.get();
+    fiber->start.uc_stack.ss_size = kStack;
+    fiber->start.uc_link = nullptr;
+    makecontext(&fiber->start, enter, 0);
+    b.fibers.push_back(std::move(fiber));
+  }
   for (int i = 0; i < count; ++i) {
-    Fiber& fiber = b.fibers[i];
-    if (!fiber.stack) fiber.stack.reset(new char[kStack]);
+    Fiber& fiber = *b.fibers[i];
     fiber.number = i;
     fiber.done = false;
     fiber.thread = dim3(i % size.x, i / size.x % size.y, i / (size.x * size.y));
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = kStack;
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, enter, 0);
   }
   const char* order = std::getenv("MOLEGRAD_EMULATION_ORDER");
   const bool reverse = order != nullptr && std::strcmp(order, "reverse") == 0;
   while (b.alive > 0) {
     const uint64_t before = b.progress;
     for (int i = 0; i < count; ++i) {
-      Fiber& fiber = b.fibers[reverse ? count - 1 - i : i];
-      if (fiber.done) continue;
-      b.running = &fiber;
-      swapcontext(&b.scheduler, &fiber.context);
+      Fiber& fiber = *b.fibers[reverse ? count - 1 - i : i];
+      if (!fiber.done) resume(fiber);
     }
     if (b.progress == before && b.alive > 0)
       fail("deadlock: threads wait for others that do not come");
@@ -196,17 +236,6 @@ inline void run_block(dim3 index, dim3 grid, dim3 size, const std::function<void
 inline unsigned char* shared_memory() {
   const auto address = reinterpret_cast<uintptr_t>(block().shared.data());
   return block().shared.data() + (128 - address % 128) % 128;
-}
-
-inline float round_to(float x, int bits) {  // mantissa bits kept, ties to even
-  uint32_t b;
-  std::memcpy(&b, &x, 4);
-  if ((b & 0x7f800000u) == 0x7f800000u) return x;
-  const int drop = 23 - bits;
-  b += (1u << (drop - 1)) - 1 + (b >> drop & 1u);
-  b &= ~((1u << drop) - 1);
-  std::memcpy(&x, &b, 4);
-  return x;
 }
 
 }  // namespace emulation
@@ -368,10 +397,13 @@ inline uint32_t e4m3_to_f16(uint16_t x) {
   return pack_f16(one(static_cast<uint8_t>(x)), one(static_cast<uint8_t>(x >> 8)));
 }
 
-inline uint32_t to_tf32(float x) { return to_bits(emulation::round_to(x, 10)); }
+inline uint32_t to_tf32(float x) {  // ties away from zero
+  const uint32_t bits = to_bits(x);
+  return (bits & 0x7f800000u) == 0x7f800000u ? bits : (bits + 0x1000u) & ~0x1fffu;
+}
 
-struct Fragments {
-  uint32_t a[4], b[2];
+struct At {
+  int row, column;
 };
 
 // D += A B of one warp. a_at(register, part) and b_at say which (row, column) of A (16, K) and B
@@ -379,39 +411,34 @@ struct Fragments {
 template <int kK, int kParts, typename A, typename B, typename V>
 void warp_product(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const A& a_at,
                   const B& b_at, const V& value) {
-  Fragments mine;
-  std::memcpy(mine.a, a, sizeof mine.a);
-  std::memcpy(mine.b, b, sizeof mine.b);
-  emulation::exchange(kWholeWarp, mine, [&](auto slot) {
-    static float x[16][kK], y[kK][8];
-    for (int lane = 0; lane < 32; ++lane) {
-      const Fragments f = slot(lane);
-      const int group = lane / 4, in_group = lane % 4;
-      for (int r = 0; r < 4; ++r)
-        for (int part = 0; part < kParts; ++part) {
-          const auto [row, column] = a_at(r, part, group, in_group);
-          x[row][column] = value(f.a[r], part);
+  static const char instruction = 0;
+  emulation::meet(
+      kWholeWarp, &instruction,
+      [&](emulation::Warp& warp, int side, int lane) {
+        const int group = lane / 4, in_group = lane % 4;
+        for (int r = 0; r < 4; ++r)
+          for (int part = 0; part < kParts; ++part) {
+            const At at = a_at(r, part, group, in_group);
+            warp.left[side][at.row][at.column] = value(a[r], part);
+          }
+        for (int r = 0; r < 2; ++r)
+          for (int part = 0; part < kParts; ++part) {
+            const At at = b_at(r, part, group, in_group);
+            warp.right[side][at.row][at.column] = value(b[r], part);
+          }
+      },
+      [&](const emulation::Warp& warp, int side) {
+        const int lane = emulation::current().number % 32;
+        for (int i = 0; i < 4; ++i) {
+          const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+          double sum = d[i];
+          for (int k = 0; k < kK; ++k)
+            sum += static_cast<double>(warp.left[side][row][k]) * warp.right[side][k][column];
+          d[i] = static_cast<float>(sum);
         }
-      for (int r = 0; r < 2; ++r)
-        for (int part = 0; part < kParts; ++part) {
-          const auto [row, column] = b_at(r, part, group, in_group);
-          y[row][column] = value(f.b[r], part);
-        }
-    }
-    const int lane = emulation::current().number % 32;
-    for (int i = 0; i < 4; ++i) {
-      const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
-      double sum = d[i];
-      for (int k = 0; k < kK; ++k) sum += static_cast<double>(x[row][k]) * y[k][column];
-      d[i] = static_cast<float>(sum);
-    }
-    return 0;
-  });
+        return 0;
+      });
 }
-
-struct At {
-  int row, column;
-};
 
 template <typename V>
 void mma_16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const V& value) {
