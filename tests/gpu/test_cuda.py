@@ -1,0 +1,260 @@
+"""What only a GPU can show. `bash scripts/gpu_check.sh` runs it with the benchmarks.
+
+Measure of rightness: the error against a float64 truth may be at most FACTOR times that of the
+same formula in torch's own products (cuBLAS) on the same data and device.
+"""
+
+import contextlib
+
+import pytest
+import torch
+from torch import nn
+
+from molegrad import MoleGradConfig, MoleLinear, build_info, convert, ops, reference
+from molegrad.bench.grad import has_native
+from molegrad.config import PRESETS
+from molegrad.ops import OPS
+from molegrad.optim import Muon, matrix_param_groups
+from tests.samples import orthonormal, randn, sample_inputs, tokens
+from tests.test_ops import checks_for
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+GPU = torch.device("cuda")
+F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+FACTOR = 4.0
+SHAPES = [  # T, n, m, k
+    (0, 7, 5, 3),
+    (1, 7, 5, 1),
+    (5, 13, 11, 7),  # T < k
+    (97, 101, 53, 32),
+    (300, 257, 31, 17),
+    (2048, 768, 3072, 32),
+    (8192, 1280, 640, 64),
+    (1024, 512, 512, 128),
+]
+COMPOSED = ("linear_dense", "linear_factored", "linear_sampled")  # of other ops, on every device
+FACTORED = {
+    "rank_k": 8,
+    "min_layer_utilization": 0.0,
+    "target_layers": "all",
+    "gradient_mode": "factored",
+}
+
+
+def on_gpu(values):
+    return tuple(x.to(GPU) if isinstance(x, torch.Tensor) else x for x in values)
+
+
+def error(x, truth):
+    return ((x.double() - truth).norm() / truth.norm().clamp_min(1e-300)).item()
+
+
+def assert_as_good_as_torch(x, plain, truth, dtype, tokens_summed):
+    assert x.dtype == plain.dtype and x.shape == plain.shape and x.device == plain.device
+    floor = torch.finfo(reference.acc_dtype(dtype)).eps * tokens_summed**0.5
+    assert error(x, truth) <= FACTOR * max(error(plain, truth), floor)
+    if truth.norm() > 0 and truth.numel() > 1000:
+        cosine = torch.nn.functional.cosine_similarity(x.double().flatten(), truth.flatten(), 0)
+        assert cosine > 1 - 1e-5
+        bias = ((x.double() - truth) * truth.sign()).mean().abs() / truth.abs().mean()
+        assert bias < 1e-5 if dtype in (BF16, F16) else bias < 1e-6
+
+
+@contextlib.contextmanager
+def no_waiting():
+    """A host that waits for the device raises."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", [n for n in OPS if n not in COMPOSED])
+def test_every_op_has_a_cuda_kernel(name):
+    if not build_info()["cuda"]:
+        pytest.skip("this build has the CPU ops only")
+    assert has_native(name, GPU)
+
+
+@pytest.mark.parametrize("dtype", [F32, F64, BF16, F16])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_sketch(shape, dtype):
+    t, n, m, k = shape
+    a, b = on_gpu(tokens(t, n, m, dtype))
+    u, v = orthonormal(m, min(m, k), 1).to(GPU), randn(n, k, seed=2).to(GPU)
+    truth = reference.sketch(a.double(), b.double(), u.double(), v.double())
+    plain = reference.sketch(a, b, u, v)
+    for x, p, true in zip(ops.sketch(a, b, u, v), plain, truth, strict=True):
+        assert_as_good_as_torch(x, p, true, dtype, max(t, 1))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("power_iters", [0, 1, 3])
+def test_lowrank_grad(shape, dtype, power_iters):
+    t, n, m, k = shape
+    k = min(k, n, m)
+    a, b = on_gpu(tokens(t, n, m, dtype))
+    v, probes = orthonormal(n, k).to(GPU), randn(n, 3).sign().to(GPU)
+    u, w, norm_sq, _ = ops.lowrank_grad(a, b, v, power_iters, probes)
+    eye = torch.eye(k, dtype=F64, device=GPU)
+    assert (u.double().mT @ u.double() - eye).norm() < 1e-6 * m * k
+    g = b.double().mT @ a.double()
+    truth = g @ v.double() @ v.double().mT if power_iters == 0 else u.double() @ (u.double().mT @ g)
+    assert error(u.double() @ w.double().mT, truth) < (2e-5 if dtype == F32 else 2e-3)
+    expected = reference.lowrank_grad(
+        a.double(), b.double(), v.double(), power_iters, probes.double()
+    )[2]
+    torch.testing.assert_close(norm_sq.double(), expected, rtol=1e-2, atol=0.0)
+
+
+@pytest.mark.parametrize("cond", [1.0, 1e2, 1e5, 1e12])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (24, 768, 32), (3, 130, 128), (2, 33, 33)], ids=str)
+def test_orthonormalize(shape, cond):
+    batch, m, k = shape
+    scales = torch.logspace(0, -torch.tensor(cond).log10().item(), k)
+    y = (randn(batch, m, k) @ torch.diag(scales) @ orthonormal(k, k).mT).to(GPU)
+    q, r, status = ops.orthonormalize(y)
+    eye = torch.eye(k, dtype=F64, device=GPU)
+    assert (q.double().mT @ q.double() - eye).norm(dim=(1, 2)).max() < 2e-5 * k
+    assert error(q.double() @ r.double(), y.double()) < 1e-5
+    assert torch.equal(status.cpu() == 0, reference.orthonormalize(y.cpu())[2] == 0)
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 4), (24, 768, 32), (5, 130, 128)], ids=str)
+def test_polar_factor(shape):
+    w = randn(*shape).to(GPU)
+    p = ops.polar_factor(w).double()
+    torch.testing.assert_close(p, reference.polar_factor(w.double()), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize("share, block", [(0.25, 64), (0.25, 16), (0.3, 2), (1.0, 64)])
+def test_sampled_grad(dtype, share, block):
+    a = randn(700, 130).relu().square().to(dtype).to(GPU)
+    b, grad = randn(700, 96, seed=1).to(dtype).to(GPU), randn(96, 130, seed=2).to(GPU)
+    counter = torch.tensor(3, device=GPU)
+    own, plain = grad.clone(), grad.clone()
+    stats = ops.sampled_grad_(own, a, b, None, counter, share, block, 0.5, 7)
+    expected = reference.sampled_grad_(plain, a, b, None, counter, share, block, 0.5, 7)
+    # A pair whose chance lies within rounding of its random number may be taken by one alone.
+    torch.testing.assert_close(stats, expected, rtol=1e-2, atol=1e-3)
+    assert (own - plain).norm() < 0.02 * (plain - grad).norm()
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+def test_quantized_rows_and_sums(dtype):
+    x = (randn(300, 1000) * (2 * randn(300, 1, seed=1)).exp()).to(dtype).to(GPU)
+    data, scale = ops.quantize_rows(x)
+    expected, expected_scale = reference.quantize_rows(x)
+    assert torch.equal(data.float(), expected.float()) and torch.equal(scale, expected_scale)
+    for shape in ((300, 1), (1, 1000)):
+        sums, scales = torch.zeros(300, 1000, dtype=torch.int8, device=GPU), randn(*shape).abs()
+        scales = scales.to(GPU)
+        other, other_scales = sums.clone(), scales.clone()
+        ops.add_quantized_(sums, scales, x)
+        reference.add_quantized_(other, other_scales, x)
+        assert torch.equal(sums, other) and torch.equal(scales, other_scales)
+
+
+def test_random_signs_are_those_of_the_cpu():
+    counter = torch.tensor(5)
+    signs = ops.rademacher(100, 33, counter, -7)
+    assert torch.equal(ops.rademacher(100, 33, counter.to(GPU), -7).cpu(), signs)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_opcheck(name):
+    for args in sample_inputs(name):
+        args = on_gpu(args)
+        torch.library.opcheck(getattr(torch.ops.molegrad, name), args, test_utils=checks_for(args))
+
+
+@pytest.mark.parametrize("name", [n for n in OPS if n not in COMPOSED])
+def test_a_captured_graph_computes_what_eager_code_does_and_nothing_waits(name):
+    if not has_native(name, GPU):
+        pytest.skip("the reference may wait")
+    op = getattr(torch.ops.molegrad, name)
+    for args in sample_inputs(name):
+        eager, captured = on_gpu(args), on_gpu(args)
+        eager = tuple(x.clone() if isinstance(x, torch.Tensor) else x for x in eager)
+        copies = tuple(x.clone() if isinstance(x, torch.Tensor) else x for x in captured)
+        op(*copies)  # warm up: algorithms are chosen, kernels loaded
+        with no_waiting():
+            expected = op(*eager)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = op(*captured)
+        graph.replay()
+        torch.cuda.synchronize()
+        for x, y in zip((*captured, *flat(result)), (*eager, *flat(expected)), strict=True):
+            if isinstance(x, torch.Tensor):
+                assert torch.equal(x.float().nan_to_num(9), y.float().nan_to_num(9))
+
+
+def flat(result):
+    return () if result is None else result if isinstance(result, tuple) else (result,)
+
+
+CONFIGS = {
+    **{name: MoleGradConfig.preset(name) for name in PRESETS},
+    "dense-power": MoleGradConfig(**{**FACTORED, "gradient_mode": "dense"}, method="power"),
+    "dense-tangent": MoleGradConfig(**{**FACTORED, "gradient_mode": "dense"}, method="tangent"),
+    "factored-tangent": MoleGradConfig(**FACTORED, method="tangent"),
+}
+
+
+def model_of(config, device):
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64)).to(device)
+    convert(layers, config)
+    assert any(isinstance(layer, MoleLinear) for layer in layers)
+    return layers, Muon(matrix_param_groups(layers))
+
+
+def train(layers, optimizer, x, steps, called=None):
+    for _ in range(steps):
+        optimizer.zero_grad(set_to_none=True)
+        (called or layers)(x).square().mean().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_training_is_that_of_the_cpu_and_waits_for_nothing(name):
+    x = randn(96, 64)
+    results = []
+    for device in (torch.device("cpu"), GPU):
+        layers, optimizer = model_of(CONFIGS[name], device)
+        train(layers, optimizer, x.to(device), 2)
+        waiting = no_waiting() if device == GPU else contextlib.nullcontext()
+        with waiting:
+            train(layers, optimizer, x.to(device), 3)
+        results.append(torch.cat([p.detach().cpu().flatten() for p in layers.parameters()]))
+    assert (results[0] - results[1]).norm() < 0.02 * results[0].norm()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_steps_after_the_first_ones_take_no_memory_from_the_device(name):
+    layers, optimizer = model_of(CONFIGS[name], GPU)
+    x = randn(512, 64).to(GPU)
+    train(layers, optimizer, x, 3)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_stats()
+    train(layers, optimizer, x, 5)
+    after = torch.cuda.memory_stats()
+    for key in ("segment.all.allocated", "num_device_alloc", "allocated_bytes.all.current"):
+        assert after.get(key) == before.get(key), key
+
+
+@pytest.mark.parametrize("name", ["balanced", "dense-tangent", "factored-tangent"])
+def test_compiled_layers_train_alike(name):
+    x = randn(96, 64).to(GPU)
+    weights = []
+    for compiled in (False, True):
+        layers, optimizer = model_of(CONFIGS[name], GPU)
+        train(layers, optimizer, x, 3, torch.compile(layers) if compiled else None)
+        weights.append(torch.cat([p.detach().flatten() for p in layers.parameters()]))
+    assert (weights[0] - weights[1]).norm() < 0.01 * weights[0].norm()
