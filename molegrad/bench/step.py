@@ -312,6 +312,11 @@ _COLUMNS = {  # heading: (key, format)
 }  # fmt: skip
 
 
+def shown(rows: list[dict], markdown: bool = False) -> str:
+    """The rows of `bench` as aligned text or as Markdown."""
+    return table([_shown(row) for row in rows], markdown, _COLUMNS)
+
+
 def _shown(row: dict) -> dict:
     interval = f"{row['ratio']:.3f} ({row['ratio_low']:.3f} to {row['ratio_high']:.3f})"
     return {
@@ -333,7 +338,7 @@ def main(argv: list[str] | None = None) -> int:
     sizes = f"depth {config.depth}, width {config.depth * config.aspect_ratio}"
     versions = f"torch {result['build_info']['torch']}"
     print(f"{result['device']}, {versions}, {sizes}, vocabulary {config.vocab}\n")
-    print(table([_shown(row) for row in result["rows"]], config.markdown, _COLUMNS))
+    print(shown(result["rows"], config.markdown))
     if config.json:
         print(json.dumps(result))
     return 0
