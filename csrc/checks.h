@@ -2,14 +2,17 @@
 // starts with "molegrad::<op>: " and names what was given.
 #pragma once
 
+#include <torch/csrc/stable/device.h>
 #include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <initializer_list>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 namespace molegrad {
 
@@ -62,22 +65,61 @@ inline ScalarType acc_dtype(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+inline std::string device_name(const torch::stable::Device& device) {
+  if (device.is_cpu()) return "cpu";
+  if (device.is_cuda()) return "cuda:" + std::to_string(device.index());
+  return "device type " + std::to_string(static_cast<int>(device.type()));
+}
+
+inline bool is_floating(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float:
+    case ScalarType::Double:
+    case ScalarType::BFloat16:
+    case ScalarType::Half:
+      return true;
+    default:
+      return false;
+  }
+}
+
+// Narrower than what is computed with.
+inline bool is_narrow_floating(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float8_e4m3fn:
+    case ScalarType::Float8_e5m2:
+    case ScalarType::Float8_e4m3fnuz:
+    case ScalarType::Float8_e5m2fnuz:
+    case ScalarType::Float8_e8m0fnu:
+      return true;
+    default:
+      return false;
+  }
+}
+
 inline void check_floating(const char* op, const char* name, const Tensor& x) {
   const ScalarType dtype = x.scalar_type();
-  require(dtype == ScalarType::Float || dtype == ScalarType::Double ||
-              dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
-          op, name, " must be floating point of 16 bits or more, got ", dtype_name(dtype),
-          ": convert it first");
+  require(is_floating(dtype) || is_narrow_floating(dtype), op, name,
+          " must be floating point, got ", dtype_name(dtype));
+  require(is_floating(dtype), op, name, " must be floating point of 16 bits or more, got ",
+          dtype_name(dtype), ": convert it first");
 }
 
-inline void check_cpu(const char* op, const char* name, const Tensor& x) {
-  require(x.is_cpu(), op, "expected all tensors on the same device, got ", name,
-          " on another device than the CPU");
+struct Named {
+  const char* name;
+  const Tensor& tensor;
+};
+
+inline void check_same_device(const char* op, const Named& first, const Named& other) {
+  const auto device = first.tensor.device(), got = other.tensor.device();
+  require(device == got, op, "expected ", first.name, " and ", other.name,
+          " on the same device, got ", device_name(device), " and ", device_name(got));
 }
 
-inline void check_input(const char* op, const char* name, const Tensor& x) {
-  check_floating(op, name, x);
-  check_cpu(op, name, x);
+// All are floating point and on one device.
+inline void check_inputs(const char* op, std::initializer_list<Named> inputs) {
+  for (const Named& x : inputs) check_floating(op, x.name, x.tensor);
+  for (const Named& x : inputs) check_same_device(op, *inputs.begin(), x);
 }
 
 inline void check_matrix(const char* op, const char* name, const Tensor& x) {
@@ -115,26 +157,19 @@ inline void check_lowrank_grad(const Tensor& a, const Tensor& b, const Tensor& v
                                int64_t power_iters, const std::optional<Tensor>& probes,
                                double cond_max) {
   const char* op = "lowrank_grad";
-  check_input(op, "a", a);
-  check_input(op, "b", b);
-  check_input(op, "v", v);
+  check_inputs(op, {{"a", a}, {"b", b}, {"v", v}});
+  if (probes.has_value()) check_inputs(op, {{"a", a}, {"probes", *probes}});
   check_tokens(op, a, b);
   const int64_t n = a.size(a.dim() - 1), m = b.size(b.dim() - 1);
   check_basis(op, "v", v, n, n < m ? n : m);
-  if (probes.has_value()) {
-    check_input(op, "probes", *probes);
-    check_basis(op, "probes", *probes, n);
-  }
+  if (probes.has_value()) check_basis(op, "probes", *probes, n);
   require(power_iters >= 0, op, "power_iters must be >= 0, got ", power_iters);
   check_cond(op, cond_max);
 }
 
 inline void check_sketch(const char* op, const Tensor& a, const Tensor& b, const Tensor& u,
                          const Tensor& v) {
-  check_input(op, "a", a);
-  check_input(op, "b", b);
-  check_input(op, "u", u);
-  check_input(op, "v", v);
+  check_inputs(op, {{"a", a}, {"b", b}, {"u", u}, {"v", v}});
   check_tokens(op, a, b);
   check_basis(op, "u", u, b.size(b.dim() - 1));
   check_basis(op, "v", v, a.size(a.dim() - 1));
@@ -142,7 +177,6 @@ inline void check_sketch(const char* op, const Tensor& a, const Tensor& b, const
 
 inline void check_sum(const char* op, const char* name, const Tensor& x, int64_t rows, int64_t cols,
                       ScalarType dtype) {
-  check_cpu(op, name, x);
   require(x.dim() == 2 && x.size(0) == rows && x.size(1) == cols && x.scalar_type() == dtype &&
               x.is_contiguous(),
           op, "expected ", name, " contiguous of shape (", rows, ", ", cols, ") and ",
@@ -150,9 +184,18 @@ inline void check_sum(const char* op, const char* name, const Tensor& x, int64_t
           x.is_contiguous() ? "" : ", not contiguous");
 }
 
+inline void check_sketch_accumulate(const Tensor& y, const Tensor& w, const Tensor& a,
+                                    const Tensor& b, const Tensor& u, const Tensor& v) {
+  const char* op = "sketch_accumulate_";
+  check_sketch(op, a, b, u, v);
+  check_inputs(op, {{"a", a}, {"y", y}, {"w", w}});
+  check_sum(op, "y", y, b.size(b.dim() - 1), v.size(1), acc_dtype(a));
+  check_sum(op, "w", w, a.size(a.dim() - 1), u.size(1), acc_dtype(a));
+}
+
 inline void check_orthonormalize(const Tensor& y, double cond_max) {
   const char* op = "orthonormalize";
-  check_input(op, "y", y);
+  check_inputs(op, {{"y", y}});
   require(y.dim() >= 2, op, "y needs at least two dimensions (…, m, k), got ", shape(y));
   const int64_t m = y.size(y.dim() - 2), k = y.size(y.dim() - 1);
   require(1 <= k && k <= m, op, "rank k=", k, " must lie between 1 and m=", m, ", got y ",
@@ -171,10 +214,7 @@ inline void check_factor(const char* op, const char* name, const Tensor& x, int6
 inline void check_tangent_factors(const Tensor& u, const Tensor& v, const Tensor& y,
                                   const Tensor& w, double cond_max) {
   const char* op = "tangent_factors";
-  check_input(op, "u", u);
-  check_input(op, "v", v);
-  check_input(op, "y", y);
-  check_input(op, "w", w);
+  check_inputs(op, {{"u", u}, {"v", v}, {"y", y}, {"w", w}});
   check_matrix(op, "u", u);
   check_matrix(op, "v", v);
   const int64_t m = u.size(0), n = v.size(0), k = u.size(1);
@@ -188,7 +228,7 @@ inline void check_tangent_factors(const Tensor& u, const Tensor& v, const Tensor
 
 inline void check_polar_factor(const Tensor& w) {
   const char* op = "polar_factor";
-  check_input(op, "w", w);
+  check_inputs(op, {{"w", w}});
   require(w.dim() >= 2, op, "w needs at least two dimensions (…, n, k), got ", shape(w));
   const int64_t n = w.size(w.dim() - 2), k = w.size(w.dim() - 1);
   require(1 <= k && k <= n, op, "rank k=", k, " must lie between 1 and n=", n, ", got w ",
@@ -197,9 +237,7 @@ inline void check_polar_factor(const Tensor& w) {
 
 inline void check_lowrank_update(const Tensor& weight, const Tensor& u, const Tensor& w) {
   const char* op = "lowrank_update_";
-  check_input(op, "weight", weight);
-  check_input(op, "u", u);
-  check_input(op, "w", w);
+  check_inputs(op, {{"weight", weight}, {"u", u}, {"w", w}});
   check_matrix(op, "weight", weight);
   check_basis(op, "u", u, weight.size(0));
   check_basis(op, "w", w, weight.size(1));
@@ -211,6 +249,41 @@ inline void check_counter(const char* op, const Tensor& counter) {
   require(counter.scalar_type() == ScalarType::Long && counter.dim() == 0, op,
           "expected counter as an int64 scalar tensor, got ", shape(counter), " of ",
           dtype_name(counter.scalar_type()));
+}
+
+inline void check_update_factor(const char* op, const char* name, const Tensor& x, int64_t count,
+                                int64_t rows) {
+  require(x.dim() == 3 && x.size(0) == count && x.size(1) == rows && x.size(2) >= 1, op,
+          "expected ", name, " (", count, ", ", rows, ", k), got ", shape(x));
+}
+
+inline void check_lowrank_update_many(const std::vector<Tensor>& weights, const Tensor& u,
+                                      const Tensor& w, bool stochastic,
+                                      const std::optional<Tensor>& counter) {
+  const char* op = "lowrank_update_many_";
+  require(!weights.empty(), op, "expected at least one weight, got none");
+  const Tensor& first = weights[0];
+  check_inputs(op, {{"weights", first}, {"u", u}, {"w", w}});
+  check_matrix(op, "weights[0]", first);
+  const auto described = [](const Tensor& x) {
+    return shape(x) + " of " + dtype_name(x.scalar_type()) + " on " + device_name(x.device());
+  };
+  for (size_t i = 0; i < weights.size(); ++i)
+    require(described(weights[i]) == described(first), op,
+            "expected weights of one shape, dtype and device, got ", described(first), " and, at ",
+            i, ", ", described(weights[i]));
+  const auto count = static_cast<int64_t>(weights.size());
+  check_update_factor(op, "u", u, count, first.size(0));
+  check_update_factor(op, "w", w, count, first.size(1));
+  require(u.size(2) == w.size(2), op, "expected u and w of one rank k, got ", shape(u), " and ",
+          shape(w));
+  if (!stochastic) return;
+  require(first.scalar_type() == ScalarType::BFloat16, op,
+          "stochastic rounding is for weights of torch.bfloat16, got ",
+          dtype_name(first.scalar_type()));
+  require(counter.has_value(), op, "stochastic rounding needs a counter, got none");
+  check_counter(op, *counter);
+  if (!counter->is_cpu()) check_same_device(op, {"weights", first}, {"counter", *counter});
 }
 
 inline void check_rademacher(int64_t rows, int64_t cols, const Tensor& counter) {
@@ -231,12 +304,11 @@ inline void check_sampled_grad(const Tensor& grad, const Tensor& a, const Tensor
                                double share, int64_t block) {
   const char* op = "sampled_grad_";
   const bool float8 = a.scalar_type() == ScalarType::Float8_e4m3fn;
-  check_input(op, "b", b);
-  check_input(op, "grad", grad);
-  if (a_scale.has_value()) check_input(op, "a_scale", *a_scale);
-  if (!float8) check_floating(op, "a", a);
-  check_cpu(op, "a", a);
+  check_inputs(op, {{"b", b}, {"grad", grad}});
+  if (a_scale.has_value()) check_inputs(op, {{"b", b}, {"a_scale", *a_scale}});
+  if (!float8) check_inputs(op, {{"b", b}, {"a", a}});
   check_tokens(op, a, b, !float8);
+  check_same_device(op, {"a", a}, {"b", b});
   const int64_t m = b.size(b.dim() - 1), n = a.size(a.dim() - 1);
   require(grad.dim() == 2 && grad.size(0) == m && grad.size(1) == n, op, "expected grad of shape (",
           m, ", ", n, "), got ", shape(grad));
@@ -246,14 +318,14 @@ inline void check_sampled_grad(const Tensor& grad, const Tensor& a, const Tensor
           "expected a_scale with one number for each of the ", tokens, " tokens, got ",
           a_scale.has_value() ? shape(*a_scale) : "none");
   check_counter(op, counter);
-  check_cpu(op, "counter", counter);
+  if (!counter.is_cpu()) check_same_device(op, {"b", b}, {"counter", counter});
   require(share > 0, op, "share must be positive, got ", number(share));
   require(block >= 1, op, "block must be at least 1, got ", block);
 }
 
 inline void check_quantize_rows(const Tensor& x) {
   const char* op = "quantize_rows";
-  check_input(op, "x", x);
+  check_inputs(op, {{"x", x}});
   require(x.dim() >= 1 && x.size(x.dim() - 1) >= 1, op, "x needs at least one feature, got ",
           shape(x));
 }
@@ -269,9 +341,8 @@ inline void check_add_quantized(const Tensor& data, const Tensor& scale, const T
   require(fits && scale.scalar_type() == ScalarType::Float, op, "expected scale (", m,
           ", 1) or (1, ", n, ") in float32, got ", shape(scale), " in ",
           dtype_name(scale.scalar_type()));
-  check_input(op, "x", x);
-  check_cpu(op, "data", data);
-  check_cpu(op, "scale", scale);
+  check_inputs(op, {{"x", x}, {"scale", scale}});
+  check_same_device(op, {"x", x}, {"data", data});
   require(x.dim() == 2 && x.size(0) == m && x.size(1) == n, op, "expected x ", shape(data),
           ", got ", shape(x));
 }

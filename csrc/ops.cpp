@@ -121,10 +121,7 @@ std::tuple<Tensor, Tensor> sketch(Tensor a, Tensor b, Tensor u, Tensor v) {
 }
 
 void sketch_accumulate_(Tensor y, Tensor w, Tensor a, Tensor b, Tensor u, Tensor v) {
-  const char* op = "sketch_accumulate_";
-  check_sketch(op, a, b, u, v);
-  check_sum(op, "y", y, u.size(0), v.size(1), acc_dtype(a));
-  check_sum(op, "w", w, v.size(0), u.size(1), acc_dtype(a));
+  check_sketch_accumulate(y, w, a, b, u, v);
   run_sketch(a, b, u, v, y, w, true);
 }
 

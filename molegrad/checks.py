@@ -160,6 +160,45 @@ def lowrank_update_(weight, u, w, alpha=-1.0, decay=0.0) -> None:
     )
 
 
+def lowrank_update_many_(
+    weights, u, w, alpha=-1.0, decay=0.0, stochastic=False, counter=None, seed=0
+) -> None:
+    op = "lowrank_update_many_"
+    _require(len(weights) >= 1, op, "expected at least one weight, got none")
+    first = weights[0]
+    floating(op, weights=first, u=u, w=w)
+    matrix(op, "weights[0]", first)
+    for i, weight in enumerate(weights):
+        _require(
+            weight.shape == first.shape
+            and weight.dtype == first.dtype
+            and weight.device == first.device,
+            op,
+            "expected weights of one shape, dtype and device, got "
+            f"{_shape(first)} of {first.dtype} on {first.device} and, at {i}, "
+            f"{_shape(weight)} of {weight.dtype} on {weight.device}",
+        )
+    for name, x, rows in (("u", u, first.shape[0]), ("w", w, first.shape[1])):
+        _require(
+            x.dim() == 3 and x.shape[:2] == (len(weights), rows) and x.shape[2] >= 1,
+            op,
+            f"expected {name} ({len(weights)}, {rows}, k), got {_shape(x)}",
+        )
+    _require(
+        u.shape[2] == w.shape[2],
+        op,
+        f"expected u and w of one rank k, got {_shape(u)} and {_shape(w)}",
+    )
+    if stochastic:
+        _require(
+            first.dtype == torch.bfloat16,
+            op,
+            f"stochastic rounding is for weights of torch.bfloat16, got {first.dtype}",
+        )
+        _require(counter is not None, op, "stochastic rounding needs a counter, got none")
+        step_counter(op, counter)
+
+
 def step_counter(op: str, counter: Tensor) -> None:
     _require(
         counter.dtype == torch.int64 and counter.dim() == 0, op,

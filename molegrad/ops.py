@@ -153,6 +153,13 @@ OPS: dict[str, Op] = {
         checks.lowrank_update_,
         _nothing,
     ),
+    "lowrank_update_many_": Op(
+        "(Tensor(a!)[] weights, Tensor u, Tensor w, float alpha=-1.0, float decay=0.0, "
+        "bool stochastic=False, Tensor? counter=None, int seed=0) -> ()",
+        reference.lowrank_update_many_,
+        checks.lowrank_update_many_,
+        _nothing,
+    ),
     "sampled_grad_": Op(
         "(Tensor(a!) grad, Tensor a, Tensor b, Tensor? a_scale, Tensor counter, "
         "float share, int block=2, float alpha=1.0, int seed=0) -> Tensor",
@@ -450,3 +457,28 @@ def lowrank_update_(
     """
     with torch.no_grad():
         torch.ops.molegrad.lowrank_update_(weight, u, w, alpha, decay)
+
+
+def lowrank_update_many_(
+    weights: list[Tensor],
+    u: Tensor,
+    w: Tensor,
+    alpha: float = -1.0,
+    decay: float = 0.0,
+    stochastic: bool = False,
+    counter: Tensor | None = None,
+    seed: int = 0,
+) -> None:
+    """`lowrank_update_` of several weights at once, optionally with stochastic rounding.
+
+    Args:
+        weights: of one shape (m, n) and dtype. u: (len(weights), m, k). w: (len(weights), n, k).
+        stochastic: for bfloat16 weights: the result, in float32, is rounded to one of its two
+            neighbours, with probabilities that make its mean exact (up to 2⁻¹⁶ of their distance),
+            so that updates smaller than half that distance are not lost.
+        counter, seed: decide the rounding, as in `rademacher`.
+    """
+    with torch.no_grad():
+        torch.ops.molegrad.lowrank_update_many_(
+            weights, u, w, alpha, decay, stochastic, counter, seed
+        )

@@ -203,6 +203,42 @@ def lowrank_update_(
             rows.copy_(torch.addmm(rows.to(dtype), u_rows, w.mT, beta=1.0 - decay, alpha=alpha))
 
 
+def lowrank_update_many_(
+    weights: list[Tensor],
+    u: Tensor,
+    w: Tensor,
+    alpha: float = -1.0,
+    decay: float = 0.0,
+    stochastic: bool = False,
+    counter: Tensor | None = None,
+    seed: int = 0,
+) -> None:
+    """weightᵢ ← (1 − decay) weightᵢ + alpha Uᵢ Wᵢᵀ; bfloat16 optionally rounded at random."""
+    if not stochastic:  # a kernel of one weight's, where there is one
+        for weight, u_i, w_i in zip(weights, u, w, strict=True):
+            torch.ops.molegrad.lowrank_update_(weight, u_i, w_i, alpha, decay)
+        return
+    u, w = u.to(torch.float32), w.to(torch.float32)
+    first = 1  # the index of the next element, over all weights
+    for weight, u_i, w_i in zip(weights, u, w, strict=True):
+        for rows, u_rows in zip(weight.split(ROW_CHUNK), u_i.split(ROW_CHUNK), strict=True):
+            value = torch.addmm(rows.float(), u_rows, w_i.mT, beta=1.0 - decay, alpha=alpha)
+            index = torch.arange(first, first + rows.numel(), device=rows.device).view_as(value)
+            rows.copy_(round_randomly(value, _random_bits(index, counter.to(rows.device), seed)))
+            first += rows.numel()
+
+
+def round_randomly(x: Tensor, bits: Tensor) -> Tensor:
+    """float32 to one of the two neighbours in bfloat16, with 24 random bits for each element.
+
+    What bfloat16 drops of x, as a share of the distance between the two, is the probability of the
+    one that is farther from zero: adding 16 random bits to them carries into it that often.
+    """
+    mantissa = x.view(torch.int32) + (bits >> 8).to(torch.int32)
+    rounded = (mantissa & -(1 << 16)).view(torch.float32)
+    return torch.where(x.isfinite(), rounded, x).to(torch.bfloat16)
+
+
 # splitmix64 (Steele, Lea, Flood 2014), its constants as signed 64-bit integers.
 _WEYL = -7046029254386353131
 _MIX_1 = -4658895280553007687

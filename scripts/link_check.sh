@@ -10,7 +10,7 @@ cd "$(dirname "$0")/.."
 venv=build/cuda-venv
 if [ ! -x "$venv/bin/python" ]; then python3 -m venv "$venv"; fi
 pip=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check)
-"${pip[@]}" "${MOLEGRAD_CUDA_TORCH:-torch==2.11.0}" numpy setuptools cmake ninja pybind11
+"${pip[@]}" "${MOLEGRAD_CUDA_TORCH:-torch==2.11.0}" numpy "setuptools>=77" cmake ninja pybind11
 rm -rf build/link && mkdir -p build/link
 git ls-files -z --cached --others --exclude-standard | xargs -0 cp --parents -t build/link
 cd build/link

@@ -65,6 +65,11 @@ def sample_inputs(name: str, requires_grad: bool = False) -> list[tuple]:
             (weight.clone(), u, v, -0.1, 0.01),
             (weight.to(torch.bfloat16), u, v, 0.5),
         ],
+        "lowrank_update_many_": [
+            ([weight.clone(), weight.clone()], torch.stack([u, u]), torch.stack([v, v]), 0.5, 0.01),
+            ([weight.bfloat16(), weight.bfloat16().mT.contiguous().mT], torch.stack([u, u]),
+             torch.stack([v, v]), -0.1, 0.0, True, counter, 5),
+        ],
         "sampled_grad_": [
             (randn(13, 11), a.detach(), b.detach(), None, counter, 0.4, 4),
             (randn(13, 11).bfloat16(), a3, b3, torch.rand(1, 19), counter, 0.5, 8, -2.0),

@@ -15,6 +15,7 @@ typedef int int32_t;
 typedef unsigned int uint32_t;
 typedef long long int64_t;
 typedef unsigned long long uint64_t;
+typedef unsigned long long uintptr_t;
 #else
 #include <cstdint>
 #endif
@@ -26,7 +27,7 @@ namespace molegrad::cuda {
 
 constexpr uint32_t kWholeWarp = 0xffffffffu;
 
-// ---- tensor cores: D += A B of one warp, float32 sums; fragments as the PTX ISA lays them out ----
+// ---- tensor cores: D += A B of one warp, float32 sums; fragments as the PTX ISA lays them out ---
 
 // m16n8k16, A (16, 16) and B (16, 8) in bfloat16 or float16.
 __device__ __forceinline__ void mma_bf16(float (&d)[4], const uint32_t (&a)[4],
@@ -64,7 +65,7 @@ __device__ __forceinline__ uint32_t to_tf32(float x) {
   return bits;
 }
 
-// ---- shared memory -------------------------------------------------------------------------------
+// ---- shared memory ------------------------------------------------------------------------------
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
@@ -96,7 +97,59 @@ __device__ __forceinline__ void copies_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending));
 }
 
-// ---- numbers -------------------------------------------------------------------------------------
+// ---- launches that follow each other (launch_early in launch.h) ---------------------------------
+
+// What the launch before on the stream has written is there once this returns. Before it, a block
+// may run beside that launch: then it may read what that does not write, and write nothing it
+// reads.
+__device__ __forceinline__ void wait_for_launch_before() {
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+// The launch after this may start where there is room, once every block has called this or is done.
+__device__ __forceinline__ void let_next_launch_start() {
+  asm volatile("griddepcontrol.launch_dependents;");
+}
+
+// ---- clusters: blocks that run at the same time (launch_clusters in launch.h) -------------------
+
+__device__ __forceinline__ int cluster_rank() {
+  int rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+__device__ __forceinline__ int cluster_size() {
+  int size;
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+  return size;
+}
+// A barrier of all threads of a cluster in two parts: what was written before the one is seen after
+// the other. Every warp as a whole, and in turn.
+__device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// Into the same place of shared memory in another block of the cluster, or in this one.
+__device__ __forceinline__ uint32_t in_other_block(const void* shared, int rank) {
+  uint32_t address;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
+               : "=r"(address)
+               : "r"(shared_address(shared)), "r"(rank));
+  return address;
+}
+__device__ __forceinline__ void store_to_block(float4* shared, int rank, float4 x) {
+  asm volatile("st.shared::cluster.v4.f32 [%0], {%1,%2,%3,%4};" ::"r"(in_other_block(shared, rank)),
+               "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w)
+               : "memory");
+}
+__device__ __forceinline__ void store_to_block(uint32_t* shared, int rank, uint32_t x) {
+  asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(in_other_block(shared, rank)), "r"(x)
+               : "memory");
+}
+
+// ---- numbers ------------------------------------------------------------------------------------
 
 // Two numbers in 16 bits each, to nearest, ties to even; `low` in the low half.
 __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {

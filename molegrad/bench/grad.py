@@ -38,10 +38,12 @@ SMALL_OPS = (
     "tangent_factors",
     "polar_factor",
     "lowrank_update_",
+    "lowrank_update_many_",
     "rademacher",
     "quantize_rows",
     "add_quantized_",
 )
+MANY = 12  # weights that `lowrank_update_many_` takes at once
 SHARES, BLOCKS = (0.25, 0.125), (1, 2, 4, 16)
 ZEROS = 0.8  # of the wider operand, as relu² has them
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
@@ -274,6 +276,12 @@ def bench_small(n: int, m: int, k: int, device: torch.device, repeats: int) -> l
         "tangent_factors": (u, v, y, w),
         "polar_factor": (w,),
         "lowrank_update_": (weight, u, w, -1e-3),
+        "lowrank_update_many_": (
+            [weight.bfloat16() for _ in range(MANY)],
+            torch.stack([u] * MANY),
+            torch.stack([w] * MANY),
+            -1e-3,
+        ),
         "rademacher": (m, k, torch.zeros((), dtype=torch.int64, device=device)),
         "quantize_rows": (weight,),
         "add_quantized_": (

@@ -135,10 +135,15 @@ class Adafactor(FactoredOptimizer):
         left, factor = est.left * row[..., None], factor * column[..., None]
         norm_sq = ((left.mT @ left) * (factor.mT @ factor)).sum((-2, -1)).clamp_min(0)
         decay = group["lr"] * group["weight_decay"]
-        for i, weight in enumerate(bucket.weights):
-            rate = _rate(group, bucket.states_u[i]["step"], weight)
-            rate = rate / _excess(group, norm_sq[i], weight)
-            torch.ops.molegrad.lowrank_update_(weight, left[i], factor[i] * rate, -1.0, decay)
+        rates = torch.stack(
+            [
+                _rate(group, bucket.states_u[i]["step"], weight)
+                / _excess(group, norm_sq[i], weight)
+                for i, weight in enumerate(bucket.weights)
+            ]
+        )
+        factor = factor * rates[:, None, None]
+        torch.ops.molegrad.lowrank_update_many_(bucket.weights, left, factor, -1.0, decay)
         p, _, q, condition = truncate(core, v_c, group["truncation_iters"], group["cond_max"])
         turn(bucket, est, est.left @ p, right @ q, condition, finite)
 

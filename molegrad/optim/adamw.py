@@ -123,8 +123,7 @@ class AdamW(FactoredOptimizer):
 
         new_u = est.left @ p
         decay = group["lr"] * group["weight_decay"]
-        for i, weight in enumerate(bucket.weights):
-            torch.ops.molegrad.lowrank_update_(weight, new_u[i], update[i], -group["lr"], decay)
+        torch.ops.molegrad.lowrank_update_many_(bucket.weights, new_u, update, -group["lr"], decay)
         finite = all_finite(average) & all_finite(second)
         bucket.keep("exp_avg", first * bucket.kept_columns(first), finite, "v")
         bucket.keep("exp_avg_sq", second, finite, "v")

@@ -43,8 +43,7 @@ class FactoredMomentum(FactoredOptimizer):
         core, alpha = self._update(group, direction, *bucket.shape)
         update = est.left @ core  # (size, m, i)
         decay = group["lr"] * group["weight_decay"]
-        for i, weight in enumerate(bucket.weights):
-            torch.ops.molegrad.lowrank_update_(weight, update[i], right[i], alpha, decay)
+        torch.ops.molegrad.lowrank_update_many_(bucket.weights, update, right, alpha, decay)
         p, kept, q, condition = truncate(average, v_c, group["truncation_iters"], group["cond_max"])
         finite = all_finite(average)
         bucket.keep("core", without_explored(kept, bucket), finite)

@@ -8,243 +8,14 @@
 // that cannot come ends the process with a message.
 #pragma once
 
-#include <setjmp.h>
-#include <ucontext.h>
-
-#include <cmath>
-#include <cstddef>
-#include <cstdint>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <functional>
-#include <memory>
-#include <vector>
-
-#define __global__
-#define __device__
-#define __host__
-#define __forceinline__ inline
-#define __launch_bounds__(...)
-#define __shared__ static  // blocks run one after the other
-#define __align__(n) alignas(n)
-
-struct dim3 {
-  unsigned x, y, z;
-  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
-};
-struct alignas(8) float2 {
-  float x, y;
-};
-struct alignas(16) float4 {
-  float x, y, z, w;
-};
-struct alignas(8) uint2 {
-  unsigned x, y;
-};
-struct alignas(16) uint4 {
-  unsigned x, y, z, w;
-};
-struct alignas(16) int4 {
-  int x, y, z, w;
-};
-inline float2 make_float2(float x, float y) { return {x, y}; }
-inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
-inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
-
-using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) {
-  std::memset(p, value, bytes);
-  return cudaSuccess;
-}
-
-namespace emulation {
-
-constexpr int kLanes = 32;
-constexpr size_t kStack = 256 << 10, kShared = 228 << 10;
-
-[[noreturn]] inline void fail(const char* what) {
-  std::fprintf(stderr, "emulation: %s\n", what);
-  std::abort();
-}
-
-struct Fiber {
-  ucontext_t start;  // only to begin with: switching by it costs system calls
-  jmp_buf here;
-  std::unique_ptr<char[]> stack;
-  dim3 thread;
-  int number = 0;
-  bool started = false, done = true;
-};
-
-// What the lanes of a warp exchange; generations tell one rendezvous from the next.
-struct Warp {
-  int arrived = 0;
-  uint32_t mask = 0;
-  const void* instruction = nullptr;
-  uint64_t generation = 0;
-  unsigned char slots[2][kLanes][64];
-  float left[2][16][16], right[2][16][8];  // the operands of a product
-};
-
-struct Block {
-  dim3 index, grid, size;
-  std::vector<std::unique_ptr<Fiber>> fibers;
-  std::vector<Warp> warps;
-  std::vector<unsigned char> shared = std::vector<unsigned char>(kShared + 128);
-  jmp_buf scheduler;
-  Fiber* running = nullptr;
-  int alive = 0, at_barrier = 0;
-  uint64_t barrier = 0, progress = 0;
-  const std::function<void()>* body = nullptr;
-};
-
-inline Block& block() {
-  static Block instance;
-  return instance;
-}
-inline Fiber& current() { return *block().running; }
-
-__attribute__((noinline)) inline void yield() {
-  if (_setjmp(current().here) == 0) _longjmp(block().scheduler, 1);
-}
-__attribute__((noinline)) inline void resume(Fiber& fiber) {
-  Block& b = block();
-  b.running = &fiber;
-  if (_setjmp(b.scheduler) != 0) return;
-  if (fiber.started) _longjmp(fiber.here, 1);
-  fiber.started = true;
-  setcontext(&fiber.start);
-}
-
-inline void release_barrier() {
-  Block& b = block();
-  if (b.alive > 0 && b.at_barrier == b.alive) {
-    b.at_barrier = 0;
-    ++b.barrier;
-    ++b.progress;
-  }
-}
-
-inline void sync_threads() {
-  Block& b = block();
-  const uint64_t mine = b.barrier;
-  ++b.at_barrier;
-  release_barrier();
-  while (b.barrier == mine) yield();
-}
-
-// Every lane of `mask` gives something, give(warp, 0 or 1, lane), and then takes from what all have
-// given: take(warp, 0 or 1). The address of `instruction` tells which one the lanes are to meet in.
-template <typename Give, typename Take>
-auto meet(uint32_t mask, const void* instruction, const Give& give, const Take& take) {
-  Block& b = block();
-  Warp& warp = b.warps[current().number / kLanes];
-  const int lane = current().number % kLanes;
-  if ((mask >> lane & 1u) == 0) fail("a lane takes part in an exchange that its mask leaves out");
-  if (warp.arrived == 0) {
-    warp.mask = mask;
-    warp.instruction = instruction;
-  }
-  if (warp.mask != mask) fail("lanes of a warp meet with different masks");
-  if (warp.instruction != instruction) fail("lanes of a warp meet in different instructions");
-  const uint64_t mine = warp.generation;
-  give(warp, mine & 1, lane);
-  if (++warp.arrived == __builtin_popcount(mask)) {
-    warp.arrived = 0;
-    ++warp.generation;
-    ++b.progress;
-  }
-  while (warp.generation == mine) yield();
-  return take(warp, mine & 1);
-}
-
-// Every lane of `mask` gives a value and then sees the values of all: fn(slot of lane).
-template <typename T, typename F>
-auto exchange(uint32_t mask, const T& value, const F& fn) {
-  static_assert(sizeof(T) <= 64, "too large for a slot");
-  static const char instruction = 0;
-  return meet(
-      mask, &instruction,
-      [&](Warp& warp, int side, int lane) {
-        std::memcpy(warp.slots[side][lane], &value, sizeof(T));
-      },
-      [&](const Warp& warp, int side) {
-        return fn([&](int from) {
-          T other;
-          std::memcpy(&other, warp.slots[side][from], sizeof(T));
-          return other;
-        });
-      });
-}
-
-// A fiber runs one thread of a block after the other, for as long as the process lives.
-[[noreturn]] inline void enter() {
-  for (;;) {
-    Block& b = block();
-    (*b.body)();
-    b.running->done = true;
-    --b.alive;
-    ++b.progress;
-    release_barrier();  // those who wait do not wait for a thread that has returned
-    yield();
-  }
-}
-
-inline void run_block(dim3 index, dim3 grid, dim3 size, const std::function<void()>& body) {
-  Block& b = block();
-  const int count = static_cast<int>(size.x * size.y * size.z);
-  if (count < 1 || count > 1024) fail("a block has 1 to 1024 threads");
-  b.index = index;
-  b.grid = grid;
-  b.size = size;
-  b.body = &body;
-  b.warps.assign((count + kLanes - 1) / kLanes, Warp());
-  b.alive = count;
-  b.at_barrier = 0;
-  while (static_cast<int>(b.fibers.size()) < count) {
-    auto fiber = std::make_unique<Fiber>();
-    fiber->stack.reset(new char[kStack]);
-    getcontext(&fiber->start);
-    fiber->start.uc_stack.ss_sp = fiber->stack.get();
-    fiber->start.uc_stack.ss_size = kStack;
-    fiber->start.uc_link = nullptr;
-    makecontext(&fiber->start, enter, 0);
-    b.fibers.push_back(std::move(fiber));
-  }
-  for (int i = 0; i < count; ++i) {
-    Fiber& fiber = *b.fibers[i];
-    fiber.number = i;
-    fiber.done = false;
-    fiber.thread = dim3(i % size.x, i / size.x % size.y, i / (size.x * size.y));
-  }
-  const char* order = std::getenv("MOLEGRAD_EMULATION_ORDER");
-  const bool reverse = order != nullptr && std::strcmp(order, "reverse") == 0;
-  while (b.alive > 0) {
-    const uint64_t before = b.progress;
-    for (int i = 0; i < count; ++i) {
-      Fiber& fiber = *b.fibers[reverse ? count - 1 - i : i];
-      if (!fiber.done) resume(fiber);
-    }
-    if (b.progress == before && b.alive > 0)
-      fail("deadlock: threads wait for others that do not come");
-  }
-}
-
-inline unsigned char* shared_memory() {
-  const auto address = reinterpret_cast<uintptr_t>(block().shared.data());
-  return block().shared.data() + (128 - address % 128) % 128;
-}
-
-}  // namespace emulation
+#include "emulation_block.h"
 
 #define threadIdx (::emulation::current().thread)
 #define blockIdx (::emulation::block().index)
 #define blockDim (::emulation::block().size)
 #define gridDim (::emulation::block().grid)
-#define MOLEGRAD_SHARED(name) unsigned char* const name = ::emulation::shared_memory()
+#define MOLEGRAD_SHARED(name) \
+  unsigned char* const name = ::emulation::shared_memory(::emulation::block())
 
 inline void __syncthreads() { emulation::sync_threads(); }
 inline void __threadfence() {}
@@ -302,10 +73,19 @@ T atomicExch(T* p, T value) {
   *p = value;
   return old;
 }
+inline float __fadd_rn(float x, float y) { return x + y; }
+inline float __fmul_rn(float x, float y) { return x * y; }
+inline float __fdiv_rn(float x, float y) { return x / y; }
+inline float __fsqrt_rn(float x) { return std::sqrt(x); }
+inline int __float2int_rn(float x) { return std::isnan(x) ? 0 : static_cast<int>(std::rint(x)); }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline double rsqrt(double x) { return 1.0 / std::sqrt(x); }
 template <typename T>
 T __ldg(const T* p) {
+  return *p;
+}
+template <typename T>
+T __ldcg(const T* p) {
   return *p;
 }
 template <typename T>
@@ -499,11 +279,14 @@ struct Copy {
   uint4 bytes;
 };
 inline std::vector<std::vector<std::vector<Copy>>>& copies() {
-  static std::vector<std::vector<std::vector<Copy>>> of_threads(1024);
+  static std::vector<std::vector<std::vector<Copy>>> of_threads(1024 * emulation::kMostBlocks);
   return of_threads;
 }
+inline std::vector<std::vector<Copy>>& my_copies() {
+  return copies()[1024 * emulation::block().rank + emulation::current().number];
+}
 inline void copy_async(void* shared, const void* global, bool valid) {
-  auto& groups = copies()[emulation::current().number];
+  auto& groups = my_copies();
   if (groups.empty()) groups.emplace_back();
   Copy copy{shared, {}};
   if (reinterpret_cast<uintptr_t>(shared) % 16 != 0) emulation::fail("cp.async: not aligned");
@@ -513,29 +296,75 @@ inline void copy_async(void* shared, const void* global, bool valid) {
   }
   groups.back().push_back(copy);
 }
-inline void copies_commit() { copies()[emulation::current().number].emplace_back(); }
+inline void copies_commit() { my_copies().emplace_back(); }
 template <int kPending>
 void copies_wait() {
-  auto& groups = copies()[emulation::current().number];
+  auto& groups = my_copies();
   while (static_cast<int>(groups.size()) > kPending + 1) {  // the last one is not committed yet
     for (const Copy& copy : groups.front()) std::memcpy(copy.to, &copy.bytes, 16);
     groups.erase(groups.begin());
   }
 }
 
+inline void wait_for_launch_before() {}
+inline void let_next_launch_start() {}
+
+inline int cluster_rank() { return emulation::block().rank; }
+inline int cluster_size() { return emulation::cluster().size; }
+inline void cluster_arrive() {
+  emulation::Cluster& c = emulation::cluster();
+  emulation::current().cluster_barrier = c.barrier;
+  ++c.arrived;
+  ++emulation::block().progress;
+  emulation::release_cluster();
+}
+inline void cluster_wait() {
+  const uint64_t mine = emulation::current().cluster_barrier;
+  while (emulation::cluster().barrier == mine) emulation::yield();
+}
+// The same place of shared memory in another block of the cluster.
+inline void* of_other_block(const void* shared, int rank) {
+  const auto at =
+      static_cast<const unsigned char*>(shared) - emulation::shared_memory(emulation::block());
+  return emulation::shared_memory(*emulation::cluster().blocks[rank]) + at;
+}
+inline void store_to_block(float4* shared, int rank, float4 x) {
+  *static_cast<float4*>(of_other_block(shared, rank)) = x;
+}
+inline void store_to_block(uint32_t* shared, int rank, uint32_t x) {
+  *static_cast<uint32_t*>(of_other_block(shared, rank)) = x;
+}
+
+// In clusters of that many blocks, neighbours in x.
 template <typename... Parameters, typename... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared,
-                   cudaStream_t, Arguments... args) {
+cudaError_t launch_clusters(int size, void (*kernel)(Parameters...), dim3 grid, dim3 block,
+                            size_t shared, cudaStream_t, Arguments... args) {
   if (shared > emulation::kShared - 1024) emulation::fail("more shared memory than a GPU has");
+  if (size < 1 || size > emulation::kMostBlocks || grid.x % size != 0)
+    emulation::fail("clusters of this size do not divide the grid");
   const std::function<void()> body = [=] { kernel(static_cast<Parameters>(args)...); };
   for (unsigned z = 0; z < grid.z; ++z)
     for (unsigned y = 0; y < grid.y; ++y)
-      for (unsigned x = 0; x < grid.x; ++x) {
+      for (unsigned x = 0; x < grid.x; x += size) {
         for (auto& groups : copies()) groups.clear();
-        std::memset(emulation::block().shared.data(), 0xff, emulation::kShared);  // NaN
-        emulation::run_block(dim3(x, y, z), grid, block, body);
+        for (int i = 0; i < size; ++i)
+          emulation::prepare_block(*emulation::cluster().blocks[i], dim3(x + i, y, z), grid, block,
+                                   body);
+        emulation::run_cluster(size);
       }
   return cudaSuccess;
+}
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared,
+                   cudaStream_t stream, Arguments... args) {
+  return launch_clusters(1, kernel, grid, block, shared, stream, args...);
+}
+
+// One launch after the other here as well.
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch_early(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared,
+                         cudaStream_t stream, Arguments... args) {
+  return launch(kernel, grid, block, shared, stream, args...);
 }
 
 }  // namespace molegrad::cuda

@@ -42,8 +42,20 @@ FACTORED = {
 }
 
 
+def each_tensor(values, fn):
+    """fn of every tensor, in lists too; what is none stays."""
+    return tuple(
+        [fn(part) for part in x]
+        if isinstance(x, list)
+        else fn(x)
+        if isinstance(x, torch.Tensor)
+        else x
+        for x in values
+    )
+
+
 def on_gpu(values):
-    return tuple(x.to(GPU) if isinstance(x, torch.Tensor) else x for x in values)
+    return each_tensor(values, lambda x: x.to(GPU))
 
 
 def error(x, truth):
@@ -180,8 +192,7 @@ def test_a_captured_graph_computes_what_eager_code_does_and_nothing_waits(name):
     op = getattr(torch.ops.molegrad, name)
     for args in sample_inputs(name):
         eager, captured = on_gpu(args), on_gpu(args)
-        eager = tuple(x.clone() if isinstance(x, torch.Tensor) else x for x in eager)
-        copies = tuple(x.clone() if isinstance(x, torch.Tensor) else x for x in captured)
+        eager, copies = each_tensor(eager, torch.clone), each_tensor(captured, torch.clone)
         op(*copies)  # warm up: algorithms are chosen, kernels loaded
         with no_waiting():
             expected = op(*eager)
@@ -190,13 +201,16 @@ def test_a_captured_graph_computes_what_eager_code_does_and_nothing_waits(name):
             result = op(*captured)
         graph.replay()
         torch.cuda.synchronize()
-        for x, y in zip((*captured, *flat(result)), (*eager, *flat(expected)), strict=True):
-            if isinstance(x, torch.Tensor):
-                assert torch.equal(x.float().nan_to_num(9), y.float().nan_to_num(9))
+        for x, y in zip(flat((captured, result)), flat((eager, expected)), strict=True):
+            assert torch.equal(x.float().nan_to_num(9), y.float().nan_to_num(9))
 
 
-def flat(result):
-    return () if result is None else result if isinstance(result, tuple) else (result,)
+def flat(values):
+    """The tensors among values, in tuples and lists too."""
+    if isinstance(values, torch.Tensor):
+        return (values,)
+    nested = isinstance(values, tuple | list)
+    return tuple(x for part in values for x in flat(part)) if nested else ()
 
 
 CONFIGS = {

@@ -1,0 +1,319 @@
+// The CUDA kernels of torch.ops.molegrad.sketch, sketch_accumulate_ and lowrank_grad. Nothing here
+// waits for the device; all scratch memory is torch's.
+#include "ops_products.h"
+
+#include <array>
+#include <cstdlib>
+#include <optional>
+#include <tuple>
+
+#include "cublaslt.h"
+#include "estimate.h"
+#include "product_paths.h"
+#include "products.h"
+#include "sketch.h"
+#include "sketch_fused.h"
+#include "sketch_plan.h"
+#include "tensors.h"
+
+namespace molegrad::cuda {
+namespace {
+
+constexpr const char* kPathVariable = "MOLEGRAD_SKETCH_PATH";
+
+SketchPath wanted_path() {
+  static const std::optional<SketchPath> wanted = parse_sketch_path(std::getenv(kPathVariable));
+  require(wanted.has_value(), "sketch", kPathVariable,
+          " must be auto, own, cublaslt or fused, got ", std::getenv(kPathVariable));
+  return *wanted;
+}
+
+struct Gpu {
+  int device, multiprocessors = 0, shared_memory = 0, l2 = 0;
+
+  explicit Gpu(const Tensor& x) : device(x.get_device_index()) {
+    cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    cudaDeviceGetAttribute(&shared_memory, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+    cudaDeviceGetAttribute(&l2, cudaDevAttrL2CacheSize, device);
+  }
+};
+
+Tensor in_dtype(const Tensor& x, ScalarType dtype) {
+  if (x.scalar_type() == dtype) return x;
+  Tensor copy = torch::stable::new_empty(x, x.sizes(), dtype);
+  return torch::stable::copy_(copy, x);
+}
+
+// A result, rows `ld` numbers apart, in float32 or float64.
+struct Output {
+  void* data = nullptr;
+  int64_t ld = 0;
+
+  Output() = default;
+  explicit Output(const Tensor& x, int64_t first_column = 0)
+      : data(static_cast<char*>(x.mutable_data_ptr()) +
+             first_column * (dtype_code(x) == 1 ? 8 : 4)),
+        ld(x.size(1)) {}
+};
+
+// Products of A (T, n) and B (T, m) on one stream.
+class Products {
+ public:
+  Products(const char* op, const Tensor& a, const Tensor& b)
+      : op_(op), place_(a), gpu_(a), like_(a), a_(a), b_(b), dtype_(acc_dtype(a)) {}
+
+  cudaStream_t stream() const { return place_.stream(); }
+  const Gpu& gpu() const { return gpu_; }
+
+  // Y = or += Bᵀ(A V) and W = or += Aᵀ(B U); without V or U that half is left out.
+  void sketch(const Tensor* v, const Tensor* u, const Output& y, const Output& w, bool add) {
+    const int64_t rank = larger(v ? v->size(1) : 0, u ? u->size(1) : 0);
+    const bool narrow = a_.dtype == 2 || a_.dtype == 3;
+    const SketchPath path = choose_sketch_path(wanted_path(), a_.dtype, rank);
+    if (path == SketchPath::kFused && v && u && sketch_fused(*v, *u, y, w, add)) return;
+    if (path == SketchPath::kCublasLt) {
+      if (v != nullptr && half_by_library(a_, b_, *v, y, add)) v = nullptr;
+      if (u != nullptr && half_by_library(b_, a_, *u, w, add)) u = nullptr;
+      if (v == nullptr && u == nullptr) return;
+    }
+    if (narrow) return sketch_narrow(v, u, y, w, add);
+    if (v != nullptr) half_wide(a_, b_, *v, y, add);
+    if (u != nullptr) half_wide(b_, a_, *u, w, add);
+  }
+
+  // out(i, j) = Σ_r left(r, i) right(r, j) for `rows` i and `cols` j; strides of r, then of i or j.
+  void product(int64_t rows, int64_t length, int64_t cols, const void* left,
+               std::array<int64_t, 2> left_strides, const void* right,
+               std::array<int64_t, 2> right_strides, const Output& out, bool add) {
+    const int code = dtype_code(dtype_);
+    const Tensor scratch = new_scratch(
+        like_, molegrad_product_scratch(code, rows, length, cols, gpu_.multiprocessors));
+    check(molegrad_product(code, rows, length, cols, left, left_strides[0], left_strides[1], right,
+                           right_strides[0], right_strides[1], out.data, out.ld, add,
+                           gpu_.multiprocessors, scratch.mutable_data_ptr(), stream()));
+  }
+
+  void check(int status) const { check_launch(op_, status); }
+
+ private:
+  void sketch_narrow(const Tensor* v, const Tensor* u, const Output& y, const Output& w, bool add) {
+    struct Basis {
+      int dtype = 0;
+      const void* data = nullptr;
+      int64_t row = 0, column = 0, k = 0;
+      explicit Basis(const Tensor* x) {
+        if (x == nullptr) return;
+        dtype = dtype_code(*x);
+        data = x->const_data_ptr();
+        row = x->stride(0);
+        column = x->stride(1);
+        k = x->size(1);
+      }
+    };
+    const Basis right(v), left(u);
+    const int64_t tokens = a_.rows, n = a_.cols, m = b_.cols;
+    // One half alone reads nothing twice.
+    const int64_t chunk = v != nullptr && u != nullptr
+                              ? molegrad_sketch_chunk(tokens, n, m, gpu_.l2)
+                              : round_up_to(tokens, kProjectTokens);
+    const Tensor scratch =
+        new_scratch(like_, molegrad_sketch_scratch(tokens, n, m, right.k, left.k, chunk,
+                                                   gpu_.multiprocessors, gpu_.shared_memory));
+    check(molegrad_sketch(a_.dtype, a_.data, a_.ld, b_.data, b_.ld, tokens, n, m, right.dtype,
+                          right.data, right.row, right.column, right.k, left.dtype, left.data,
+                          left.row, left.column, left.k, static_cast<float*>(y.data), y.ld,
+                          static_cast<float*>(w.data), w.ld, add, chunk, gpu_.multiprocessors,
+                          gpu_.shared_memory, scratch.mutable_data_ptr(), stream()));
+  }
+
+  // False where the columns do not fit.
+  bool sketch_fused(const Tensor& v, const Tensor& u, const Output& y, const Output& w, bool add) {
+    const auto aligned = [](const Matrix& x) {
+      return alignment_of(x.data) >= 16 && x.cols % 8 == 0 && x.ld % 8 == 0;
+    };
+    const int64_t tokens = a_.rows, n = a_.cols, m = b_.cols;
+    const int64_t bytes = molegrad_fused_scratch(tokens, n, m, v.size(1), u.size(1), kPieces,
+                                                 gpu_.multiprocessors, gpu_.shared_memory);
+    if (bytes == 0 || !aligned(a_) || !aligned(b_)) return false;
+    const Tensor scratch = new_scratch(like_, bytes);
+    check(molegrad_sketch_fused(
+        a_.data, a_.ld, b_.data, b_.ld, tokens, n, m, dtype_code(v), v.const_data_ptr(),
+        v.stride(0), v.stride(1), v.size(1), dtype_code(u), u.const_data_ptr(), u.stride(0),
+        u.stride(1), u.size(1), static_cast<float*>(y.data), y.ld, static_cast<float*>(w.data),
+        w.ld, add, kPieces, gpu_.multiprocessors, gpu_.shared_memory, scratch.mutable_data_ptr(),
+        stream()));
+    return true;
+  }
+
+  // out = or += Zᵀ(X S) in float32 or float64.
+  void half_wide(const Matrix& x, const Matrix& z, const Tensor& s, const Output& out, bool add) {
+    const Tensor basis = in_dtype(s, dtype_);
+    const int64_t k = s.size(1);
+    const Tensor p = new_tensor(like_, {x.rows, k}, dtype_);
+    product(x.rows, x.cols, k, x.data, {1, x.ld}, basis.const_data_ptr(),
+            {basis.stride(0), basis.stride(1)}, Output(p), false);
+    product(z.cols, z.rows, k, z.data, {z.ld, 1}, p.const_data_ptr(), {k, 1}, out, add);
+  }
+
+  // The same by cuBLASLt, bfloat16 too; false where it has not been done.
+  bool half_by_library(const Matrix& x, const Matrix& z, const Tensor& s, const Output& out,
+                       bool add) {
+    const Tensor workspace = new_scratch(like_, kLtWorkspace);
+    const auto run = [&](const LtProduct& product) {
+      const LtStatus status = lt_product(product, workspace.mutable_data_ptr(), kLtWorkspace,
+                                         gpu_.device, gpu_.multiprocessors, stream());
+      require(status != LtStatus::kFailed, op_, "cuBLASLt failed");
+      return status == LtStatus::kDone;
+    };
+    const int64_t tokens = x.rows, k = s.size(1);
+    if (x.dtype != 2) {
+      const Matrix basis(in_dtype(s, dtype_));
+      const Tensor p = new_tensor(like_, {tokens, k}, dtype_);
+      return run({x.dtype, false, tokens, k, x.cols, x.data, x.ld, basis.data, basis.ld,
+                  p.mutable_data_ptr(), k, false}) &&
+             run({x.dtype, true, z.cols, k, tokens, z.data, z.ld, p.const_data_ptr(), k, out.data,
+                  out.ld, add});
+    }
+    // Two pieces of every number of the basis and of P side by side, as in sketch.cuh.
+    constexpr int64_t kUnit = 8;  // numbers, 16 bytes
+    const int64_t rank = round_up_to(k, kUnit), width = kPieces * rank;
+    const auto pieces = [&](int64_t rows) {
+      return new_tensor(like_, {rows, width}, ScalarType::BFloat16);
+    };
+    const Tensor basis = pieces(x.cols), q = pieces(tokens);
+    const Tensor p = new_tensor(like_, {tokens, width}, ScalarType::Float);
+    const Tensor sums = new_tensor(like_, {z.cols, width}, ScalarType::Float);
+    const auto bits = [](const Tensor& t) { return static_cast<uint16_t*>(t.mutable_data_ptr()); };
+    const auto floats = [](const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); };
+    const int padded = static_cast<int>(rank);
+    check(molegrad_split(dtype_code(s), s.const_data_ptr(), s.stride(0), s.stride(1), x.cols, k,
+                         padded, bits(basis), stream()));
+    if (!run({x.dtype, false, tokens, width, x.cols, x.data, x.ld, bits(basis), width, floats(p),
+              width, false}))
+      return false;
+    check(molegrad_join(floats(p), tokens, padded, bits(q), stream()));
+    if (!run({x.dtype, true, z.cols, width, tokens, z.data, z.ld, bits(q), width, floats(sums),
+              width, false}))
+      return false;
+    check(molegrad_add_pieces(floats(sums), z.cols, k, padded, static_cast<float*>(out.data),
+                              out.ld, add, stream()));
+    return true;
+  }
+
+  const char* op_;
+  Place place_;
+  Gpu gpu_;
+  Tensor like_;
+  Matrix a_, b_;
+  ScalarType dtype_;
+};
+
+std::tuple<Tensor, Tensor> sketch(Tensor a, Tensor b, Tensor u, Tensor v) {
+  check_sketch("sketch", a, b, u, v);
+  Products products("sketch", a, b);
+  const ScalarType dtype = acc_dtype(a);
+  Tensor y = new_tensor(a, {u.size(0), v.size(1)}, dtype);
+  Tensor w = new_tensor(a, {v.size(0), u.size(1)}, dtype);
+  products.sketch(&v, &u, Output(y), Output(w), false);
+  return {y, w};
+}
+
+void sketch_accumulate_(Tensor y, Tensor w, Tensor a, Tensor b, Tensor u, Tensor v) {
+  check_sketch_accumulate(y, w, a, b, u, v);
+  Products products("sketch_accumulate_", a, b);
+  products.sketch(&v, &u, Output(y), Output(w), true);
+}
+
+struct Orthonormal {
+  Tensor q, r, status;
+};
+
+Orthonormal orthonormalize(const Tensor& y, double cond_max) {
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(y),
+                                    torch::stable::detail::from(cond_max)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("molegrad::orthonormalize", "", stack.data(), TORCH_ABI_VERSION));
+  return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1]),
+          torch::stable::detail::to<Tensor>(stack[2])};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> lowrank_grad(Tensor a, Tensor b, Tensor v,
+                                                        int64_t power_iters,
+                                                        std::optional<Tensor> probes,
+                                                        double cond_max) {
+  check_lowrank_grad(a, b, v, power_iters, probes, cond_max);
+  Products products("lowrank_grad", a, b);
+  const ScalarType dtype = acc_dtype(a);
+  const int code = dtype_code(dtype);
+  const int64_t n = v.size(0), m = b.size(b.dim() - 1), k = v.size(1);
+  const int64_t r = probes.has_value() ? probes->size(1) : 0, width = k + r;
+  const auto matrix = [&](int64_t rows, int64_t cols) {
+    return new_tensor(a, {rows, cols}, dtype);
+  };
+
+  Tensor start = v;  // [V, Ω], so that both cost one pass
+  if (r > 0) {
+    start = matrix(n, width);
+    Tensor first = torch::stable::narrow(start, 1, 0, k),
+           rest = torch::stable::narrow(start, 1, k, r);
+    torch::stable::copy_(first, v);
+    torch::stable::copy_(rest, *probes);
+  }
+  Tensor all = matrix(m, width);
+  products.sketch(&start, nullptr, Output(all), Output(), false);
+
+  Tensor norm_sq = new_tensor(a, {}, dtype);
+  const Tensor norm_scratch = new_scratch(a, molegrad_norm_scratch());
+  const auto norm = [&](const Tensor& y, const void* overlap) {
+    const int64_t probed = overlap != nullptr ? r : 0;
+    products.check(molegrad_norm(code, y.const_data_ptr(), y.size(1), y.size(0), k, probed, overlap,
+                                 norm_sq.mutable_data_ptr(), norm_scratch.mutable_data_ptr(),
+                                 products.stream()));
+  };
+  if (r > 0) {
+    const Tensor overlap = matrix(k, r);
+    products.product(k, n, r, start.const_data_ptr(), {width, 1}, Output(start, k).data, {width, 1},
+                     Output(overlap), false);
+    norm(all, overlap.const_data_ptr());
+  }
+
+  Tensor y = torch::stable::narrow(all, 1, 0, k);
+  Orthonormal basis = orthonormalize(y, cond_max);
+  Tensor u = basis.q, status = basis.status, w = matrix(n, k);
+  if (power_iters == 0) {  // W = V Rᵀ
+    const Tensor right = in_dtype(v, dtype);
+    products.product(n, k, k, right.const_data_ptr(), {right.stride(1), right.stride(0)},
+                     basis.r.const_data_ptr(), {1, k}, Output(w), false);
+  }
+  for (int64_t i = 0; i < power_iters; ++i) {
+    products.sketch(nullptr, &u, Output(), Output(w), false);
+    if (i + 1 == power_iters) break;
+    const Tensor right = orthonormalize(w, cond_max).q;
+    y = matrix(m, k);
+    products.sketch(&right, nullptr, Output(y), Output(), false);
+    const Orthonormal next = orthonormalize(y, cond_max);
+    u = next.q;
+    products.check(molegrad_worse(static_cast<int*>(status.mutable_data_ptr()),
+                                  static_cast<const int*>(next.status.const_data_ptr()),
+                                  products.stream()));
+  }
+  if (r == 0) norm(w, nullptr);
+  return {u, w, norm_sq, status};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(molegrad, CUDA, m) {
+  m.impl("sketch", TORCH_BOX(&sketch));
+  m.impl("sketch_accumulate_", TORCH_BOX(&sketch_accumulate_));
+  m.impl("lowrank_grad", TORCH_BOX(&lowrank_grad));
+}
+
+}  // namespace molegrad::cuda
+
+extern "C" int molegrad_sketch_path(int dtype, int64_t rank) {
+  using namespace molegrad::cuda;
+  const SketchPath path = choose_sketch_path(wanted_path(), dtype, rank);
+  return static_cast<int>(path == SketchPath::kCublasLt && lt_version() == 0 ? SketchPath::kOwn
+                                                                             : path);
+}

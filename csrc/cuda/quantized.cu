@@ -1,0 +1,71 @@
+#include "dtypes.h"
+#include "quantized.cuh"
+#include "quantized.h"
+
+using namespace molegrad::cuda;
+
+namespace {
+
+// A warp a row where the rows are narrow, else a block a row.
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch_rows(void (*by_warp)(Parameters...), void (*by_block)(Parameters...),
+                        bool narrow, int64_t rows, cudaStream_t stream, Arguments... args) {
+  const int64_t blocks = narrow ? ceil_div(rows, kQuantizedThreads / 32) : rows;
+  return launch(narrow ? by_warp : by_block, dim3(static_cast<unsigned>(blocks)),
+                dim3(kQuantizedThreads), 0, stream, args...);
+}
+
+// fn(count) with the elements of a pack as a constant: 16 bytes, or one where rows lie otherwise.
+template <typename T, typename F>
+cudaError_t with_packs(const void* x, const void* data, int64_t cols, int64_t ld, const F& fn) {
+  constexpr int kCount = 16 / sizeof(T);
+  if (in_packs<T>(x, cols, ld) && reinterpret_cast<uintptr_t>(data) % kCount == 0)
+    return fn(Width<kCount>());
+  return fn(Width<1>());
+}
+
+}  // namespace
+
+extern "C" int molegrad_quantize_rows(int dtype, const void* x, int64_t rows, int64_t cols,
+                                      int64_t ld, void* data, float* scales, cudaStream_t stream) {
+  if (rows == 0) return cudaSuccess;
+  return with_dtype(dtype, [&](auto type) {
+    using T = typename decltype(type)::Element;
+    return with_packs<T>(x, data, cols, ld, [&](auto width) {
+      constexpr int kCount = decltype(width)::value;
+      return launch_rows(quantize_rows_kernel<T, kCount, 32>,
+                         quantize_rows_kernel<T, kCount, kQuantizedThreads>,
+                         cols <= 32 * kCount * kHeldPacks, rows, stream, static_cast<const T*>(x),
+                         rows, cols, ld, static_cast<uint8_t*>(data), scales);
+    });
+  });
+}
+
+extern "C" int molegrad_add_quantized(int dtype, const void* x, int64_t rows, int64_t cols,
+                                      int64_t ld, int8_t* data, float* scales, int by_column,
+                                      void* scratch, cudaStream_t stream) {
+  if (rows == 0 || cols == 0) return cudaSuccess;
+  return with_dtype(dtype, [&](auto type) {
+    using T = typename decltype(type)::Element;
+    const auto* from = static_cast<const T*>(x);
+    return with_packs<T>(x, data, cols, ld, [&](auto width) {
+      constexpr int kCount = decltype(width)::value;
+      if (by_column == 0)
+        return launch_rows(
+            add_by_row_kernel<T, kCount, 32>, add_by_row_kernel<T, kCount, kQuantizedThreads>,
+            cols <= 32 * kCount * kHeldSums, rows, stream, from, rows, cols, ld, data, scales);
+      auto* peaks = static_cast<uint32_t*>(scratch);
+      auto* old_scales = reinterpret_cast<float*>(peaks + cols);
+      cudaError_t status = cudaMemsetAsync(peaks, 0, cols * sizeof(uint32_t), stream);
+      const dim3 grid(static_cast<unsigned>(ceil_div(rows, kColumnRows)),
+                      static_cast<unsigned>(ceil_div(cols, 32 * kCount)));
+      if (status == cudaSuccess)
+        status = launch(column_peaks_kernel<T, kCount>, grid, dim3(kQuantizedThreads), 0, stream,
+                        from, rows, cols, ld, data, scales, peaks, old_scales);
+      if (status == cudaSuccess)
+        status = launch(add_by_column_kernel<T, kCount>, grid, dim3(kQuantizedThreads), 0, stream,
+                        from, rows, cols, ld, data, scales, peaks, old_scales);
+      return status;
+    });
+  });
+}

@@ -1,0 +1,381 @@
+// Y = Bᵀ(A V) and W = Aᵀ(B U) for A (T, n) and B (T, m) in 16 bits, in two launches for each chunk
+// of tokens: `project` computes P = A V and R = B U, `gather` adds Bᵀ P and Aᵀ R to sums of their
+// own.
+//
+// A chunk is small enough to stay in L2, where `gather` finds A and B. T = 8192, n = 1280, m = 5120
+// and rank 32 in bfloat16 on an H100: 105 MB from memory, 35 us at 3 TB/s, beside them 26 MB of
+// bases from L2 (410 KB in two pieces for 128 tokens of 1.6 MB); then 105 MB and 26 MB of P and R
+// from L2, 24 us at 5.5 TB/s; 13 GFLOP, 22 us at the rate of mma.sync, behind either. A launch
+// starts while the one before it ends and loads A and B before it waits for it, so that the ends of
+// eight launches cost little. sketch_fused.cuh reads A and B once, where their columns fit.
+//
+// The reference keeps the bases, P and R in float32, so they are split into two 16-bit numbers each
+// (kPieces): x = high + low. Against float64, emulated, T = 2048, rank 32, bfloat16: with one
+// number each, as in torch's own products, the relative error is 1.6e-3 to 2.3e-3 (on data with
+// strong modes all of it from the bases, whose rounding is the same for every token, while that of
+// P averages out to 1.0e-4), with two 2e-6 to 4e-6; 1 - cosine 1e-6 against 1e-12, signed bias 2e-4
+// against 6e-7. Memory and L2 have to be waited for anyway, so the second piece costs little.
+// Float16 has too few exponents for P and R: each 128 tokens of them have a power of two of their
+// own.
+//
+// Every sum has one owner and a fixed order: the parts of a row of P are added by the block that
+// comes last, those of Y and W by `add_parts_kernel`.
+#pragma once
+
+#include "parts.cuh"
+#include "pieces.cuh"
+
+namespace molegrad::cuda {
+
+constexpr int kSketchThreads = 256, kSketchWarps = 8;
+constexpr int kSkew = 8;  // numbers after each row of shared memory: rows start in other banks
+
+struct ProjectHalf {
+  const uint16_t* x;  // (tokens, columns)
+  int64_t ld;         // numbers from row to row
+  int columns;
+  int aligned;            // rows start at multiples of 16 bytes and hold whole 16 bytes
+  const uint16_t* basis;  // (steps * project_columns, kPieces * rank)
+  uint16_t* q;            // (tokens, kPieces * rank)
+  float* scale;           // of each 128 tokens of q; float16 only
+  float4* sums;           // of each part, as the threads hold them
+  unsigned* tickets;      // of each 128 tokens, 0 before and after
+  int first_step, steps, first_part, parts;
+};
+
+struct ProjectArgs {
+  ProjectHalf half[2];
+  int64_t tokens;
+  int steps_per_part;
+};
+
+struct GatherHalf {
+  const uint16_t* z;  // (tokens, columns)
+  int64_t ld;
+  int columns;
+  int aligned;
+  const uint16_t* q;
+  const float* scale;
+  float* sums;  // (splits, columns, rank)
+  int first_tile, tiles;
+};
+
+struct GatherArgs {
+  GatherHalf half[2];
+  int64_t tokens, tokens_per_split;
+  int accumulate;  // to the sums of the chunks before
+};
+
+// ---- P = A V and R = B U
+// -------------------------------------------------------------------------
+
+template <int kRank>
+struct ProjectShape {
+  static constexpr int kColumns = project_columns(kRank), kStages = kRank <= 32   ? 3
+                                                                    : kRank <= 64 ? 4
+                                                                                  : 3;
+  static constexpr int kXRow = kColumns + kSkew, kBasisRow = kPieces * kRank + kSkew;
+  static constexpr int kX = kProjectTokens * kXRow, kStage = kX + kColumns * kBasisRow;
+  static constexpr int kBytes = kStages * kStage * 2;
+};
+
+template <int kRank>
+__device__ __forceinline__ void load_project(const ProjectHalf& half, uint16_t* stage,
+                                             int64_t first_token, int64_t tokens, int step) {
+  using Shape = ProjectShape<kRank>;
+  constexpr int kOfX = Shape::kColumns / 8, kOfBasis = kPieces * kRank / 8;
+#pragma unroll
+  for (int i = threadIdx.x; i < kProjectTokens * kOfX; i += kSketchThreads) {
+    const int row = i / kOfX, column = i % kOfX * 8;
+    const bool valid = first_token + row < tokens;
+    load_eight(stage + row * Shape::kXRow + column,
+               half.x + (valid ? first_token + row : 0) * half.ld, step * Shape::kColumns + column,
+               half.columns, valid, half.aligned);
+  }
+  const uint16_t* basis = half.basis + int64_t{step} * Shape::kColumns * (kPieces * kRank);
+#pragma unroll
+  for (int i = threadIdx.x; i < Shape::kColumns * kOfBasis; i += kSketchThreads) {
+    const int row = i / kOfBasis, column = i % kOfBasis * 8;
+    copy_async(stage + Shape::kX + row * Shape::kBasisRow + column,
+               basis + row * (kPieces * kRank) + column, true);
+  }
+}
+
+template <bool kFloat16, int kRank>
+__device__ __forceinline__ void project_step(float (&sum)[kRank / 8][4], const uint16_t* stage) {
+  using Shape = ProjectShape<kRank>;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const uint16_t* x = stage + (warp * 16 + lane % 16) * Shape::kXRow + lane / 16 * 8;
+  const uint16_t* basis = stage + Shape::kX + lane % 16 * Shape::kBasisRow + lane / 16 * 8;
+#pragma unroll
+  for (int c = 0; c < Shape::kColumns; c += 16) {
+    uint32_t a[4];
+    load_matrices(a, x + c);
+#pragma unroll
+    for (int piece = 0; piece < kPieces; ++piece)
+#pragma unroll
+      for (int j = 0; j < kRank; j += 16) {
+        uint32_t b[4];
+        load_matrices_transposed(b, basis + c * Shape::kBasisRow + piece * kRank + j);
+        mma_16bit<kFloat16>(sum[j / 8], a, b[0], b[1]);
+        mma_16bit<kFloat16>(sum[j / 8 + 1], a, b[2], b[3]);
+      }
+  }
+}
+
+// The parts of these 128 tokens in their order, once all are there: true in the block that is last.
+template <int kRank>
+__device__ __forceinline__ bool add_to_parts(const ProjectHalf& half, float (&sum)[kRank / 8][4]) {
+  __shared__ int last;
+  constexpr int kPart = kRank / 8 * kSketchThreads;
+  float4* tile = half.sums + int64_t{blockIdx.x} * half.parts * kPart;
+  float4* mine = tile + int64_t{blockIdx.y - half.first_part} * kPart + threadIdx.x;
+#pragma unroll
+  for (int j = 0; j < kRank / 8; ++j)
+    mine[j * kSketchThreads] = make_float4(sum[j][0], sum[j][1], sum[j][2], sum[j][3]);
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    unsigned* ticket = half.tickets + blockIdx.x;
+    last = atomicAdd(ticket, 1u) + 1 == static_cast<unsigned>(half.parts);
+    if (last) *ticket = 0;
+  }
+  __syncthreads();
+  if (!last) return false;
+  __threadfence();
+#pragma unroll
+  for (int j = 0; j < kRank / 8; ++j) {
+    sum[j][0] = sum[j][1] = sum[j][2] = sum[j][3] = 0;
+    for (int part = 0; part < half.parts; ++part) {
+      const float4 x = __ldcg(tile + int64_t{part} * kPart + j * kSketchThreads + threadIdx.x);
+      sum[j][0] += x.x;
+      sum[j][1] += x.y;
+      sum[j][2] += x.z;
+      sum[j][3] += x.w;
+    }
+  }
+  return true;
+}
+
+// The factor that these 128 tokens are divided by before they become float16.
+template <int kRank>
+__device__ __forceinline__ float tile_scale(const float (&sum)[kRank / 8][4]) {
+  __shared__ float sizes[kSketchWarps];
+  float size = 0;
+#pragma unroll
+  for (int j = 0; j < kRank / 8; ++j)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) size = fmaxf(size, fabsf(sum[j][i]));
+  for (int offset = 16; offset > 0; offset /= 2)
+    size = fmaxf(size, __shfl_xor_sync(kWholeWarp, size, offset));
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) sizes[threadIdx.x / 32] = size;
+  __syncthreads();
+  for (int i = 0; i < kSketchWarps; ++i) size = fmaxf(size, sizes[i]);
+  return power_of_two(scale_exponent(size));
+}
+
+template <bool kFloat16, int kRank>
+__device__ __forceinline__ void store_projected(const ProjectHalf& half, int64_t tokens,
+                                                float (&sum)[kRank / 8][4]) {
+  float factor = 1;
+  if constexpr (kFloat16) {
+    const float scale = tile_scale<kRank>(sum);
+    if (threadIdx.x == 0) half.scale[blockIdx.x] = scale;
+    factor = 1 / scale;
+  }
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int64_t token = int64_t{blockIdx.x} * kProjectTokens + warp * 16 + lane / 4 + i * 8;
+    if (token >= tokens) continue;
+    uint16_t* row = half.q + token * (kPieces * kRank) + lane % 4 * 2;
+#pragma unroll
+    for (int j = 0; j < kRank / 8; ++j)
+      store_pieces<kFloat16>(row + j * 8, kRank, sum[j][2 * i] * factor,
+                             sum[j][2 * i + 1] * factor);
+  }
+}
+
+// blockIdx.x: 128 tokens; blockIdx.y: a range of the steps over the columns of A and then of B.
+template <bool kFloat16, int kRank>
+__global__ void __launch_bounds__(kSketchThreads) project_kernel(ProjectArgs args) {
+  using Shape = ProjectShape<kRank>;
+  MOLEGRAD_SHARED(memory);
+  uint16_t* stages = reinterpret_cast<uint16_t*>(memory);
+  const int64_t first_token = int64_t{blockIdx.x} * kProjectTokens;
+  const int begin = blockIdx.y * args.steps_per_part, end = begin + args.steps_per_part;
+  for (int h = 0; h < 2; ++h) {
+    const ProjectHalf& half = args.half[h];
+    const int first = begin > half.first_step ? begin - half.first_step : 0;
+    const int past = end - half.first_step < half.steps ? end - half.first_step : half.steps;
+    const int count = past - first;
+    if (count <= 0) continue;
+    const auto load = [&](int i) {
+      if (i < count)
+        load_project<kRank>(half, stages + i % Shape::kStages * Shape::kStage, first_token,
+                            args.tokens, first + i);
+      copies_commit();
+    };
+    float sum[kRank / 8][4] = {};
+    for (int i = 0; i < Shape::kStages - 1; ++i) load(i);
+    for (int i = 0; i < count; ++i) {
+      copies_wait<Shape::kStages - 2>();
+      __syncthreads();
+      load(i + Shape::kStages - 1);
+      project_step<kFloat16, kRank>(sum, stages + i % Shape::kStages * Shape::kStage);
+    }
+    copies_wait<0>();
+    __syncthreads();  // the next half loads into what others may still read
+    wait_for_launch_before();
+    let_next_launch_start();
+    if (half.parts > 1 && !add_to_parts<kRank>(half, sum)) continue;
+    store_projected<kFloat16, kRank>(half, args.tokens, sum);
+  }
+}
+
+// ---- Bᵀ P and Aᵀ R ------------------------------------------------------------------------------
+
+template <int kRank>
+struct GatherShape {
+  static constexpr int kStages = kRank <= 32 ? 4 : 3;
+  static constexpr int kZRow = kGatherColumns + kSkew, kQRow = kPieces * kRank + kSkew;
+  static constexpr int kZ = kGatherTokens * kZRow, kStage = kZ + kGatherTokens * kQRow;
+  static constexpr int kBytes = kStages * kStage * 2;
+};
+
+template <int kRank>
+__device__ __forceinline__ void load_z(const GatherHalf& half, uint16_t* stage, int tile,
+                                       int64_t first_token, int64_t tokens) {
+  using Shape = GatherShape<kRank>;
+  constexpr int kOfZ = kGatherColumns / 8;
+#pragma unroll
+  for (int i = threadIdx.x; i < kGatherTokens * kOfZ; i += kSketchThreads) {
+    const int row = i / kOfZ, column = i % kOfZ * 8;
+    const bool valid = first_token + row < tokens;
+    load_eight(stage + row * Shape::kZRow + column,
+               half.z + (valid ? first_token + row : 0) * half.ld, tile * kGatherColumns + column,
+               half.columns, valid, half.aligned);
+  }
+}
+
+template <int kRank>
+__device__ __forceinline__ void load_q(const GatherHalf& half, uint16_t* stage, int64_t first_token,
+                                       int64_t tokens) {
+  using Shape = GatherShape<kRank>;
+  constexpr int kOfQ = kPieces * kRank / 8;
+#pragma unroll
+  for (int i = threadIdx.x; i < kGatherTokens * kOfQ; i += kSketchThreads) {
+    const int row = i / kOfQ, column = i % kOfQ * 8;
+    const bool valid = first_token + row < tokens;
+    copy_async(stage + Shape::kZ + row * Shape::kQRow + column,
+               half.q + (valid ? first_token + row : 0) * (kPieces * kRank) + column, valid);
+  }
+}
+
+// A warp has 32 of the tile's columns.
+template <bool kFloat16, int kRank>
+__device__ __forceinline__ void gather_step(float (&sum)[2][kRank / 8][4], const uint16_t* stage) {
+  using Shape = GatherShape<kRank>;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const uint16_t* z =
+      stage + (lane / 16 * 8 + lane % 8) * Shape::kZRow + warp * 32 + lane / 8 % 2 * 8;
+  const uint16_t* q = stage + Shape::kZ + lane % 16 * Shape::kQRow + lane / 16 * 8;
+#pragma unroll
+  for (int t = 0; t < kGatherTokens; t += 16) {
+    uint32_t a[2][4];
+    load_matrices_transposed(a[0], z + t * Shape::kZRow);
+    load_matrices_transposed(a[1], z + t * Shape::kZRow + 16);
+#pragma unroll
+    for (int j = 0; j < kPieces * kRank; j += 16) {
+      uint32_t b[4];
+      load_matrices_transposed(b, q + t * Shape::kQRow + j);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        mma_16bit<kFloat16>(sum[i][j % kRank / 8], a[i], b[0], b[1]);
+        mma_16bit<kFloat16>(sum[i][j % kRank / 8 + 1], a[i], b[2], b[3]);
+      }
+    }
+  }
+}
+
+// fn(float2 in memory, the two numbers of the sum that belong there) for every such pair.
+template <int kRank, typename F>
+__device__ __forceinline__ void for_sums(const GatherHalf& half, int tile,
+                                         float (&sum)[2][kRank / 8][4], const F& fn) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int column = tile * kGatherColumns + warp * 32 + i * 8 + lane / 4;
+    if (column >= half.columns) continue;
+    float* row = half.sums + (int64_t{blockIdx.y} * half.columns + column) * kRank + lane % 4 * 2;
+#pragma unroll
+    for (int j = 0; j < kRank / 8; ++j)
+      fn(reinterpret_cast<float2*>(row + j * 8), sum[i / 2][j][i % 2 * 2],
+         sum[i / 2][j][i % 2 * 2 + 1]);
+  }
+}
+
+// blockIdx.x: 256 columns of B or A; blockIdx.y: a range of tokens, last ones first, because these
+// are the likelier to be in L2 still.
+template <bool kFloat16, int kRank>
+__global__ void __launch_bounds__(kSketchThreads) gather_kernel(GatherArgs args) {
+  using Shape = GatherShape<kRank>;
+  MOLEGRAD_SHARED(memory);
+  uint16_t* stages = reinterpret_cast<uint16_t*>(memory);
+  const int h = static_cast<int>(blockIdx.x) >= args.half[1].first_tile && args.half[1].tiles > 0;
+  const GatherHalf& half = args.half[h];
+  const int tile = blockIdx.x - half.first_tile;
+  const int64_t begin = blockIdx.y * args.tokens_per_split;
+  const int64_t end =
+      begin + args.tokens_per_split < args.tokens ? begin + args.tokens_per_split : args.tokens;
+  const int count =
+      end > begin ? static_cast<int>((end - begin + kGatherTokens - 1) / kGatherTokens) : 0;
+  const auto first_token = [&](int i) { return begin + int64_t{count - 1 - i} * kGatherTokens; };
+  const auto stage = [&](int i) { return stages + i % Shape::kStages * Shape::kStage; };
+  const auto load_wide = [&](int i) {
+    if (i < count) load_z<kRank>(half, stage(i), tile, first_token(i), end);
+  };
+  const auto load_narrow = [&](int i) {
+    if (i < count) load_q<kRank>(half, stage(i), first_token(i), end);
+    copies_commit();
+  };
+  // A and B are there before P and R are.
+  for (int i = 0; i < Shape::kStages - 1; ++i) load_wide(i);
+  wait_for_launch_before();
+  let_next_launch_start();
+  for (int i = 0; i < Shape::kStages - 1; ++i) load_narrow(i);
+
+  float sum[2][kRank / 8][4] = {};
+  float scale = 1;  // of the sums, float16 only
+  if (args.accumulate != 0)
+    for_sums<kRank>(half, tile, sum, [](const float2* p, float& x, float& y) {
+      const float2 before = __ldcg(p);
+      x = before.x;
+      y = before.y;
+    });
+  const auto rescale = [&](float to) {
+    if (to == scale) return;
+    const float factor = scale / to;
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+#pragma unroll
+      for (int j = 0; j < kRank / 8; ++j)
+#pragma unroll
+        for (int r = 0; r < 4; ++r) sum[i][j][r] *= factor;
+    scale = to;
+  };
+  for (int i = 0; i < count; ++i) {
+    copies_wait<Shape::kStages - 2>();
+    __syncthreads();
+    load_wide(i + Shape::kStages - 1);
+    load_narrow(i + Shape::kStages - 1);
+    if constexpr (kFloat16) rescale(__ldcg(half.scale + first_token(i) / kProjectTokens));
+    gather_step<kFloat16, kRank>(sum, stage(i));
+  }
+  copies_wait<0>();
+  if constexpr (kFloat16) rescale(1);
+  for_sums<kRank>(half, tile, sum, [](float2* p, float x, float y) { *p = make_float2(x, y); });
+}
+
+}  // namespace molegrad::cuda

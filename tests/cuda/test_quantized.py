@@ -1,0 +1,139 @@
+import pytest
+import torch
+
+from molegrad import reference
+from tests.cuda.build import call_op
+from tests.samples import randn
+
+F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+
+
+def rows_of_every_kind(t, n, dtype):
+    x = randn(t, n) * (3 * randn(t, n, seed=1)).exp()
+    if t > 8:
+        x[0], x[1], x[2, 0], x[3] = 0.0, torch.nan, torch.inf, -0.0
+        x[4] *= 1e-41
+        x[5] = 1e6
+        x[5, n // 2], x[6, 0] = torch.nan, -torch.inf
+        x[7] = 448.0
+    return x.to(dtype)
+
+
+def quantize(library, x):
+    data = torch.zeros(x.shape, dtype=torch.uint8)
+    scale = torch.zeros(x.shape[0])
+    library.molegrad_quantize_rows(x.dtype, x, *x.shape, x.stride(0), data, scale)
+    return data.view(torch.float8_e4m3fn), scale
+
+
+def same(data, expected):  # -0 is not 0 here, but one NaN is as good as another
+    bits, nan = expected.view(torch.uint8), expected.float().isnan()
+    return torch.equal(data.float().isnan(), nan) and (data.view(torch.uint8) == bits)[~nan].all()
+
+
+@pytest.mark.parametrize("dtype", [F32, F64, BF16, F16])
+@pytest.mark.parametrize(
+    "t, n", [(1, 1), (11, 3), (9, 64), (12, 257), (3, 2056), (2, 2504), (1, 16640), (1, 16645)]
+)
+def test_float8_rows_bit_for_bit(emulated, t, n, dtype):
+    x = rows_of_every_kind(t, n, dtype)
+    expected_scale = reference.quantize_rows(x)[1]
+    # Numbers beyond the largest, which only a row that is not finite has, are the largest here; in
+    # some versions of torch they are NaN.
+    ratio = x.float() / expected_scale[:, None]
+    expected = ratio.clamp(-448, 448).to(torch.float8_e4m3fn)
+    wide = torch.zeros(t, n + 9, dtype=dtype)
+    apart, shifted = wide[:, :n], wide[:, 1 : n + 1]
+    for view in (x, apart, shifted):
+        view.copy_(x)
+        data, scale = quantize(emulated("quantized"), view)
+        assert torch.equal(scale, expected_scale)
+        assert same(data, expected)
+    if n > 3000:
+        return
+    apart = torch.zeros(t, n // 16 * 16 + 32, dtype=dtype)[:, :n]  # whole packs, rows apart
+    apart.copy_(x)
+    assert same(quantize(emulated("quantized"), apart)[0], expected)
+
+
+def test_float8_rows_round_every_magnitude_as_torch_does(emulated):
+    bits = torch.arange(0, 2**31, 49999, dtype=torch.int64).to(torch.int32)
+    x = bits.view(F32)
+    x = x[x <= 448]
+    x = torch.cat([x, -x, torch.tensor([448.0])])[None]  # the largest is 448: the scale is 1
+    data, scale = quantize(emulated("quantized"), x)
+    assert scale.item() == 1 and same(data, x.to(torch.float8_e4m3fn))
+
+
+@pytest.mark.parametrize("dtype", [F32, F64, BF16, F16])
+@pytest.mark.parametrize("by_column", [False, True])
+@pytest.mark.parametrize(
+    "m, n", [(1, 1), (13, 11), (1, 5), (5, 1), (70, 264), (131, 48), (2, 2504), (1, 16645)]
+)
+def test_int8_sums_bit_for_bit(emulated, m, n, dtype, by_column):
+    x = 5 * randn(m, n, dtype=dtype)
+    scale = randn(1, n).abs() if by_column else randn(m, 1).abs()
+    data = (40 * randn(m, n, seed=3)).clamp(-127, 127).to(torch.int8)
+    if m > 12:
+        x[:, 3], data[:, 3] = 0, 0
+        x[4], data[4] = 0, 0
+        x[5, 5], x[6, 6] = torch.inf, torch.nan
+    expected, expected_scale = data.clone(), scale.clone()
+    reference.add_quantized_(expected, expected_scale, x)
+    for view in (x, torch.zeros(m, n + 9, dtype=dtype)[:, 1 : n + 1]):
+        view.copy_(x)
+        got, got_scale = data.clone(), scale.clone()
+        scratch = torch.full((8 * n,), 255, dtype=torch.uint8)
+        emulated("quantized").molegrad_add_quantized(
+            dtype, view, m, n, view.stride(0), got, got_scale, by_column, scratch
+        )
+        torch.testing.assert_close(got_scale, expected_scale, rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(got, expected)
+
+
+def test_nothing_to_do(emulated):
+    quantize(emulated("quantized"), torch.zeros(0, 5))
+    for by_column in (False, True):
+        for m, n in ((0, 5), (5, 0)):
+            scale = torch.full((max(m, n),), 3.0)
+            emulated("quantized").molegrad_add_quantized(
+                F32, torch.zeros(m, n), m, n, n, torch.zeros(m, n), scale, by_column, None
+            )
+            assert (scale == 3).all()
+
+
+@pytest.mark.parametrize(
+    "x",
+    [randn(5), randn(2, 3, 7), randn(7, 12).mT, randn(4, 3, 8).transpose(0, 1), randn(0, 4)],
+    ids=lambda x: str(tuple(x.shape)),
+)
+@pytest.mark.parametrize("dtype", [F32, BF16, F64])
+def test_the_op_quantize_rows(emulated_op, x, dtype):
+    emulated_op("quantized")
+    x = x.to(dtype)
+    data, scale = call_op("quantize_rows", x)
+    expected, expected_scale = reference.quantize_rows(x)
+    assert data.shape == x.shape and data.is_contiguous() and scale.shape == x.shape[:-1]
+    assert same(data, expected) and torch.equal(scale, expected_scale)
+
+
+@pytest.mark.parametrize("by_column", [False, True])
+def test_the_op_add_quantized(emulated_op, by_column):
+    emulated_op("quantized")
+    x = randn(12, 20)
+    scale = randn(1, 20).abs() if by_column else randn(12, 1).abs()
+    data = (40 * randn(12, 20, seed=3)).to(torch.int8)
+    expected, expected_scale = data.clone(), scale.clone()
+    reference.add_quantized_(expected, expected_scale, x)
+    for values, scales, sums in (
+        (data.clone(), scale.clone(), x),
+        (
+            data.mT.contiguous().mT,
+            scale.repeat(2, 2)[: len(scale), : scale.shape[1]],
+            x.mT.clone().mT,
+        ),
+    ):
+        call_op("add_quantized_", values, scales, sums)
+        assert torch.equal(values, expected) and torch.equal(scales, expected_scale)
+    with pytest.raises(RuntimeError, match="molegrad::add_quantized_: expected data in int8"):
+        call_op("add_quantized_", x, scale, x)

@@ -1,0 +1,25 @@
+import pytest
+import torch
+
+from molegrad import reference
+from tests.cuda.build import call_op
+
+
+@pytest.mark.parametrize("seed", [0, 7, -9, 2**62])
+def test_signs_are_those_of_the_reference(emulated, seed):
+    library = emulated("rademacher")
+    for rows, cols, counter in ((33, 7, 5), (1, 1, 0), (0, 4, 1), (129, 3, -2), (64, 64, 2**40)):
+        step = torch.tensor(counter)
+        out = torch.zeros(rows * cols + 3)
+        library.molegrad_rademacher(step, seed, rows * cols, out)
+        expected = reference.rademacher(rows, cols, step, seed).flatten()
+        assert torch.equal(out, torch.cat([expected, torch.zeros(3)]))
+
+
+def test_the_op(emulated_op):
+    emulated_op("rademacher")
+    step = torch.tensor(3)
+    got = call_op("rademacher", 5, 7, step, 9)
+    assert torch.equal(got, reference.rademacher(5, 7, step, 9))
+    with pytest.raises(RuntimeError, match="molegrad::rademacher: rows and cols must be >= 0"):
+        call_op("rademacher", -1, 7, step, 9)

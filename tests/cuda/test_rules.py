@@ -1,0 +1,118 @@
+"""How a sketch is cut up, which path its products take, what cuBLASLt's algorithms are kept by."""
+
+import pytest
+import torch
+
+from tests.cuda import build
+
+
+@pytest.fixture(scope="module")
+def rules(tmp_path_factory):
+    if build.GPU_LIBRARIES or build.compiler() is None:
+        pytest.skip("plain C++: for the CPU, with a compiler")
+    return build.build(tmp_path_factory.mktemp("rules"), build.HERE / "rules.cu")
+
+
+def test_parts_fill_the_device_once(rules):
+    def parts(tiles, units, slots, overhead=3, most=64):
+        return rules.value("rule_best_parts", tiles, units, overhead, slots, most)
+
+    assert parts(64, 100, 264) == 4  # 256 blocks of 264
+    assert parts(25, 64, 264) == 10
+    assert parts(1000, 64, 132) == 1
+    assert parts(1, 0, 132) == 1 and parts(1, 1, 132) == 1
+    assert parts(1, 1000, 132, most=8) == 8
+    assert parts(1, 6, 132) <= 6
+
+
+def test_chunks_fit_the_cache_and_are_of_one_size(rules):
+    def chunk(tokens, bytes_=12800, l2=50 << 20):
+        return rules.value("rule_chunk_tokens", tokens, bytes_, l2)
+
+    for tokens in (1, 127, 128, 129, 2000, 8192, 100_000):
+        size = chunk(tokens)
+        count = -(-tokens // size)
+        assert size % 128 == 0 and size > 0
+        assert size * 12800 <= (50 << 20) * 0.6
+        assert tokens > (count - 1) * size and count * size - tokens < count * 128
+    assert chunk(8192) == 2048
+    assert chunk(0) == 0
+    assert chunk(1000, 10**9) == 128  # not even one tile fits
+
+
+@pytest.mark.parametrize("shape", [(8192, 1280, 5120), (1, 3, 5), (300, 64, 4000), (129, 5000, 8)])
+@pytest.mark.parametrize("ranks", [(32, 32), (1, 128), (0, 17), (64, 0)])
+@pytest.mark.parametrize("processors", [1, 132])
+def test_a_plan_covers_everything_once(rules, shape, ranks, processors):
+    (t, n, m), (kv, ku) = shape, ranks
+    out = torch.zeros(33, dtype=torch.int64)
+    for chunk in (128, 2048):
+        assert rules.value("rule_plan", t, n, m, kv, ku, chunk, processors, out) == 33
+        rank, tiles, parts, per_part, gather_tiles, splits, per_split, tickets, total = out[:9]
+        in_chunk = tiles * 128
+        assert rank >= max(kv, ku) and (tiles - 1) * 128 < min(t, chunk) <= in_chunk
+        assert (splits - 1) * per_split < in_chunk <= splits * per_split and per_split % 32 == 0
+        columns = 64 if rank <= 32 else 32
+        halves = [h for h in out[9:].view(2, 12).tolist() if h[0] > 0]
+        sizes = [(n, m)] * (kv > 0) + [(m, n)] * (ku > 0)
+        steps = first_tile = 0
+        pieces = [(int(tickets), int(2 * tiles * 4))]
+        for half, (x, z) in zip(halves, sizes, strict=True):
+            k, mine, first, first_part, my_parts, my_tiles, my_first_tile, *offsets = half
+            assert first == steps and my_first_tile == first_tile
+            assert (mine - 1) * columns < x <= mine * columns
+            assert (my_tiles - 1) * 256 < z <= my_tiles * 256
+            assert first_part == first // per_part
+            assert first_part + my_parts == -(-(first + mine) // per_part)
+            steps, first_tile = steps + mine, first_tile + my_tiles
+            row = int(rank) * 4
+            bytes_ = [mine * columns * row, int(in_chunk) * row, int(tiles) * 4]
+            bytes_ += [my_parts * int(in_chunk * rank) * 4 if my_parts > 1 else 0]
+            bytes_ += [int(splits * rank) * z * 4]
+            pieces += list(zip(offsets, bytes_, strict=True))
+        assert gather_tiles == first_tile and (parts - 1) * per_part < steps <= parts * per_part
+        pieces = sorted(piece for piece in pieces if piece[1] > 0)
+        assert all(start % 256 == 0 for start, _ in pieces)
+        ends = [start + size for start, size in pieces]
+        assert all(e <= s for e, (s, _) in zip(ends, pieces[1:], strict=False))
+        assert ends[-1] <= total
+
+
+def test_the_path(rules):
+    auto, own, library, fused = range(4)
+    f32, f64, bf16, f16 = range(4)
+
+    def path(wanted, dtype, rank=32):
+        return rules.value("rule_path", wanted, dtype, rank)
+
+    assert [path(auto, dtype) for dtype in range(4)] == [library, library, own, own]
+    assert path(auto, bf16, 128) == own and path(auto, bf16, 129) == library
+    assert all(path(own, dtype, 200) == own for dtype in range(4))
+    assert [path(library, dtype) for dtype in range(4)] == [library] * 3 + [own]
+    assert [path(fused, dtype) for dtype in range(4)] == [library, library, fused, own]
+    assert [rules.value("rule_parse", i) for i in range(7)] == [0, 0, 0, 1, 2, 3, -1]
+
+
+def test_sums_are_cut_where_tiles_are_few(rules):
+    def parts(rows, cols, depth, processors=132):
+        return rules.value("rule_split_k", rows, cols, depth, processors)
+
+    assert parts(5120, 64, 8192) == 3 and parts(1280, 64, 8192) == 13
+    assert parts(8192, 5120, 8192) == 1 and parts(64, 64, 500) == 1
+    assert parts(64, 64, 10**6) == 32 and parts(0, 64, 64) == 1
+
+
+def test_alignment(rules):
+    addresses = (0, 256, 512 + 128, 48, 6, 7)
+    expected = [256, 256, 128, 16, 2, 1]
+    assert [rules.value("rule_alignment", address) for address in addresses] == expected
+
+
+def test_an_algorithm_is_kept_by_all_it_depends_on(rules):
+    fields = torch.zeros(1, dtype=torch.int64)
+    others = rules.value("rule_other_keys", fields)
+    assert others == fields.item() == 16
+
+
+def test_threads_agree_on_what_is_remembered(rules):
+    assert rules.value("rule_memory", 8, 200) == 200
