@@ -1,7 +1,7 @@
 """Device code and host code of csrc/cuda against another CUDA toolkit than nvcc's, without a GPU.
 
 nvcc of CUDA 12.8 is in no Python package, but NVRTC of 12.8 is, and headers are. MOLEGRAD_CUDA12
-names a folder with those packages (pip install --no-deps --target FOLDER and nvidia-cuda-nvrtc-cu12,
+names a folder with those packages (pip install --no-deps --target FOLDER; nvidia-cuda-nvrtc-cu12,
 nvidia-cuda-runtime-cu12, nvidia-cuda-nvcc-cu12, nvidia-cuda-cccl-cu12, nvidia-cublas-cu12 of 12.8);
 `.ci/run` makes one.
 """
