@@ -50,7 +50,7 @@ case "$PROFILE" in
     tok="--vocab-size=32768"
     base="--depth=12 --max-seq-len=8192 --device-batch-size=1 --total-batch-size=524288"
     base+=" --target-param-data-ratio=8 --matrix-lr=0.02 --eval-every=250 --save-every=250"
-    # Sampling has no CUDA kernels yet: all products, no gradient buffer, inputs in float8.
+    # Sampling has not been measured on a GPU yet: all products, no gradient buffer, inputs in float8.
     estimate="--streaming_preset=exact --streaming_momentum_dtype=bfloat16"
     sft="--num-iterations=400 --eval-every=100"
     evaluation=""
