@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,28 @@ def tokens(
     a = a + 0.5 * randn(t, n, seed=seed + 3, dtype=torch.float64)
     b = b + 0.5 * randn(t, m, seed=seed + 4, dtype=torch.float64)
     return a.to(dtype), b.to(dtype)
+
+
+def error(x: Tensor, truth: Tensor) -> float:
+    """Relative to the truth, in float64."""
+    return ((x.double() - truth).norm() / truth.norm().clamp_min(1e-300)).item()
+
+
+def layouts(
+    m: int, n: int, dtype: torch.dtype = torch.float32
+) -> tuple[list[Tensor], Callable[[], bool]]:
+    """Zeros (m, n) in every layout: plain, transposed, with gaps between rows and between columns;
+    and whether what lies outside of the last two is zero still."""
+    storage = torch.zeros(m + 2, 2 * n + 3, dtype=dtype)
+    outside = torch.ones_like(storage, dtype=torch.bool)
+    outside[1 : m + 1, 1 : 2 * n + 2] = False
+    views = [
+        torch.zeros(m, n, dtype=dtype),
+        torch.zeros(n, m, dtype=dtype).mT,
+        storage[1 : m + 1, 2 : n + 2],
+        storage[1 : m + 1, 1 : 2 * n : 2],
+    ]
+    return views, lambda: bool((storage[outside] == 0).all())
 
 
 def linear_state(m: int, n: int, k: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:

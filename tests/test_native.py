@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from molegrad import _native, ops, reference
-from tests.samples import orthonormal, randn, tokens
+from tests.samples import error, layouts, orthonormal, randn, tokens
 
 MODULE, REASON = _native.load()
 pytestmark = pytest.mark.skipif(MODULE is None, reason=f"native kernels: {REASON}")
@@ -29,10 +29,6 @@ SHAPES = [  # T, n, m, k
     (193, 67, 149, 50),
     (300, 257, 31, 17),
 ]
-
-
-def error(x, truth):
-    return ((x.double() - truth).norm() / truth.norm().clamp_min(1e-300)).item()
 
 
 def assert_as_good_as_torch(x, plain, truth, dtype):
@@ -101,21 +97,14 @@ def test_lowrank_grad(shape, dtype, power_iters):
 def test_lowrank_update(m, n, k, dtype):
     weight, u, w = randn(m, n, dtype=dtype), randn(m, k, seed=1), randn(n, k, seed=2)
     truth = weight.double() * 0.75 + 0.5 * u.double() @ w.double().mT
-    storage = torch.zeros(m + 2, 2 * n + 3, dtype=dtype)
-    for view in (
-        torch.zeros_like(weight),
-        torch.zeros(n, m, dtype=dtype).mT,
-        storage[1 : m + 1, 2 : n + 2],
-        storage[1 : m + 1, 1 : 2 * n : 2],
-    ):
+    views, nothing_outside = layouts(m, n, dtype)
+    for view in views:
         view.copy_(weight)
         ops.lowrank_update_(view, u, w, 0.5, 0.25)
         # Half an ulp of the weight's dtype, and the float32 sum's own rounding.
         bound = torch.finfo(dtype).eps / 2 * truth.abs() + 4e-7 * k * truth.abs().max()
         assert ((view.double() - truth).abs() <= bound).all()
-    used = torch.zeros_like(storage, dtype=torch.bool)
-    used[1 : m + 1, 1 : 2 * n + 2] = True
-    assert (storage[~used] == 0).all()  # nothing outside the view was touched
+    assert nothing_outside()
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16])

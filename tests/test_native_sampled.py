@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from molegrad import _native, checks, ops, reference
-from tests.samples import randn, tokens
+from tests.samples import error, layouts, randn, tokens
 
 MODULE, REASON = _native.load()
 pytestmark = pytest.mark.skipif(MODULE is None, reason=f"native kernels: {REASON}")
@@ -53,10 +53,6 @@ def truth(grad, a, b, a_scale, share, block, alpha=1.0, seed=0):
         out, a.double(), b.double(), scale, STEP, share, block, alpha, seed
     )
     return out, stats
-
-
-def error(x, true):
-    return ((x.double() - true).norm() / true.norm().clamp_min(1e-300)).item()
 
 
 def check(grad, a, b, a_scale, share, block, alpha=1.0, seed=0):
@@ -122,22 +118,14 @@ def test_layouts(n, m):
         (a.view(6, 15, n).transpose(0, 1), b.view(6, 15, m).transpose(0, 1)),
         (a[:1].expand(90, n), b),
     ]
-    storage = torch.zeros(m + 2, 2 * n + 3)
-    grads = [
-        torch.zeros(m, n),
-        torch.zeros(n, m).mT,
-        storage[1 : m + 1, 2 : n + 2],
-        storage[1 : m + 1, 1 : 2 * n : 2],
-    ]
+    grads, nothing_outside = layouts(m, n)
     for x, y in operands:
         for grad in grads:
             grad.copy_(randn(m, n))
             expected = truth(grad, x, y, None, 0.3, 4)[0]
             ops.sampled_grad_(grad, x, y, None, STEP, 0.3, 4)
             assert error(grad, expected) < 1e-6
-    used = torch.zeros_like(storage, dtype=torch.bool)
-    used[1 : m + 1, 1 : 2 * n + 2] = True
-    assert (storage[~used] == 0).all()  # nothing outside the view was touched
+    assert nothing_outside()
 
 
 @pytest.mark.parametrize("n, m", [(50, 24), (24, 50), (31, 31)])

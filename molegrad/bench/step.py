@@ -225,29 +225,29 @@ def _time(config, dense: Method, method: Method, batch, compiled: bool):
     """Seconds by phase of the method's steps and of dense's, and whether they were in turn."""
     reference = Training(config, dense, batch, compiled)
     if method is dense:
-        for _ in range(WARM_UP + config.steps):
-            reference.step()
-        return reference.seconds[WARM_UP:], reference.seconds[WARM_UP:], True
+        seconds = _steps(config, reference)
+        return seconds, seconds, True
     try:
         own = Training(config, method, batch, compiled)
-        for number in range(WARM_UP + config.steps):
-            for training in (reference, own) if number % 2 else (own, reference):
-                training.step()
-        return own.seconds[WARM_UP:], reference.seconds[WARM_UP:], True
+        seconds = _steps(config, own, reference)
+        return seconds, reference.seconds[WARM_UP:], True
     except torch.cuda.OutOfMemoryError:
         own = None
         gc.collect()
         torch.cuda.empty_cache()
     reference.seconds.clear()
-    for _ in range(WARM_UP + config.steps):
-        reference.step()
-    seconds, reference = reference.seconds, None
+    seconds, reference = _steps(config, reference), None
     gc.collect()
     torch.cuda.empty_cache()
-    own = Training(config, method, batch, compiled)
-    for _ in range(WARM_UP + config.steps):
-        own.step()
-    return own.seconds[WARM_UP:], seconds[WARM_UP:], False
+    return _steps(config, Training(config, method, batch, compiled)), seconds, False
+
+
+def _steps(config: StepBenchConfig, *trainings: Training) -> list[dict[str, float]]:
+    """Seconds by phase of the first training's steps, made in turn with the others'."""
+    for number in range(WARM_UP + config.steps):
+        for training in trainings[::-1] if number % 2 else trainings:
+            training.step()
+    return trainings[0].seconds[WARM_UP:]
 
 
 def _row(method: Method, seconds, reference, in_turn: bool, held: dict, dense: dict) -> dict:

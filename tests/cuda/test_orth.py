@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from molegrad import reference
-from tests.samples import orthonormal, randn
+from tests.samples import error, orthonormal, randn
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 SAFE, ILL, DEFICIENT, NON_FINITE = 0, 1, 2, 3
@@ -52,10 +52,6 @@ def orthonormalize(library, y, cond_max=1e3):
 def distance_from_orthonormal(q):
     k = q.shape[-1]
     return (q.double().mT @ q.double() - torch.eye(k, dtype=F64)).norm(dim=(-2, -1)).max().item()
-
-
-def error(x, truth):
-    return ((x.double() - truth).norm() / truth.norm().clamp_min(1e-300)).item()
 
 
 def conditioned(m, k, log_cond, seed=0):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from molegrad import reference
-from tests.samples import orthonormal, randn
+from tests.samples import error, orthonormal, randn
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 
@@ -25,10 +25,6 @@ def polar_factor(emulated, w):
     kernels.molegrad_polar_factor(w, w.dtype, w.stride(-2), count, n, k, p, scratch[start:])
     assert (scratch[start + size :] == 0xFF).all()
     return p
-
-
-def error(x, truth):
-    return ((x.double() - truth).norm() / truth.norm().clamp_min(1e-300)).item()
 
 
 def with_modes(n, k, singular):

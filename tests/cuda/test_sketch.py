@@ -10,7 +10,7 @@ import torch
 
 from molegrad import reference
 from tests.cuda import build
-from tests.samples import orthonormal, randn, tokens
+from tests.samples import error, orthonormal, randn, tokens
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 FACTOR = 4.0
@@ -98,10 +98,6 @@ def chain(a, b, u, v):
 
     wide_a, wide_b = narrow(a), narrow(b)
     return wide_b.mT @ narrow(wide_a @ narrow(v)), wide_a.mT @ narrow(wide_b @ narrow(u))
-
-
-def error(x, true):
-    return ((x.double() - true).norm() / true.norm().clamp_min(1e-300)).item()
 
 
 def angle(x, true):

@@ -15,7 +15,7 @@ from molegrad.bench.grad import has_native
 from molegrad.config import PRESETS
 from molegrad.ops import OPS
 from molegrad.optim import Muon, matrix_param_groups
-from tests.samples import orthonormal, randn, sample_inputs, tokens
+from tests.samples import error, orthonormal, randn, sample_inputs, tokens
 from tests.test_ops import checks_for
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -56,10 +56,6 @@ def each_tensor(values, fn):
 
 def on_gpu(values):
     return each_tensor(values, lambda x: x.to(GPU))
-
-
-def error(x, truth):
-    return ((x.double() - truth).norm() / truth.norm().clamp_min(1e-300)).item()
 
 
 def assert_as_good_as_torch(x, plain, truth, dtype, tokens_summed):
