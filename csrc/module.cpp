@@ -2,15 +2,23 @@
 #include <pybind11/pybind11.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
+#include <cstdlib>
+#include <optional>
+#include <stdexcept>
+#include <string>
+
 #include "cpu/kernels.h"
 #include "cuda/paths.h"
 #ifdef MOLEGRAD_WITH_CUDA
 #include "cuda/info.h"
+#include "cuda/ops_products.h"
 #endif
 
 namespace py = pybind11;
 
 namespace {
+
+constexpr const char* kCpuOnly = "this build has the CPU ops only";
 
 py::dict path_dict(const molegrad::cuda::Path& path) {
   py::dict entry;
@@ -26,7 +34,38 @@ py::dict cuda_paths(int capability, int cublaslt) {
   return paths;
 }
 
+// The path that a sketch of A and B takes now, by the name of their dtype.
+std::string sketch_path(const std::string& dtype, int64_t rank) {
+  const int code = molegrad::cuda::sketch_dtype(dtype);
+  if (code < 0)
+    throw std::invalid_argument("dtype must be float32, float64, bfloat16 or float16, got " +
+                                dtype);
 #ifdef MOLEGRAD_WITH_CUDA
+  const int path = molegrad_sketch_path(code, rank);
+  return molegrad::cuda::path_name(static_cast<molegrad::cuda::SketchPath>(path));
+#else
+  static_cast<void>(rank);
+  throw std::runtime_error(kCpuOnly);
+#endif
+}
+
+#ifdef MOLEGRAD_WITH_CUDA
+// What MOLEGRAD_SKETCH_PATH asks for, and the path of every dtype at the ranks of one pass.
+py::dict sketch_paths(bool found) {
+  using namespace molegrad::cuda;
+  const char* text = std::getenv("MOLEGRAD_SKETCH_PATH");
+  const std::optional<SketchPath> wanted = parse_sketch_path(text);
+  if (!wanted.has_value())
+    return path_dict({false, std::string("MOLEGRAD_SKETCH_PATH must be auto, own, cublaslt or "
+                                         "fused, got ") +
+                                 text});
+  py::dict entry = path_dict(
+      {found, found ? "by dtype, up to rank " + std::to_string(kRankMax) : "no CUDA device"});
+  entry["wanted"] = path_name(*wanted);
+  for (const char* dtype : kSketchDtypes) entry[dtype] = sketch_path(dtype, kRankMax);
+  return entry;
+}
+
 void add_cuda(py::dict& info) {
   MolegradCudaInfo cuda;
   molegrad_cuda_info(0, &cuda);
@@ -47,15 +86,18 @@ void add_cuda(py::dict& info) {
   info["cuda"] = true;
   info["cuda_built"] = built;
   info["cuda_found"] = found;
-  info["paths"] =
-      cuda_paths(cuda.device_count > 0 ? 10 * cuda.major + cuda.minor : 0, cuda.cublaslt);
+  const bool found = cuda.device_count > 0;
+  py::dict paths = cuda_paths(found ? 10 * cuda.major + cuda.minor : 0, cuda.cublaslt);
+  paths["sketch"] = sketch_paths(found);
+  info["paths"] = paths;
 }
 #else
 void add_cuda(py::dict& info) {
-  const molegrad::cuda::Path none = {false, "this build has the CPU ops only"};
+  const molegrad::cuda::Path none = {false, kCpuOnly};
   py::dict paths;
   paths["fp8"] = path_dict(none);
   paths["grouped"] = path_dict(none);
+  paths["sketch"] = path_dict(none);
   info["cuda"] = false;
   info["paths"] = paths;
 }
@@ -81,4 +123,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_paths", &cuda_paths, py::arg("capability"), py::arg("cublaslt"),
         "FP8 and grouped products for a compute capability (89, 90, 120, ...; 0 for none) and a "
         "cublasLtGetVersion().");
+  m.def("sketch_path", &sketch_path, py::arg("dtype"), py::arg("rank"),
+        "The path (own, cublaslt or fused) that a sketch on a GPU takes now, for the name of its "
+        "operands' dtype and bases of up to `rank` columns; RuntimeError in a build without CUDA.");
+  m.def("fused_fits", &molegrad::cuda::fused_fits, py::arg("tokens"), py::arg("n"), py::arg("m"),
+        py::arg("rank"), py::arg("multiprocessors"), py::arg("shared_memory"),
+        "Whether the fused path has room for a sketch of bfloat16 operands on a GPU with so many "
+        "multiprocessors of so many bytes of shared memory; where not, it takes the path own.");
 }

@@ -29,6 +29,7 @@ from molegrad.reference import acc_dtype
 # Parameters that a layer works with and that are in no state_dict of the model.
 WORKING_PARAMETERS = ("basis_u", "basis_v", "momentum", "momentum_scale")
 _WORKING_STATE = (*WORKING_PARAMETERS, "counter", "stats")
+_DRAW = 2_654_435_761  # between the seeds of two draws of a basis; far from those of other streams
 
 
 def int8_scale(m: int, n: int, device=None) -> Tensor:
@@ -137,14 +138,18 @@ class MoleLinear(nn.Linear):
         return self.basis_v.requires_grad if factored else self.weight.requires_grad
 
     @torch.no_grad()
-    def reset_bases(self) -> None:
-        """Draw both bases anew from the seed, as a fresh layer has them."""
+    def reset_bases(self, draw: int = 0) -> None:
+        """Draw both bases anew from the seed: 0 as a fresh layer has them, another number others.
+
+        In factored mode an optimizer's state is expressed in the old ones and has to go with them:
+        `molegrad.monitor.reset_layer` does both.
+        """
         k = self.rank
         for stream, basis in enumerate((self.basis_u, self.basis_v)):
             if basis.is_meta or basis.shape[1] == 0:
                 continue
             rows, width = basis.shape
-            seed = self.basis_seed(stream)
+            seed = (self.basis_seed(stream) + _DRAW * draw) % 2**62
             options = {"device": basis.device, "dtype": basis.dtype}
             basis[:, :k] = bases.initial_basis(rows, k, seed, **options)
             if width > k:
@@ -178,6 +183,24 @@ class MoleLinear(nn.Linear):
             )
         self.basis_u = basis_u.to(self.basis_u.device, self.basis_u.dtype)
         self.basis_v = basis_v.to(self.basis_v.device, self.basis_v.dtype)
+
+    def metrics(self) -> dict[str, float]:
+        """energy_capture, trust_factor, condition_number, subspace_drift and memory_saved_mb of the
+        last step; nan where it is not known. Waits for the device.
+
+        Defined in `molegrad.monitor.LayerMetrics`, which reads many layers at once and has more. In
+        factored mode an optimizer of `molegrad.optim` measures: nan before its first step.
+        """
+        from molegrad.monitor.metrics import LayerMetrics  # which imports this module
+
+        values = LayerMetrics(self).read()[""]
+        return {
+            name: values[name]
+            for name in (
+                "energy_capture", "trust_factor", "condition_number", "subspace_drift",
+                "memory_saved_mb",
+            )
+        }  # fmt: skip
 
     def forward(self, input: Tensor) -> Tensor:
         if not (torch.is_grad_enabled() and self.trains):

@@ -21,8 +21,9 @@ namespace {
 
 constexpr const char* kPathVariable = "MOLEGRAD_SKETCH_PATH";
 
+// Read at every call, so that a benchmark can time one path after the other.
 SketchPath wanted_path() {
-  static const std::optional<SketchPath> wanted = parse_sketch_path(std::getenv(kPathVariable));
+  const std::optional<SketchPath> wanted = parse_sketch_path(std::getenv(kPathVariable));
   require(wanted.has_value(), "sketch", kPathVariable,
           " must be auto, own, cublaslt or fused, got ", std::getenv(kPathVariable));
   return *wanted;

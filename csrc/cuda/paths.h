@@ -1,8 +1,12 @@
-// Which CUDA paths a GPU and a cuBLASLt version allow. Separate from info.cu so that the rules are
-// compiled, exposed as molegrad._C.cuda_paths and tested where there is no GPU.
+// Which CUDA paths a GPU and a cuBLASLt version allow, and which a sketch takes. Separate from
+// info.cu so that the rules are compiled, exposed by molegrad._C and tested where there is no GPU.
 #pragma once
 
+#include <cstdint>
 #include <string>
+
+#include "product_paths.h"
+#include "sketch_plan.h"
 
 namespace molegrad::cuda {
 
@@ -30,6 +34,41 @@ inline Path grouped_path(int capability, int cublaslt) {
   if (cublaslt < needed)
     return {false, std::string("needs cuBLASLt ") + (hopper ? "13.4" : "13.2") + " or newer"};
   return {true, "cuBLASLt grouped layouts"};
+}
+
+// The dtypes that a sketch takes, each at the place of its DType code.
+constexpr const char* kSketchDtypes[] = {"float32", "float64", "bfloat16", "float16"};
+
+// The DType code; -1 where a sketch does not take the dtype.
+inline int sketch_dtype(const std::string& name) {
+  int code = 0;
+  for (const char* known : kSketchDtypes) {
+    if (name == known) return code;
+    ++code;
+  }
+  return -1;
+}
+
+inline const char* path_name(SketchPath path) {
+  switch (path) {
+    case SketchPath::kOwn:
+      return "own";
+    case SketchPath::kCublasLt:
+      return "cublaslt";
+    case SketchPath::kFused:
+      return "fused";
+    default:
+      return "auto";
+  }
+}
+
+// Whether one launch computes the sketch of dense bfloat16 A (tokens, n) and B (tokens, m); where
+// not, MOLEGRAD_SKETCH_PATH=fused runs the kernels of "own". `shared_memory` is a multiprocessor's.
+inline bool fused_fits(int64_t tokens, int64_t n, int64_t m, int64_t rank, int multiprocessors,
+                       int64_t shared_memory) {
+  const bool aligned = n % 8 == 0 && m % 8 == 0;
+  return aligned &&
+         plan_fused(tokens, n, m, rank, rank, kPieces, multiprocessors, shared_memory).size > 0;
 }
 
 }  // namespace molegrad::cuda

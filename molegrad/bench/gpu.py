@@ -18,11 +18,15 @@ import torch
 
 from molegrad import build_info
 from molegrad.bench import grad, step
+from molegrad.bench import targets as targets_of
+from molegrad.bench.table import table
 from molegrad.gpt import flags
 from molegrad.gpt.flags import flag
 from molegrad.gpt.hardware import device_name
 
 BENCHMARKS = ("grad", "step")
+# Of a part, by its exit status: `timeout` ends with 124, or 137 where it had to kill.
+STATUS = {0: "passed", None: "not run", 124: "out of time", 137: "out of time"}
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,8 @@ def machine() -> dict:
 
 
 def collect(folder: Path) -> dict:
-    """All results of a folder: "machine", "parts", and "grad" and "step", None where missing.
+    """All results of a folder: "machine", "parts", "targets", and "grad" and "step", None where
+    missing.
 
     Raises:
         FileNotFoundError: the folder holds no results.
@@ -68,10 +73,12 @@ def collect(folder: Path) -> dict:
         said = log.read_text(errors="replace").strip().splitlines() if log.is_file() else []
         last = said[-1][:200] if said and not said[-1].startswith("{") else ""
         parts.append({"name": name, "status": known, "seconds": int(seconds), "said": last})
+    measured = {name: _last_json(folder / f"{name}.log") for name in BENCHMARKS}
     return {
         "machine": machine(),
         "parts": parts,
-        **{name: _last_json(folder / f"{name}.log") for name in BENCHMARKS},
+        "targets": targets_of.targets(**measured),
+        **measured,
     }
 
 
@@ -85,31 +92,67 @@ def _last_json(log: Path) -> dict | None:
 
 def markdown(results: dict) -> str:
     """The report as Markdown."""
-    m = results["machine"]
     lines = [
-        f"# {m['gpu'] or 'No GPU'}",
-        "",
-        f"Driver {m['driver'] or 'unknown'}, torch {m['torch']}, CUDA {m['cuda']}. "
-        "Reproduce: `bash scripts/gpu_check.sh`.",
+        *_machine_lines(results["machine"]),
         "",
         "| part | result | seconds | last line |",
         "|---|---|---|---|",
     ]
     for part in results["parts"]:
-        status = {0: "passed", None: "not run"}.get(part["status"], f"failed ({part['status']})")
-        lines.append(f"| {part['name']} | {status} | {part['seconds']} | {part['said']} |")
-    lines += ["", "## Ops", ""]
+        status = STATUS.get(part["status"], f"failed ({part['status']})")
+        said = part["said"].replace("|", "\\|")
+        lines.append(f"| {part['name']} | {status} | {part['seconds']} | {said} |")
+    lines += ["", "## Targets", "", targets_of.shown(results["targets"]), "", "## Ops", ""]
     if results["grad"] is None:
         lines.append("Not measured.")
     else:
-        for name in ("gradients", "sampled", "layers", "small"):
-            lines += [grad.table(results["grad"][name], markdown=True), ""]
+        lines += [_bandwidth_line(results["grad"]), ""]
+        for name in grad.TABLES:
+            lines += [table(results["grad"][name], markdown=True) or f"{name}: no rows", ""]
     lines += ["## Training steps", ""]
     if results["step"] is None:
         lines.append("Not measured.")
     else:
         lines.append(step.shown(results["step"]["rows"], markdown=True))
     return "\n".join(lines) + "\n"
+
+
+def _machine_lines(machine: dict) -> list[str]:
+    """What ran: the GPU, its driver, and the versions."""
+    info = machine["build_info"]
+    built, found = info.get("cuda_built", {}), info.get("cuda_found", {})
+    extension = (
+        f"built with CUDA {_version(built.get('toolkit'))} for {built['architectures']}, "
+        f"cuBLASLt {found.get('cublaslt') or 'unknown'}"
+        if built
+        else info.get("reason", "built with the CPU ops only")
+    )
+    lines = [
+        f"# {machine['gpu'] or 'No GPU'}",
+        "",
+        f"Driver {machine['driver'] or 'unknown'}, torch {machine['torch']}, CUDA "
+        f"{machine['cuda']}; native extension: {extension}. "
+        "Reproduce: `bash scripts/gpu_check.sh`.",
+    ]
+    for name, path in info.get("paths", {}).items():
+        taken = ", ".join(f"{k} {v}" for k, v in path.items() if k not in ("supported", "reason"))
+        supported = "yes" if path["supported"] else "no"
+        lines.append(f"- {name}: {supported}, {path['reason']}{': ' * bool(taken)}{taken}")
+    return lines
+
+
+def _version(number: int | None) -> str:
+    """CUDART_VERSION as people write it: 13000 is 13.0."""
+    return f"{number // 1000}.{number % 1000 // 10}" if number else "unknown"
+
+
+def _bandwidth_line(measured: dict) -> str:
+    rate, config = measured["bandwidth"], measured["config"]
+    return (
+        f"{measured['device']}, {config['dtype']}. Memory: {rate['read'] / 1e9:.0f} GB/s read by a "
+        f"sum, {rate['copy'] / 1e9:.0f} GB/s copied (read and written); the larger is the floor "
+        "under every pass over A and B."
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

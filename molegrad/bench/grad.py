@@ -2,36 +2,43 @@
 
     python -m scripts.bench_grad --device=cpu --json
     python -m scripts.bench_grad --shapes=256x1024 --tokens=512,2048 --ranks=8,16 --markdown
+    python -m scripts.bench_grad --device=cuda --seconds=20 --json
 
 For every in×out shape, token count and rank: the dense gradient BᵀA by torch.mm, and the sketch
-(tangent) and the power estimate, each in plain torch (molegrad/reference.py) and native. The
-variants are timed in interleaved rounds, so that another program's load falls on all of them, and
-ratios are medians of the rounds' own ratios. The sampled product is timed by share and block on
-operands as relu² makes them, four fifths of the wider one zero, against torch's product added to a
-gradient. Then forward and backward pass of whole layers, which share the two dense products that
-estimated gradients leave as they are, and the small ops, reference against native.
+(tangent) and the power estimate, in plain torch (molegrad/reference.py), native, on a GPU by every
+path that can be forced, and on float8 operands (molegrad/bench/paths.py). The variants are timed in
+interleaved rounds (molegrad/bench/timing.py), and ratios are medians of the rounds' own ratios.
+Then the new bases of all layers of a GPT, the small ops, reference against native, and forward and
+backward pass of whole layers, which share the two dense products that estimated gradients leave as
+they are. Last the sampled product by share and block, on operands as relu² makes them, four fifths
+of the wider one zero, against torch's product added to a gradient.
 
-Columns: µs at the 20th, 50th and 80th percentile; GFLOP/s of the multiplications the formula needs;
-GB/s of A and B read as often as it must (dense and sketch once, power twice); the ratio to dense;
-and that ratio as a share of the arithmetic limit mn / (2k (m + n)), which a kernel exceeds where
-its rate is higher than the library's dense one. Native is left out where it is not built.
+Columns: µs at the 20th, 50th and 80th percentile; on a GPU the µs the host takes to launch it;
+GFLOP/s or TFLOP/s of the multiplications the formula needs; GB/s of A and B read as often as it
+must (dense and sketch once, power twice); the ratio to dense; that ratio as a share of the
+arithmetic limit mn / (2k (m + n)), which a kernel exceeds where its rate is higher than the
+library's dense one; "of floor", how much of the time those reads alone would take at the memory's
+bandwidth, which is measured in the same run; the ratio to the reference. What has not been measured
+has a note that says why.
 """
 
 from __future__ import annotations
 
 import json
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
-from molegrad import MoleGradConfig, MoleLinear, build_info, ops, reference
-from molegrad.config import PRESETS
+from molegrad import build_info, ops, reference
+from molegrad.bench.layers import bench_bases, bench_layers, bench_sampled, row_of
+from molegrad.bench.paths import FORCED, FP8, Problem, has_native
+from molegrad.bench.products import basis, bench_gradients
+from molegrad.bench.table import table
+from molegrad.bench.timing import bandwidth, measure_cells, time_interleaved
 from molegrad.gpt import flags
 from molegrad.gpt.flags import flag
+from molegrad.gpt.hardware import device_name
 
 SMALL_OPS = (
     "orthonormalize",
@@ -44,9 +51,15 @@ SMALL_OPS = (
     "add_quantized_",
 )
 MANY = 12  # weights that `lowrank_update_many_` takes at once
-SHARES, BLOCKS = (0.25, 0.125), (1, 2, 4, 16)
-ZEROS = 0.8  # of the wider operand, as relu² has them
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
+DEFAULTS = {
+    "cpu": {"shapes": "768x3072,1280x5120", "tokens": "8192", "ranks": "32,128",
+            "dtype": "float32", "repeats": 11},
+    "cuda": {"shapes": "768x3072,1280x5120,4096x14336", "tokens": "2048,8192,32768",
+             "ranks": "32,64,128", "dtype": "bfloat16", "repeats": 31},
+}  # fmt: skip
+GROUPS = (*FORCED, "fp8")  # of `GradBenchConfig.paths`
+TABLES = ("gradients", "bases", "small", "layers", "sampled")
 
 
 @dataclass(frozen=True)
@@ -58,16 +71,30 @@ class GradBenchConfig:
     """
 
     device: str = flag("cpu", "cpu or cuda")
-    shapes: str = flag("768x3072,1280x5120", "in_features x out_features, comma separated")
-    tokens: str = flag("8192", "token counts, comma separated")
-    ranks: str = flag("32,128", "ranks, comma separated")
-    dtype: str = flag("float32", f"of A and B: {', '.join(DTYPES)}")
+    shapes: str = flag("auto", "in_features x out_features, comma separated; auto: the device's")
+    tokens: str = flag("auto", "token counts, comma separated; auto: the device's")
+    ranks: str = flag("auto", "ranks, comma separated; auto: the device's")
+    dtype: str = flag("auto", f"of A and B: {', '.join(DTYPES)}; auto: bfloat16 on a GPU, float32")
+    paths: str = flag(
+        "all", f"forced ways to compute, comma separated: {', '.join(GROUPS)}; or all"
+    )
+    depth: int = flag(12, "blocks of the GPT whose layers' bases are renewed; 0 leaves that out")
     threads: int = flag(0, "CPU threads; 0 leaves torch's own number")
-    repeats: int = flag(11, "interleaved rounds")
+    repeats: int = flag(0, "interleaved rounds; 0 is 31 on a GPU, 11 elsewhere")
+    seconds: float = flag(0.0, "for each table, shared among its shapes; 0 is no limit")
     json: bool = flag(False, "print one JSON object as the last line")
     markdown: bool = flag(False, "print the tables as Markdown")
 
     def __post_init__(self) -> None:
+        defaults = DEFAULTS["cuda" if self.device.startswith("cuda") else "cpu"]
+        for name, value in defaults.items():
+            if getattr(self, name) in ("auto", 0):
+                object.__setattr__(self, name, value)
+        unknown = set(self.path_list) - set(GROUPS)
+        if unknown:
+            raise ValueError(f"paths={self.paths} should be of {', '.join(GROUPS)}, or all")
+        if self.depth < 0 or self.seconds < 0:
+            raise ValueError(f"depth={self.depth} and seconds={self.seconds} must not be negative")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype={self.dtype} is not one of {', '.join(DTYPES)}")
         if self.repeats < 1 or self.threads < 0:
@@ -90,6 +117,16 @@ class GradBenchConfig:
             raise ValueError(f"shapes={self.shapes} should look like 768x3072,1280x5120") from None
 
     @property
+    def path_list(self) -> list[str]:
+        return list(GROUPS) if self.paths == "all" else self.paths.split(",")
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """The ways of `molegrad.bench.paths` that are not to be timed."""
+        fp8 = () if "fp8" in self.path_list else FP8
+        return (*(path for path in FORCED if path not in self.path_list), *fp8)
+
+    @property
     def token_list(self) -> list[int]:
         return _integers("tokens", self.tokens)
 
@@ -105,170 +142,11 @@ def _integers(name: str, text: str) -> list[int]:
         raise ValueError(f"{name}={text} should be integers separated by commas") from None
 
 
-def has_native(name: str, device: torch.device) -> bool:
-    """Whether `torch.ops.molegrad.<name>` has a native kernel on the device."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"molegrad::{name}", device.type.upper())
-
-
-def time_interleaved(
-    variants: dict[str, Callable], repeats: int, device: torch.device
-) -> dict[str, list[float]]:
-    """Seconds of every variant in every round, one round after the other; warmed up once."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    seconds = {name: [] for name in variants}
-    for round_number in range(-1, repeats):
-        for name, run in variants.items():
-            wait()
-            start = time.perf_counter()
-            run()
-            wait()
-            if round_number >= 0:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def percentiles(seconds: list[float]) -> dict[str, float]:
-    """Microseconds at the 20th, 50th and 80th percentile."""
-    points = torch.tensor(seconds, dtype=torch.float64).quantile(
-        torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
-    )
-    return {f"us_p{p}": x * 1e6 for p, x in zip((20, 50, 80), points.tolist(), strict=True)}
-
-
-def median_ratio(slow: list[float], fast: list[float]) -> float:
-    """Median over the rounds of slow / fast: how many times faster `fast` is."""
-    return statistics.median(s / f for s, f in zip(slow, fast, strict=True))
-
-
-def _basis(rows: int, k: int, device: torch.device) -> torch.Tensor:
-    return torch.linalg.qr(torch.randn(rows, k, device=device))[0]
-
-
-def bench_gradients(
-    n: int, m: int, tokens: int, k: int, dtype: torch.dtype, device: torch.device, repeats: int
+def bench_small(
+    n: int, m: int, k: int, device: torch.device, repeats: int, limit: float
 ) -> list[dict]:
-    """One row per variant for one shape."""
-    a = torch.randn(tokens, n, device=device).to(dtype)
-    b = torch.randn(tokens, m, device=device).to(dtype)
-    u, v = _basis(m, k, device), _basis(n, k, device)
-    variants = {
-        ("dense", "torch.mm"): lambda: b.mT @ a,
-        ("sketch", "reference"): lambda: reference.sketch(a, b, u, v),
-        ("power", "reference"): lambda: reference.lowrank_grad(a, b, v),
-    }
-    if has_native("sketch", device):
-        acc = reference.acc_dtype(dtype)
-        sums = [torch.zeros(rows, k, device=device, dtype=acc) for rows in (m, n)]
-        variants["sketch", "native"] = lambda: ops.sketch(a, b, u, v)
-        variants["sketch_accumulate_", "native"] = lambda: ops.sketch_accumulate_(*sums, a, b, u, v)
-        variants["power", "native"] = lambda: ops.lowrank_grad(a, b, v)
-    seconds = time_interleaved(variants, repeats, device)
-
-    limit = n * m / (2 * k * (n + m))
-    rows = []
-    for (estimate, how), times in seconds.items():
-        dense = estimate == "dense"
-        flop = 2 * tokens * n * m if dense else 4 * tokens * k * (n + m)
-        passes = 2 if estimate == "power" else 1
-        moved = passes * tokens * (n + m) * a.element_size()
-        if dense:
-            moved += n * m * a.element_size()
-        row = {"n": n, "m": m, "tokens": tokens, "k": k, "op": estimate, "how": how}
-        row |= percentiles(times)
-        row["gflops"] = flop / row["us_p50"] / 1e3
-        row["gbytes"] = moved / row["us_p50"] / 1e3
-        row["vs_dense"] = median_ratio(seconds["dense", "torch.mm"], times)
-        row["of_limit"] = None if dense else row["vs_dense"] / limit
-        row["vs_reference"] = (
-            median_ratio(seconds[estimate.split("_")[0], "reference"], times)
-            if how == "native"
-            else None
-        )
-        rows.append(row)
-    return rows
-
-
-def bench_sampled(
-    n: int, m: int, tokens: int, dtype: torch.dtype, device: torch.device, repeats: int
-) -> list[dict]:
-    """`sampled_grad_` by share and block, against `torch.addmm` to the same gradient."""
-    a = torch.randn(tokens, n, device=device).to(dtype)
-    b = _with_zeros(tokens, m, dtype, device)
-    if n > m:
-        a, b = (
-            _with_zeros(tokens, n, dtype, device),
-            torch.randn(tokens, m, device=device).to(dtype),
-        )
-    grad, step = torch.zeros(m, n, device=device, dtype=dtype), torch.tensor(0, device=device)
-    variants: dict[tuple, Callable] = {(1.0, 0, "torch.addmm_"): lambda: grad.addmm_(b.mT, a)}
-    kernels = {"reference": reference.sampled_grad_}
-    if has_native("sampled_grad_", device):
-        kernels["native"] = ops.sampled_grad_
-    for how, kernel in kernels.items():
-        for share in SHARES:
-            for block in BLOCKS:
-                variants[share, block, how] = lambda f=kernel, s=share, k=block: f(
-                    grad, a, b, None, step, s, k
-                )
-    seconds = time_interleaved(variants, repeats, device)
-    rows = []
-    for (share, block, how), times in seconds.items():
-        row = {"n": n, "m": m, "tokens": tokens, "op": "sampled_grad_", "how": how}
-        row |= {"share": share, "block": block} | percentiles(times)
-        row["vs_dense"] = median_ratio(seconds[1.0, 0, "torch.addmm_"], times)
-        if how == "native":
-            row["vs_reference"] = median_ratio(seconds[share, block, "reference"], times)
-        rows.append(row)
-    return rows
-
-
-def _with_zeros(tokens: int, features: int, dtype: torch.dtype, device: torch.device):
-    x = torch.randn(tokens, features, device=device)
-    return (x * (torch.rand_like(x) >= ZEROS)).to(dtype)
-
-
-def bench_layers(
-    n: int, m: int, tokens: int, k: int, dtype: torch.dtype, device: torch.device, repeats: int
-) -> list[dict]:
-    """Forward and backward pass of whole layers, the gradient of their input included."""
-    if 2 * k > min(n, m):
-        return []
-    x = torch.randn(tokens, n, device=device).to(dtype).requires_grad_()
-    grad = _with_zeros(tokens, m, dtype, device)
-    layers: dict[tuple[str, str], nn.Module] = {
-        ("nn.Linear", ""): nn.Linear(n, m, bias=False, device=device, dtype=dtype)
-    }
-    configs = {
-        (f"linear_{mode}", method): MoleGradConfig(rank_k=k, method=method, gradient_mode=mode)
-        for mode in ("dense", "factored")
-        for method in ("power", "tangent")
-    }
-    configs |= {("preset", name): MoleGradConfig.preset(name) for name in PRESETS}
-    for name, config in configs.items():
-        layers[name] = MoleLinear(n, m, bias=False, device=device, dtype=dtype, config=config)
-
-    def run(layer: nn.Module) -> Callable[[], None]:
-        def pass_through() -> None:
-            x.grad = None
-            layer.zero_grad(set_to_none=True)
-            with torch.enable_grad():
-                layer(x).backward(grad)
-
-        return pass_through
-
-    runs = {name: run(layer) for name, layer in layers.items()}
-    seconds = time_interleaved(runs, repeats, device)
-    return [
-        {"n": n, "m": m, "tokens": tokens, "k": k, "op": op, "how": how}
-        | percentiles(times)
-        | {"vs_dense": median_ratio(seconds["nn.Linear", ""], times)}
-        for (op, how), times in seconds.items()
-    ]
-
-
-def bench_small(n: int, m: int, k: int, device: torch.device, repeats: int) -> list[dict]:
     """The ops on factors, reference against native; float32."""
-    u, v = _basis(m, k, device), _basis(n, k, device)
+    u, v = basis(m, k, device), basis(n, k, device)
     y, w = torch.randn(m, k, device=device), torch.randn(n, k, device=device)
     weight = torch.randn(m, n, device=device)
     arguments = {
@@ -298,20 +176,23 @@ def bench_small(n: int, m: int, k: int, device: torch.device, repeats: int) -> l
         if has_native(name, device):
             variants["native"] = getattr(ops, name)
         runs = {how: lambda f=f, x=arguments[name]: f(*x) for how, f in variants.items()}
-        seconds = time_interleaved(runs, repeats, device)
-        for how, times in seconds.items():
-            row = {"n": n, "m": m, "k": k, "op": name, "how": how} | percentiles(times)
-            row["vs_reference"] = (
-                median_ratio(seconds["reference"], times) if how == "native" else None
-            )
-            rows.append(row)
+        timed = time_interleaved(runs, repeats, device, limit / len(SMALL_OPS))
+        for how in variants:
+            row = {"n": n, "m": m, "k": k, "op": name, "how": how}
+            rows.append(row_of(timed, how, row, plain="reference" if how == "native" else None))
+        if "native" not in variants:
+            row = {"n": n, "m": m, "k": k, "op": name, "how": "native"}
+            rows.append(row | {"note": "not built"})
     return rows
 
 
 @torch.no_grad()
-def bench(config: GradBenchConfig) -> dict:
-    """Every measurement of a configuration: "gradients", "sampled", "layers", "small", and on what
-    machine."""
+def bench(config: GradBenchConfig, show: Callable[[str, list[dict]], None] | None = None) -> dict:
+    """Every measurement of a configuration: a list of rows for each of TABLES, and on what machine.
+
+    Args:
+        show: called with the name and the rows of each table as soon as it is finished.
+    """
     device = torch.device(config.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("device=cuda, but torch finds no CUDA device; use --device=cpu")
@@ -319,39 +200,16 @@ def bench(config: GradBenchConfig) -> dict:
     torch.set_num_threads(config.threads or threads)
     try:
         torch.manual_seed(0)
-        gradients = [
-            row
-            for n, m in config.shape_list
-            for tokens in config.token_list
-            for k in config.rank_list
-            for row in bench_gradients(
-                n, m, tokens, k, DTYPES[config.dtype], device, config.repeats
-            )
-        ]
-        sampled = [
-            row
-            for n, m in config.shape_list
-            for tokens in config.token_list
-            for row in bench_sampled(n, m, tokens, DTYPES[config.dtype], device, config.repeats)
-        ]
-        layers = [
-            row
-            for n, m in config.shape_list
-            for tokens in config.token_list
-            for k in config.rank_list
-            for row in bench_layers(n, m, tokens, k, DTYPES[config.dtype], device, config.repeats)
-        ]
-        small = [
-            row
-            for n, m in config.shape_list
-            for k in config.rank_list
-            for row in bench_small(n, m, k, device, config.repeats)
-        ]
+        rate = bandwidth(device)
+        rows = {}
+        for name, (cells, measure) in _tables(config, device, rate["best"]).items():
+            rows[name] = measure_cells(cells, measure, config.seconds, device)
+            if show is not None:
+                show(name, rows[name])
         return {
-            "gradients": gradients,
-            "sampled": sampled,
-            "layers": layers,
-            "small": small,
+            **rows,
+            "device": device_name(device),
+            "bandwidth": rate,
             "config": flags.resolved(config),
             "threads": torch.get_num_threads(),
             "native": has_native("sketch", device),
@@ -361,55 +219,67 @@ def bench(config: GradBenchConfig) -> dict:
         torch.set_num_threads(threads)
 
 
-_COLUMNS = {  # heading: (key, format)
-    "in": ("n", "d"), "out": ("m", "d"), "tokens": ("tokens", "d"), "k": ("k", "d"),
-    "share": ("share", "g"), "block": ("block", "d"),
-    "op": ("op", "s"), "how": ("how", "s"),
-    "µs p20": ("us_p20", ".0f"), "p50": ("us_p50", ".0f"), "p80": ("us_p80", ".0f"),
-    "GFLOP/s": ("gflops", ".0f"), "GB/s": ("gbytes", ".1f"),
-    "vs dense": ("vs_dense", ".2f"), "of limit": ("of_limit", ".0%"),
-    "vs reference": ("vs_reference", ".2f"),
-}  # fmt: skip
+def _tables(config: GradBenchConfig, device: torch.device, rate: float) -> dict[str, tuple]:
+    """Of every table: its cells, and what makes the rows of one of them."""
+    dtype, repeats = DTYPES[config.dtype], config.repeats
+    shapes = [{"n": n, "m": m} for n, m in config.shape_list]
+    operands = [shape | {"tokens": tokens} for shape in shapes for tokens in config.token_list]
+    ranks = [{"k": k} for k in config.rank_list]
 
+    def gradients(cell: dict, limit: float) -> list[dict]:
+        problem = Problem(**cell, dtype=dtype, device=device)
+        return bench_gradients(problem, repeats, limit, rate, config.left_out)
 
-def table(rows: list[dict], markdown: bool = False, columns: dict | None = None) -> str:
-    """The rows as aligned text or as Markdown; columns that no row has are left out.
+    def bases(cell: dict, limit: float) -> list[dict]:
+        return bench_bases(cell["depth"], cell["k"], device, repeats, limit)
 
-    Args:
-        columns: heading -> (key of a row, format); by default those of this benchmark.
-    """
-    columns = columns or _COLUMNS
-    columns = {h: c for h, c in columns.items() if any(c[0] in row for row in rows)}
-    lines = [list(columns)]
-    for row in rows:
-        values = ((row.get(key), spec) for key, spec in columns.values())
-        lines.append(["" if x is None else format(x, spec) for x, spec in values])
-    if markdown:
-        lines.insert(1, ["---"] * len(columns))
-        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(x.rjust(w) for x, w in zip(line, widths, strict=True)) for line in lines
-    )
+    def small(cell: dict, limit: float) -> list[dict]:
+        return bench_small(**cell, device=device, repeats=repeats, limit=limit)
+
+    def layers(cell: dict, limit: float) -> list[dict]:
+        return bench_layers(**cell, dtype=dtype, device=device, repeats=repeats, limit=limit)
+
+    def sampled(cell: dict, limit: float) -> list[dict]:
+        return bench_sampled(**cell, dtype=dtype, device=device, repeats=repeats, limit=limit)
+
+    products = [operand | rank for operand in operands for rank in ranks]
+    models = [{"depth": config.depth, **rank} for rank in ranks] if config.depth else []
+    return {
+        "gradients": (products, gradients),
+        "bases": (models, bases),
+        "small": ([shape | rank for shape in shapes for rank in ranks], small),
+        "layers": (products, layers),
+        "sampled": (operands, sampled),
+    }
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command; its status is 1 where something failed, whose rows say what."""
     config = flags.parse(GradBenchConfig, argv, prog="python -m scripts.bench_grad")
+    info = build_info()
+    kernels = info.get("cpu_capability") or info["reason"]
+    if config.device.startswith("cuda"):
+        kernels = info["cuda_built"]["architectures"] if info.get("cuda") else "none for CUDA"
+    print(
+        f"torch {info['torch']}, {config.device}, {config.dtype}, "
+        f"{config.threads or torch.get_num_threads()} threads, native kernels: {kernels}\n"
+    )
     try:
-        result = bench(config)
+        result = bench(config, lambda name, rows: _show(rows, config.markdown))
     except ValueError as error:
         print(f"bench_grad: {error}")
         return 2
-    info = result["build_info"]
-    kernels = info.get("cpu_capability") if result["native"] else info.get("reason", "no kernels")
+    rate = result["bandwidth"]
     print(
-        f"torch {info['torch']}, {config.device}, {config.dtype}, {result['threads']} threads, "
-        f"native kernels: {kernels}\n"
+        f"{result['device']}; memory: {rate['read'] / 1e9:.1f} GB/s read by a sum, "
+        f"{rate['copy'] / 1e9:.1f} GB/s copied (read and written)"
     )
-    print(table(result["gradients"], config.markdown) + "\n")
-    print(table(result["sampled"], config.markdown) + "\n")
-    print(table(result["layers"], config.markdown) + "\n")
-    print(table(result["small"], config.markdown))
     if config.json:
         print(json.dumps(result))
-    return 0
+    failed = (row.get("note", "").startswith("failed") for name in TABLES for row in result[name])
+    return int(any(failed))
+
+
+def _show(rows: list[dict], markdown: bool) -> None:
+    if rows:
+        print(table(rows, markdown) + "\n", flush=True)

@@ -22,14 +22,13 @@ import contextlib
 import gc
 import json
 import statistics
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 from molegrad import build_info
-from molegrad.bench.grad import table
+from molegrad.bench.table import table
 from molegrad.gpt import flags, setup
 from molegrad.gpt.flags import flag
 from molegrad.gpt.hardware import device_name, keep_freed_memory, peak_memory_bytes
@@ -37,7 +36,7 @@ from molegrad.gpt.model import GPT, GPTConfig
 from molegrad.gpt.train_config import BaseTrainConfig, compute_dtype, resolve
 from molegrad.lab.methods import Method, parse_methods
 from molegrad.lab.timing import median_interval
-from molegrad.monitor import memory_bytes, saved_bytes
+from molegrad.monitor import PhaseTimer, memory_bytes, saved_bytes
 
 PHASES = ("forward", "backward", "optimizer")
 WARM_UP = 3
@@ -123,6 +122,7 @@ class Training:
         generator = torch.Generator().manual_seed(config.seed)
         text = torch.randint(config.vocab, (rows, tokens + 1), generator=generator).to(device)
         self.inputs, self.targets = text[:, :-1].contiguous(), text[:, 1:].contiguous()
+        self.timer = PhaseTimer(device)
         self.seconds: list[dict[str, float]] = []
 
     def loss(self) -> torch.Tensor:
@@ -132,17 +132,18 @@ class Training:
 
     def step(self) -> float:
         """One training step; its seconds, which are kept by phase too."""
-        clock = _Clock(self.model.device)
-        loss = self.loss()
-        clock.mark()
-        loss.backward()
-        clock.mark()
-        for optimizer in self.optimizers:
-            optimizer.step()
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        clock.mark()
-        phases = dict(zip(PHASES, clock.read(), strict=True))
+        with self.timer("forward"):
+            loss = self.loss()
+        with self.timer("backward"):
+            loss.backward()
+        with self.timer("optimizer"):
+            for optimizer in self.optimizers:
+                optimizer.step()
+            for optimizer in self.optimizers:
+                optimizer.zero_grad(set_to_none=True)
+        self.timer.step()
+        times = self.timer.read()
+        phases = {phase: times[f"time/{phase}_ms"] / 1e3 for phase in PHASES}
         self.seconds.append(phases)
         return sum(phases.values())
 
@@ -163,30 +164,6 @@ class Training:
         self.called = compiled
         state = held["optimizer_state"] + held["bases"]
         return {"gradients": held["gradients"], "state": state, "inputs": saved, **peak}
-
-
-class _Clock:
-    """Seconds between marks, on the device's own time where it has one."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self._marks: list = []
-        self.mark()
-
-    def mark(self) -> None:
-        if self._cuda:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self._marks.append(event)
-        else:
-            self._marks.append(time.perf_counter())
-
-    def read(self) -> list[float]:
-        pairs = list(zip(self._marks, self._marks[1:], strict=False))
-        if self._cuda:
-            self._marks[-1].synchronize()
-            return [first.elapsed_time(second) / 1e3 for first, second in pairs]
-        return [second - first for first, second in pairs]
 
 
 @contextlib.contextmanager

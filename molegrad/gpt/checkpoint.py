@@ -1,39 +1,46 @@
-"""Checkpoints: safetensors for tensors, JSON for everything else, complete or absent.
+"""Checkpoints: safetensors for tensors, JSON for everything else, whole or absent.
 
-What: `save` writes a step folder; `load` reads it back; `latest` finds the newest one;
+What: `save` writes a step folder; `load` reads it back; `latest` finds the newest whole one;
 `load_model` rebuilds the bare model for evaluation and chat.
 
     FOLDER/step_000100/
         model.safetensors       the weights under their state_dict names
         optimizer.safetensors   every tensor of the optimizers' states
-        meta.json               step, configuration, sizes, the optimizers' other state
+        meta.json               step, configuration, sizes, the optimizers' other state; every
+                                other file with its length and checksum
         rank_0.safetensors      bases, counters, random states of process 0 (rank_1 ... likewise)
         rank_0.json             its position in the data, the ranks of the converted layers
 
 Why: no pickle, so that a checkpoint can be read anywhere and cannot run code. A folder is written
-under another name, flushed to the disk and renamed, so what has the name is complete. It holds
-everything that determines the next step: a resumed CPU run repeats the uninterrupted one bit for
-bit (tests/gpt/test_checkpoint.py).
+under another name, flushed to the disk and renamed (`molegrad.gpt.checkpoint_files`), so a killed
+process or a full disk costs no earlier checkpoint; what is damaged later is found by its checksum
+and left out. It holds everything that determines what comes next, in the middle of a step too: a
+resumed CPU run repeats the uninterrupted one bit for bit (tests/gpt/test_resume.py).
 """
 
+import errno
 import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from molegrad import bases_state_dict, load_bases_state_dict
+from molegrad.gpt import checkpoint_files as files
 from molegrad.gpt import paths
+from molegrad.gpt.checkpoint_files import folders as step_folders
 from molegrad.gpt.model import GPT, GPTConfig
 from molegrad.rank import RankController, layer_ranks
 
 FORMAT = 1
-_STEP = re.compile(r"step_(\d+)")
+_OS_ERROR = re.compile(r"os error (\d+)")
 
 
 @dataclass
@@ -51,6 +58,7 @@ class Checkpoint:
     loader: dict
     ranks: dict = field(default_factory=dict)  # of the layers, or the state of a RankController
     extra: dict = field(default_factory=dict)  # anything JSON-able the caller gave
+    accumulated: dict[str, Tensor] = field(default_factory=dict)  # of a step that was begun
 
 
 def stage_dir(run: str, stage: str, model_tag: str = "") -> Path:
@@ -61,32 +69,32 @@ def stage_dir(run: str, stage: str, model_tag: str = "") -> Path:
     return folder
 
 
-def step_folders(folder: Path) -> list[Path]:
-    """The complete checkpoints in `folder`, oldest step first."""
-    found = [p for p in Path(folder).glob("step_*") if _STEP.fullmatch(p.name) and p.is_dir()]
-    complete = [p for p in found if (p / "meta.json").exists()]
-    return sorted(complete, key=lambda p: int(_STEP.fullmatch(p.name).group(1)))
-
-
-def latest(folder: Path) -> Path | None:
-    """The newest complete checkpoint in `folder`, or None."""
-    folders = step_folders(folder)
-    return folders[-1] if folders else None
+def latest(folder: Path, say: Callable[[str], None] = print) -> Path | None:
+    """The newest whole checkpoint in `folder`, or None. `say` is told which were left out, why."""
+    for path in reversed(step_folders(folder)):
+        problem = files.flaw(path)
+        if not problem:
+            return path
+        say(f"left out {path}, which is not whole: {problem}")
+    return None
 
 
 def find(folder: Path, step: int = -1) -> Path:
-    """The checkpoint of `step`, or the newest one for -1.
+    """The checkpoint of `step`, or the newest whole one for -1.
 
     Raises:
         FileNotFoundError: there is none; the message lists those that are there.
+        ValueError: the checkpoint of `step` is not whole.
     """
-    folders = {int(_STEP.fullmatch(p.name).group(1)): p for p in step_folders(folder)}
-    if folders and step < 0:
-        return folders[max(folders)]
-    if step in folders:
-        return folders[step]
-    have = f"steps {', '.join(map(str, folders))}" if folders else "no checkpoint"
-    wanted = "a checkpoint" if step < 0 else f"a checkpoint of step {step}"
+    there = {files.step_of(p): p for p in step_folders(folder)}
+    if step < 0 and (newest := latest(folder)):
+        return newest
+    if step in there:
+        if problem := files.flaw(there[step]):
+            raise ValueError(f"{there[step]} is not whole: {problem}; name another step")
+        return there[step]
+    have = f"steps {', '.join(map(str, there))}" if there else "no checkpoint"
+    wanted = "a whole checkpoint" if step < 0 else f"a checkpoint of step {step}"
     raise FileNotFoundError(f"{folder} has {have}, not {wanted}: train first or name another step")
 
 
@@ -102,6 +110,7 @@ def save(
     rank: int = 0,
     world_size: int = 1,
     ranks: RankController | None = None,
+    accumulated: dict[str, Tensor] | None = None,
 ) -> Path:
     """Write FOLDER/step_NNNNNN and return it; every rank must call this.
 
@@ -111,27 +120,31 @@ def save(
         config: the run's resolved configuration, JSON-able.
         loader: the data loader's state_dict, JSON-able; each rank's own.
         extra: anything else JSON-able (the loop's counters).
-        keep_last: remove all but this many newest step folders; 0 keeps all.
+        keep_last: remove all but this many newest whole checkpoints up to this step; 0 keeps all.
         ranks: what adapts the layers' ranks, if anything does.
+        accumulated: in the middle of a step, what its micro-batches have left so far
+            (`molegrad.gpt.resume.accumulated_state`); each rank's own.
 
     Raises:
-        OSError: the disk is full or not writable; earlier checkpoints are untouched.
+        OSError: a process could not write its files (the disk is full, not writable). What was
+            written of this checkpoint is removed; earlier ones are untouched.
     """
     final = Path(folder) / f"step_{step:06d}"
     temporary = final.with_name(final.name + ".tmp")
-    if rank == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    _barrier(world_size)
-    own = {"bases": bases_state_dict(model), "random": _random_states(model.device)}
-    own["ranks"] = ranks.state_dict() if ranks else {"ranks": layer_ranks(model)}
-    tensors: dict[str, Tensor] = {}
-    tree = _flatten({**own, "loader": loader or {}}, tensors)
-    _write_tensors(temporary / f"rank_{rank}.safetensors", tensors)
-    _write_json(temporary / f"rank_{rank}.json", tree)
-    if rank == 0:
-        _write_tensors(temporary / "model.safetensors", model.state_dict())
-        tensors = {}
+
+    def own_files() -> None:
+        own = {"bases": bases_state_dict(model), "random": _random_states(model.device)}
+        own["ranks"] = ranks.state_dict() if ranks else {"ranks": layer_ranks(model)}
+        own |= {"loader": loader or {}, "accumulated": accumulated or {}}
+        tensors: dict[str, Tensor] = {}
+        tree = _flatten(own, tensors)
+        _write_tensors(temporary / f"rank_{rank}.safetensors", tensors)
+        _write_json(temporary / f"rank_{rank}.json", tree)
+        if rank == 0:
+            _write_tensors(temporary / "model.safetensors", model.state_dict())
+
+    def shared_files() -> None:
+        tensors: dict[str, Tensor] = {}
         tree = _flatten([optimizer.state_dict() for optimizer in optimizers], tensors)
         _write_tensors(temporary / "optimizer.safetensors", tensors)
         meta = {
@@ -142,27 +155,66 @@ def save(
             "model_config": asdict(model.config),
             "config": config or {},
             "extra": extra or {},
+            "files": files.manifest(temporary),
             "optimizers": tree,
         }
-        _write_json(temporary / "meta.json", meta)
-    _barrier(world_size)
-    if rank == 0:
-        _sync_folder(temporary)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(temporary, final)
-        _sync_folder(final.parent)
+        _write_json(temporary / files.META, meta)
+        files.put_in_place(temporary, final)
         if keep_last > 0:
-            for old in step_folders(folder)[:-keep_last]:
-                shutil.rmtree(old, ignore_errors=True)
-    _barrier(world_size)
+            files.prune(final.parent, step, keep_last)
+
+    def clean() -> None:
+        files.sweep(final.parent)
+        temporary.mkdir(parents=True)
+
+    first = rank == 0
+    for part, takes_part in ((clean, first), (own_files, True), (shared_files, first)):
+        error = None
+        try:
+            if takes_part:
+                part()
+        except Exception as raised:
+            error = raised
+        if _any(error is not None, model.device, world_size):
+            if first:
+                shutil.rmtree(temporary, ignore_errors=True)
+            told = _explained(error, final)
+            raise told from (None if told is error else error)
     return final
+
+
+def _any(here: bool, device: torch.device, world_size: int) -> bool:
+    """Whether it is so in any process; none goes on before all have come here."""
+    if world_size == 1:
+        return here
+    flag = torch.tensor(float(here), device=device)
+    torch.distributed.all_reduce(flag)
+    return bool(flag.item())
+
+
+def _explained(error: Exception | None, final: Path) -> Exception:
+    """An OSError that says what is left and what to do; other errors as they are."""
+    number = getattr(error, "errno", None)
+    if isinstance(error, SafetensorError) and (found := _OS_ERROR.search(str(error))):
+        number = int(found.group(1))
+    if error is not None and number is None:
+        return error
+    have = ", ".join(p.name for p in step_folders(final.parent)) or "none"
+    full = number in (errno.ENOSPC, errno.EDQUOT)
+    why = f"{os.strerror(number)}: " if number else "another process failed to write its part: "
+    text = (
+        f"{why}{final} was not saved{', the disk is full' if full else ''}. What was written of it "
+        f"is removed; earlier checkpoints are untouched ({have}). Free some space, lower "
+        "--keep-last or move MOLEGRAD_HOME to another disk, then go on with --resume"
+    )
+    return OSError(number, text) if number else OSError(text)
 
 
 def load(folder: Path, rank: int = 0, world_size: int = 1) -> Checkpoint:
     """Read a step folder.
 
     Raises:
-        FileNotFoundError: it is not a complete checkpoint.
+        FileNotFoundError: it is no complete checkpoint.
         ValueError: it was written by another format or another number of processes.
     """
     folder = Path(folder)
@@ -188,12 +240,13 @@ def load(folder: Path, rank: int = 0, world_size: int = 1) -> Checkpoint:
         loader=own["loader"],
         ranks=own.get("ranks", {}),
         extra=meta["extra"],
+        accumulated=own.get("accumulated", {}),
     )
 
 
 def read_meta(folder: Path) -> dict:
     """meta.json of a step folder, checked."""
-    path = Path(folder) / "meta.json"
+    path = Path(folder) / files.META
     if not path.exists():
         raise FileNotFoundError(f"{folder} is no complete checkpoint: it has no meta.json")
     meta = json.loads(path.read_text(encoding="utf-8"))
@@ -322,29 +375,9 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Copies are written: safetensors takes no views, and two names may share one tensor."""
     copies = {k: t.detach().to("cpu", copy=True).contiguous() for k, t in tensors.items()}
     save_file(copies, path)
-    _sync_file(path)
+    files.sync_file(path)
 
 
 def _write_json(path: Path, value) -> None:
     path.write_text(json.dumps(value, indent=1, allow_nan=False), encoding="utf-8")
-    _sync_file(path)
-
-
-def _sync_file(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    if os.name == "nt":  # a folder cannot be opened there
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _barrier(world_size: int) -> None:
-    if world_size > 1:
-        torch.distributed.barrier()
+    files.sync_file(path)

@@ -2,7 +2,8 @@
 
 What: `parse(Config)` turns `sys.argv` into a `Config`; `resolved(config)` turns it back into a
 dictionary for the run's config.json; `StreamingFields` is the base class that adds
-`--enable_streaming` and one `--streaming_<field>` per field of `MoleGradConfig`.
+`--enable_streaming` and one `--streaming_<field>` per field of `MoleGradConfig`; `HealthFields` adds
+`--health` and the `--health_<threshold>` flags.
 
 Why: every command of the pipeline spells its flags the same way. `--a-b` and `--a_b` are one flag;
 a boolean is `--flag=True`, `--flag False`, `--flag` or `--no-flag`. The streaming flags are
@@ -34,8 +35,11 @@ import torch
 import tyro
 
 from molegrad.config import MoleGradConfig, preset_fields
+from molegrad.monitor.health import DEFAULT_ACTIONS, KINDS
+from molegrad.monitor.health_rules import HealthThresholds
 
 PREFIX = "streaming_"
+HEALTH_PREFIX = "health_"
 _TRUE = frozenset({"true", "1", "yes", "on"})
 _FALSE = frozenset({"false", "0", "no", "off"})
 
@@ -93,27 +97,30 @@ def show(config, title: str = "configuration") -> str:
     return "\n".join([title, *lines])
 
 
-def streaming_fields() -> list[tuple[str, object, dataclasses.Field]]:
-    """(name, type, field) of `streaming_<field>` for every field of `MoleGradConfig`."""
-    hints = typing.get_type_hints(MoleGradConfig)
+def prefixed_fields(source_class, prefix: str) -> list[tuple[str, object, dataclasses.Field]]:
+    """(name, type, field) of `<prefix><field>` for every field of a dataclass."""
+    hints = typing.get_type_hints(source_class)
     entries = []
-    for source in dataclasses.fields(MoleGradConfig):
+    for source in dataclasses.fields(source_class):
         given = {}
         if source.default is not dataclasses.MISSING:
             given["default"] = source.default
         elif source.default_factory is not dataclasses.MISSING:
             given["default_factory"] = source.default_factory
         field = dataclasses.field(**given, metadata=dict(source.metadata))
-        entries.append((PREFIX + source.name, hints[source.name], field))
+        entries.append((prefix + source.name, hints[source.name], field))
     return entries
+
+
+def _gathered(self, source_class, prefix: str):
+    """The instance of `source_class` that the flags of `prefixed_fields` describe."""
+    names = [source.name for source in dataclasses.fields(source_class)]
+    return source_class(**{name: getattr(self, prefix + name) for name in names})
 
 
 def _streaming_config(self) -> MoleGradConfig | None:
     """The `MoleGradConfig` these flags describe, or None where `enable_streaming` is False."""
-    if not self.enable_streaming:
-        return None
-    names = [source.name for source in dataclasses.fields(MoleGradConfig)]
-    return MoleGradConfig(**{name: getattr(self, PREFIX + name) for name in names})
+    return _gathered(self, MoleGradConfig, PREFIX) if self.enable_streaming else None
 
 
 def _validate_streaming(self) -> None:
@@ -132,7 +139,7 @@ StreamingFields = dataclasses.make_dataclass(
                 metadata={"help": "low-rank weight gradients (MoleGrad) in the target layers"},
             ),
         ),
-        *streaming_fields(),
+        *prefixed_fields(MoleGradConfig, PREFIX),
     ],
     frozen=True,
     namespace={
@@ -140,6 +147,35 @@ StreamingFields = dataclasses.make_dataclass(
         "__module__": __name__,
         "streaming_config": _streaming_config,
         "__post_init__": _validate_streaming,
+    },
+)
+
+
+def _health_thresholds(self) -> HealthThresholds:
+    """The thresholds of the health checks that these flags describe."""
+    return _gathered(self, HealthThresholds, HEALTH_PREFIX)
+
+
+HealthFields = dataclasses.make_dataclass(
+    "HealthFields",
+    [
+        (
+            "health",
+            str,
+            flag(
+                "default",
+                "what a health finding leads to: off, warn, reset (the layer's bases) or raise, "
+                f"for all of {', '.join(KINDS)} or single ones (frozen=reset,nan=raise); default "
+                f"is {','.join(f'{kind}={action}' for kind, action in DEFAULT_ACTIONS.items())}",
+            ),
+        ),
+        *prefixed_fields(HealthThresholds, HEALTH_PREFIX),
+    ],
+    frozen=True,
+    namespace={
+        "__doc__": "Base class: `--health` and the `--health_<threshold>` flags.",
+        "__module__": __name__,
+        "health_thresholds": _health_thresholds,
     },
 )
 

@@ -1,20 +1,23 @@
-"""One logger for a run: metrics.jsonl always, wandb (offline unless asked otherwise) beside it.
+"""One logger for a run: metrics.jsonl always, dashboards (wandb, trackio) beside it.
 
 What: `RunLogger(folder, ...).log({"step": 10, "train/loss": 2.3})` appends one JSON line, flushed,
-and hands the same dictionary to wandb.
+and hands the record to the dashboards (`molegrad.gpt.dashboards`).
 
 Why: the local record needs no account and survives a killed run. wandb starts in offline mode
-unless WANDB_MODE says otherwise; `wandb sync FOLDER/wandb/offline-run-*` uploads it later. A
-machine without wandb loses nothing but the copy and is told so once.
+unless WANDB_MODE says otherwise; the command that uploads the run later (`wandb sync ...`) is
+printed when it ends, as is the one that opens trackio. A machine without a dashboard loses nothing
+but the copy and is told so once.
 
 The keys are nanochat's: step, total_training_time, total_training_flops, val/bpb, train/loss,
-train/lrm, train/dt, train/tok_per_sec, train/mfu, train/epoch.
+train/lrm, train/dt, train/tok_per_sec, train/mfu, train/epoch; MoleGrad's are streaming/METRIC,
+layer/NAME/METRIC, shadow/METRIC, shadow/NAME/METRIC, health/findings and time/PHASE_ms.
 """
 
 import json
 import math
-import os
 from pathlib import Path
+
+from molegrad.gpt import dashboards as boards
 
 METRICS = "metrics.jsonl"
 
@@ -31,17 +34,25 @@ class RunLogger:
         project: str = "molegrad",
         resume_step: int | None = None,
         active: bool = True,
+        dashboards: str | None = None,
     ):
         """
         Args:
             folder: the run's folder; created.
-            name, config, project: what wandb shows.
-            wandb: False for the local record alone.
+            name, config, project: what the dashboards show.
+            wandb: where `dashboards` is None, True stands for "wandb", False for "none".
             resume_step: drop the records after this step, which the resumed run will write again;
                 None starts the file anew.
             active: False makes every method do nothing (all ranks but the first).
+            dashboards: "wandb", "trackio", "wandb,trackio" or "none".
+
+        Raises:
+            ValueError: a dashboard is unknown.
         """
-        self.folder, self._wandb, self._file = Path(folder), None, None
+        if dashboards is None:
+            dashboards = "wandb" if wandb else "none"
+        kinds = boards.parse_names(dashboards)
+        self.folder, self._boards, self._file = Path(folder), [], None
         if not active:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -50,8 +61,11 @@ class RunLogger:
         self._file = open(path, "w", encoding="utf-8")  # noqa: SIM115 (closed by close)
         for record in kept:
             self._write(record)
-        if wandb:
-            self._wandb = _start_wandb(self.folder, name, config or {}, project)
+        resumed = resume_step is not None
+        for kind in kinds:
+            board = boards.start(kind, self.folder, name, config or {}, project, resumed)
+            if board is not None:
+                self._boards.append(board)
 
     def log(self, metrics: dict) -> None:
         """Append one record; "step" must be in it. NaN and Inf are written as strings."""
@@ -60,17 +74,19 @@ class RunLogger:
         if self._file is None:
             return
         self._write(metrics)
-        if self._wandb is not None:
-            self._wandb.log(metrics)
+        for board in self._boards:
+            board.log(metrics)
 
     def close(self) -> None:
-        """Flush and close; wandb's run is finished."""
+        """Flush and close; the dashboards' runs end, and how to see them is printed."""
         if self._file is not None:
             self._file.close()
             self._file = None
-        if self._wandb is not None:
-            self._wandb.finish()
-            self._wandb = None
+        while self._boards:
+            board = self._boards.pop(0)
+            command = board.close()
+            if command:
+                print(f"{type(board).__name__.lower()}: {command}")
 
     def __enter__(self) -> "RunLogger":
         return self
@@ -104,25 +120,3 @@ def _records_up_to(path: Path, step: int) -> list[dict]:
 def _json_number(value):
     """JSON has no NaN or Inf: "nan", "inf", "-inf" stand for them."""
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _start_wandb(folder: Path, name: str, config: dict, project: str):
-    """A wandb run, or None (after one line that says why)."""
-    try:
-        import wandb
-    except ImportError:
-        print("wandb is not installed: metrics go to metrics.jsonl alone (pip install wandb)")
-        return None
-    mode = os.environ.get("WANDB_MODE", "offline")
-    try:
-        return wandb.init(
-            project=project,
-            name=name,
-            config=config,
-            dir=str(folder),
-            mode=mode,
-            settings=wandb.Settings(silent=True),
-        )
-    except Exception as error:  # a logger must not end a training run
-        print(f"wandb could not start ({error}): metrics go to metrics.jsonl alone")
-        return None

@@ -13,9 +13,7 @@ How to run: see `molegrad.gpt.train.base_train`, which builds one and calls `run
 
 import contextlib
 import math
-import signal
 import statistics
-import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -31,7 +29,9 @@ from molegrad.gpt.hardware import Flops, flops_per_token, peak_flops, peak_memor
 from molegrad.gpt.logger import RunLogger
 from molegrad.gpt.schedule import lr_multiplier, momentum_at
 from molegrad.gpt.setup import Processes, wrap
+from molegrad.gpt.signals import StopSignals
 from molegrad.gpt.train_config import compute_dtype
+from molegrad.monitor import Instruments
 from molegrad.optim import Muon
 from molegrad.rank import RankController
 
@@ -71,6 +71,7 @@ class Trainer:
         evaluate: () -> metrics, such as {"val/bpb": 1.2}; called every `eval_every` steps.
         sample: () -> texts; called every `sample_every` steps, on the first process alone.
         monitor: () -> further metrics, read every `monitor_every` steps at the next log line.
+        instruments: watch the converted layers and time the phases; made plainly where not given.
         flops: operations per token, for MFU; counted where not given.
         peak: FLOP/s of one device at its best; looked up or measured where not given.
         processes: this process among its like.
@@ -90,6 +91,7 @@ class Trainer:
         evaluate: Callable[[], dict] | None = None,
         sample: Callable[[], list[str]] | None = None,
         monitor: Callable[[], dict] | None = None,
+        instruments: Instruments | None = None,
         flops: Flops | None = None,
         peak: float | None = None,
         processes: Processes | None = None,
@@ -99,6 +101,8 @@ class Trainer:
         self.optimizers, self.loader, self.steps = optimizers, loader, steps
         self.folder, self.logger = Path(folder), logger
         self.evaluate, self.sample, self.monitor = evaluate, sample, monitor
+        self.instruments = instruments or Instruments(model, optimizers)
+        self.timer = self.instruments.timer
         self.processes = processes or Processes()
         self.saved_config = saved_config or {}
         self.progress = Progress()
@@ -111,7 +115,7 @@ class Trainer:
         streaming = config.streaming_config()
         adaptive = streaming is not None and streaming.energy_target > 0
         self.ranks = RankController(model, optimizers, streaming) if adaptive else None
-        self.stop_signal = 0
+        self.signals = StopSignals(self.processes.print)
         self._batch: tuple[Tensor, Tensor] | None = None
         self._position: dict = {}
         self._paces: deque[float] = deque(maxlen=25)  # seconds a step, for the time to go
@@ -121,6 +125,7 @@ class Trainer:
         with self._other_shapes() if self.ranks else contextlib.nullcontext():
             checkpoint.restore(saved, self.model, self.optimizers, self.loader, self.ranks)
         self.progress = Progress(**saved.extra["progress"])
+        self.instruments.load_state_dict(saved.extra.get("instruments", {}))
 
     def run(self) -> dict:
         """Train to the end, or until a signal; returns the last metrics, "interrupted" among them.
@@ -130,27 +135,32 @@ class Trainer:
         """
         config, progress = self.config, self.progress
         self.model.train()
-        with self._signals():
+        with self.signals:
             self._fetch()
             mark = self._now()
             since = progress.step
-            while progress.step < self.steps and not self.stop_signal:
-                due = (progress.step + 1) % config.log_every == 0 or (
-                    progress.step + 1 == self.steps
-                )
+            while progress.step < self.steps and not self.signals.stop:
+                step = progress.step + 1
+                due = step % config.log_every == 0 or step == self.steps
+                watch = due and _passed(config.monitor_every, since, step)
+                shadow = due and _passed(config.shadow_every, since, step)
                 multiplier = self._set_schedules(progress.step)
+                self.instruments.begin(step, metrics=watch, shadow=shadow)
                 loss = self._forward_backward()
                 finite = self.guard.update(progress.step)
                 if due:
                     value = self._read(loss, finite, progress.step)
-                for optimizer in self.optimizers:
-                    optimizer.step()
-                for optimizer in self.optimizers:
-                    optimizer.zero_grad(set_to_none=True)
+                with self.timer("optimizer"):
+                    for optimizer in self.optimizers:
+                        optimizer.step()
+                    for optimizer in self.optimizers:
+                        optimizer.zero_grad(set_to_none=True)
                 progress.step += 1
+                self.timer.step()
                 if due:
                     now = self._now()
-                    self._log(value, multiplier, (now - mark) / (progress.step - since), since)
+                    extra = self._observations(watch)
+                    self._log(value, multiplier, (now - mark) / (step - since), since, extra)
                     mark, since = now, progress.step
                 if self.ranks:
                     self._adapt_ranks(self.ranks)
@@ -190,19 +200,29 @@ class Trainer:
             inputs, targets = self._batch
             last = micro == self.accumulation - 1
             silent = self.processes.world_size > 1 and not last
+            self.instruments.micro_batch(lambda x=inputs, y=targets: self._plain_loss(x, y))
             with self.called.no_sync() if silent else contextlib.nullcontext():
-                with torch.autocast(
-                    self.device.type, self.dtype, enabled=self.dtype != torch.float32
-                ):
+                with self.timer("forward"), self._autocast():
                     loss = self.called(inputs, targets)
-                (loss / self.accumulation).backward()
+                with self.timer("backward"):
+                    (loss / self.accumulation).backward()
             total += loss.detach() / self.accumulation
-            self._fetch(position=last)  # while the device is busy
+            with self.timer("data"):
+                self._fetch(position=last)  # while the device is busy
+        self.instruments.backward_done()
         if self.ranks:
             self.ranks.observe()
         if self.config.grad_clip > 0:
             clip_grad_norm_(self.model, self.config.grad_clip)
         return total
+
+    def _plain_loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """A micro-batch's share of the step's loss, by the bare model."""
+        with self._autocast():
+            return self.model(inputs, targets) / self.accumulation
+
+    def _autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def _adapt_ranks(self, ranks: RankController) -> None:
         """Ranks follow the captured energy, where a decision is due; between two steps."""
@@ -228,12 +248,12 @@ class Trainer:
 
     def _read(self, loss: Tensor, finite: Tensor, step: int) -> float:
         """The loss averaged over processes: the one place that waits for the device."""
-        row = torch.stack([loss.float(), finite.float(), loss.new_tensor(self.stop_signal)])
+        row = torch.stack([loss.float(), finite.float(), loss.new_tensor(self.signals.stop)])
         if self.processes.world_size > 1:  # a signal to one process stops all at the same step
             torch.distributed.all_reduce(row)
         total, finite_on, stopped = row.tolist()
         count = self.processes.world_size
-        self.stop_signal = self.stop_signal or int(stopped)
+        self.signals.stop = self.signals.stop or int(stopped)
         value = total / count
         self.guard.losses.append((step, value))
         if finite_on < count or not math.isfinite(value):
@@ -251,7 +271,16 @@ class Trainer:
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
-    def _log(self, value: float, multiplier: float, dt: float, since: int) -> None:
+    def _observations(self, watch: bool) -> dict:
+        """What the instruments, and `monitor` where `watch` says so, have to tell at a log line."""
+        extra = self.instruments.read()
+        if watch and self.monitor is not None:
+            extra |= self.monitor()
+        if watch and self.ranks:
+            extra |= {f"streaming/{k}": v for k, v in self.ranks.metrics().items()}
+        return {**self.timer.read(), **extra}
+
+    def _log(self, value: float, multiplier: float, dt: float, since: int, extra: dict) -> None:
         p, c = self.progress, self.config
         done = p.step - since
         p.seconds += dt * done
@@ -277,11 +306,6 @@ class Trainer:
             "train/peak_memory_bytes": memory,
             "train/tokens": p.step * c.total_batch_size,
         }
-        watch = self.monitor is not None and c.monitor_every > 0
-        watch = watch and (p.step // c.monitor_every > since // c.monitor_every)
-        extra = self.monitor() if watch else {}
-        if watch and self.ranks:
-            extra |= {f"streaming/{k}": v for k, v in self.ranks.metrics().items()}
         fresh = {k: v for k, v in p.last.items() if not k.startswith("val/")}
         self.logger.log({**fresh, **extra})
         self._paces.append(dt)
@@ -334,37 +358,16 @@ class Trainer:
             self.optimizers,
             config=self.saved_config,
             loader=self._position,
-            extra={"progress": progress, "steps": self.steps},
+            extra={
+                "progress": progress,
+                "steps": self.steps,
+                "instruments": self.instruments.state_dict(),
+            },
             keep_last=self.config.keep_last,
             rank=self.processes.rank,
             world_size=self.processes.world_size,
             ranks=self.ranks,
         )
-
-    # Signals
-
-    @contextlib.contextmanager
-    def _signals(self):
-        """SIGINT and SIGTERM end the run after the step; a second one has its usual effect."""
-        if threading.current_thread() is not threading.main_thread():
-            yield  # only the main thread may set handlers
-            return
-
-        def note(number, frame):
-            self.stop_signal = number
-            for each, handler in before.items():
-                signal.signal(each, handler)
-            name = signal.Signals(number).name
-            self.processes.print(f"{name}: finishing this step, then stopping (again to quit)")
-
-        before = {}
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, note)
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     @property
     def _keeps_nothing(self) -> bool:
@@ -380,6 +383,11 @@ class Trainer:
             f"To go on: the same command with --resume (or --resume-from-step="
             f"{self.progress.step})"
         )
+
+
+def _passed(every: int, since: int, step: int) -> bool:
+    """Whether a multiple of `every` lies after step `since` and up to `step`; 0: never."""
+    return every > 0 and step // every > since // every
 
 
 def _finite(value) -> bool:

@@ -21,7 +21,9 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from molegrad.gpt import evaluate, flags, paths
-from molegrad.gpt.report_plots import draw
+from molegrad.gpt.method_plots import method_plots, phases
+from molegrad.gpt.method_tables import health_table, metrics_table, phase_table, shadow_table
+from molegrad.gpt.report_plots import curves, draw
 from molegrad.gpt.run_record import RunRecord, command, differences, read_runs
 from molegrad.gpt.sft import SFTConfig
 from molegrad.gpt.tok_train import TokTrainConfig
@@ -82,9 +84,12 @@ def report(config: ReportConfig) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     base = [record for record in records if record.stage == "base"]
     tuned = [record for record in records if record.stage == "sft"]
-    files, missing = draw(base, folder)
-    more_files, more_missing = draw(tuned, folder, prefix="sft_")
-    missing += more_missing
+    files, missing, unknown = [], [], []
+    for stage, prefix in ((base, ""), (tuned, "sft_")):
+        more, lines = draw(curves(stage), folder, prefix)
+        files, missing = files + more, missing + lines
+        more, lines = draw([*method_plots(stage), phases(stage)] if stage else [], folder, prefix)
+        files, unknown = files + more, unknown + lines
     sections = [
         f"# Report: {', '.join(config.names)}",
         f"Written {datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d %H:%M} UTC by "
@@ -94,7 +99,13 @@ def report(config: ReportConfig) -> Path:
         "## Fine-tuning" if tuned else "",
         comparison(tuned, missing) if tuned else "",
         "## Curves",
-        "\n\n".join(f"![{path.stem}]({path.name})" for path in [*files, *more_files]),
+        "\n\n".join(f"![{path.stem}]({path.name})" for path in files),
+        "## Gradient estimates",
+        estimates(records, unknown),
+        "## Health",
+        _table_or(health_table(records), "No findings were recorded."),
+        "## Time by phase",
+        _table_or(phase_table(records), f"{ABSENT.capitalize()}."),
         "## Evaluations",
         evaluations(records, missing),
         "## Sample texts",
@@ -197,6 +208,20 @@ def gradients_of(config: dict) -> str:
     if get["method"] == "sampled":
         size = f"share {get['sample_share']}"
     return f"{size}, {get['method']}, {mode}, {layers}, {config.get('optimizer')}"
+
+
+def estimates(records: list[RunRecord], unknown: list[str]) -> str:
+    """What converted layers logged, and the comparison with true gradients."""
+    if all(record.dense for record in records):
+        return "All weight gradients are dense."
+    parts = [
+        _table_or(metrics_table(records), f"Metrics of converted layers: {ABSENT}."),
+        "The last comparison with true gradients (shadow layers):",
+        _table_or(shadow_table(records), "None was made (--shadow-every)."),
+    ]
+    if unknown:
+        parts.append("Not known:\n" + "\n".join(f"- {line}" for line in dict.fromkeys(unknown)))
+    return "\n\n".join(parts)
 
 
 def evaluations(records: list[RunRecord], missing: list[str]) -> str:
@@ -344,6 +369,10 @@ def markdown_table(header: list[str], rows: list[list]) -> str:
         return "| " + " | ".join(safe) + " |"
 
     return "\n".join([line(header), line(["---"] * len(header)), *map(line, rows)])
+
+
+def _table_or(table: tuple[list[str], list[list]], otherwise: str) -> str:
+    return markdown_table(*table) if table[1] else otherwise
 
 
 def _labels(records: list[RunRecord]) -> str:

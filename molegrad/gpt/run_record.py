@@ -1,7 +1,7 @@
 """What a stage of a run left behind, read back for the report: configuration, metrics, results.
 
-Everything is read from config.json, metrics.jsonl, eval_NNNNNN.json and meta.json; what is not in
-them is None here, and named as missing by the report.
+Everything is read from config.json, metrics.jsonl, shadow.jsonl, health.jsonl, eval_NNNNNN.json and
+meta.json; what is not in them is None here, and named as missing by the report.
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ from molegrad.gpt.evaluate import read_evaluations
 from molegrad.gpt.flags import PREFIX
 from molegrad.gpt.logger import read_metrics
 from molegrad.gpt.model import GPT, GPTConfig
+from molegrad.monitor.instruments import HEALTH_RECORDS, SHADOW_RECORDS, read_records
 
 LEFT_OUT_STEPS = 5  # of the step time: warm-up
 # Settings in which runs must agree for their results to differ by the method alone.
@@ -53,6 +54,25 @@ class RunRecord:
             if _finite(record.get(key)) and _finite(record.get(against))
         ]
         return [x for x, _ in points], [y for _, y in points]
+
+    def layers(self, key: str, prefix: str = "layer") -> dict[str, tuple[list, list]]:
+        """{layer: (steps, values)} of a metric that was logged as PREFIX/LAYER/KEY."""
+        names: dict[str, None] = {}
+        for record in self.metrics:
+            for name in record:
+                first, *rest = name.split("/")
+                if first == prefix and len(rest) > 1 and rest[-1] == key:
+                    names["/".join(rest[:-1])] = None
+        found = {name: self.series(f"{prefix}/{name}/{key}") for name in names}
+        return {name: points for name, points in found.items() if points[1]}
+
+    def shadow(self) -> list[dict]:
+        """The lines of shadow.jsonl: comparisons of estimates with true gradients."""
+        return [] if self.folder is None else read_records(self.folder / SHADOW_RECORDS)
+
+    def health(self) -> list[dict]:
+        """The lines of health.jsonl: what was found amiss."""
+        return [] if self.folder is None else read_records(self.folder / HEALTH_RECORDS)
 
     def last(self, key: str) -> float | None:
         """The newest value of a metric, or None."""

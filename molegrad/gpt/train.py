@@ -12,7 +12,6 @@ How to run:
 """
 
 import json
-import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +31,7 @@ from molegrad.gpt.model import GPT, GPTConfig
 from molegrad.gpt.tokenizer import Tokenizer
 from molegrad.gpt.tokens import CorpusTokens
 from molegrad.gpt.train_config import BaseTrainConfig, compute_dtype, device_of, resolve
-from molegrad.monitor import aggregate, layer_metrics, memory_bytes
+from molegrad.monitor import Health, Instruments, Shadow, memory_bytes, parse_actions
 
 BuildOptimizers = Callable[[GPT, BaseTrainConfig], list[torch.optim.Optimizer]]
 PROMPTS = (
@@ -166,7 +165,7 @@ def run_stage(
 
     Args:
         config: resolved flags. planned: the conversion plan, or None. loader: as Trainer takes it.
-        name: the run's name for wandb. record: what config.json says beside the flags.
+        name: the run's name for dashboards. record: what config.json says beside the flags.
         note: printed after the configuration. counters: further metrics of the stage.
 
     Returns:
@@ -189,18 +188,12 @@ def run_stage(
         full |= {"machine": machine_record(device, world), **record}
         (folder / "config.json").write_text(json.dumps(full, indent=1, default=str))
 
-    def counted() -> dict:
-        return counters() if counters else {}
-
-    def monitor() -> dict:
-        means = aggregate(layer_metrics(model, optimizers)) if planned else {}
-        return counted() | {f"streaming/{k}": v for k, v in means.items() if math.isfinite(v)}
-
+    instruments = make_instruments(config, model, optimizers, folder if processes.first else None)
     with RunLogger(
         folder,
         name=name,
         config=saved_config,
-        wandb=config.wandb,
+        dashboards=config.dashboards,
         resume_step=None if saved is None else saved.step,
         active=processes.first,
     ) as logger:
@@ -215,7 +208,8 @@ def run_stage(
             logger,
             evaluate=evaluate,
             sample=sample,
-            monitor=monitor if planned or counters else None,
+            monitor=counters,
+            instruments=instruments,
             flops=costs,
             peak=peak[0],
             processes=processes,
@@ -223,11 +217,25 @@ def run_stage(
         )
         if saved is not None:
             trainer.resume(saved)
+            instruments.forget_after(saved.step)
             processes.print(f"resumed {saved.folder} at step {saved.step}")
         result = trainer.run()
         held = {f"memory/{k}": v for k, v in memory_bytes(model, optimizers).items()}
-        logger.log({"step": trainer.progress.step, **counted(), **held})
+        counted = counters() if counters else {}
+        logger.log({"step": trainer.progress.step, **counted, **held})
     return {**result, **held, "folder": str(folder), "best_bpb": trainer.progress.best_bpb}
+
+
+def make_instruments(config, model: GPT, optimizers, folder: Path | None) -> Instruments:
+    """What the flags ask to be watched; `folder` is None on all processes but the first."""
+    shadow = health = None
+    if config.enable_streaming and config.shadow_every > 0:
+        shadow = Shadow(model, config.shadow_layers, optimizers)
+    if config.enable_streaming and config.monitor_every > 0:
+        say = print if folder else lambda line: None
+        actions = parse_actions(config.health)
+        health = Health(model, optimizers, actions, config.health_thresholds(), say)
+    return Instruments(model, optimizers, shadow, health, folder, config.layer_metrics)
 
 
 def prepare_device(config, device: torch.device) -> None:

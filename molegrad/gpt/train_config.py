@@ -13,8 +13,10 @@ from typing import Literal
 
 import torch
 
-from molegrad.gpt.flags import StreamingFields, flag
+from molegrad.gpt.dashboards import parse_names
+from molegrad.gpt.flags import HealthFields, StreamingFields, flag
 from molegrad.gpt.hardware import pick_device
+from molegrad.monitor.health import parse_actions
 
 # Where matrix_lr is not given; see the optimizers' docstrings for what a learning rate means. In
 # the subspace of a factored gradient AdamW takes twice the rate.
@@ -22,7 +24,7 @@ MATRIX_LR = {"muon": 0.02, "adamw": 0.002, "adafactor": 0.002, "sgd": 0.3}
 
 
 @dataclass(frozen=True)
-class TrainFlags(StreamingFields):
+class TrainFlags(HealthFields, StreamingFields):
     """Flags of every training stage.
 
     Raises:
@@ -41,7 +43,11 @@ class TrainFlags(StreamingFields):
     compile: bool | None = flag(None, "torch.compile the model; None compiles on CUDA only")
     seed: int = flag(0, "seed of the start weights and of the data order")
     threads: int = flag(0, "CPU threads of torch; 0 leaves torch's choice")
-    wandb: bool = flag(True, "write a wandb run too (offline unless WANDB_MODE says otherwise)")
+    dashboards: str = flag(
+        "wandb",
+        "where metrics go beside metrics.jsonl: wandb (offline unless WANDB_MODE says otherwise), "
+        "trackio, both (wandb,trackio) or none",
+    )
 
     max_seq_len: int = flag(0, "tokens per sequence; 0 takes 2048 on CUDA, 256 elsewhere")
     device_batch_size: int = flag(
@@ -83,7 +89,20 @@ class TrainFlags(StreamingFields):
 
     log_every: int = flag(1, "steps between log lines; the loss is read back only then")
     monitor_every: int = flag(
-        10, "steps between readings of the converted layers' metrics (streaming/...); 0 is off"
+        10,
+        "steps between readings of the converted layers' metrics (streaming/..., layer/...) and "
+        "health checks, at the next log line; 0 is off",
+    )
+    layer_metrics: bool = flag(True, "log each converted layer's metrics (layer/...) too")
+    shadow_every: int = flag(
+        250,
+        "steps between comparisons of estimated gradients with the true ones (shadow/...), an "
+        "extra pass each that changes nothing; 0 is off",
+    )
+    shadow_layers: str = flag(
+        "auto",
+        "layers that are compared: auto (see molegrad.monitor.shadow), all, or names and patterns "
+        "as --streaming_target_layers takes them",
     )
     eval_every: int = flag(250, "steps between evaluations of val/bpb; 0: at the end only; -1: no")
     eval_tokens: int = flag(0, "tokens per evaluation; 0 takes 10485760 on CUDA, 65536 elsewhere")
@@ -101,7 +120,7 @@ class TrainFlags(StreamingFields):
         non_negative = (
             "threads max_seq_len device_batch_size total_batch_size matrix_lr embedding_lr "
             "unembedding_lr scalar_lr weight_decay momentum_warmup_steps warmup_steps grad_clip "
-            "eval_tokens keep_last seed monitor_every"
+            "eval_tokens keep_last seed monitor_every shadow_every"
         )
         for name in non_negative.split():
             if getattr(self, name) < 0:
@@ -123,7 +142,10 @@ class TrainFlags(StreamingFields):
             raise ValueError("num_iterations and max_train_tokens must be positive, or -1 for off")
         if self.resuming and self.overwrite:
             raise ValueError("overwrite deletes what resume would go on from: give one of them")
-        streaming = self.streaming_config()  # checked now, not when the model is there
+        parse_names(self.dashboards)  # all checked now, not when the model is there
+        parse_actions(self.health)
+        self.health_thresholds()
+        streaming = self.streaming_config()
         if streaming is not None and streaming.gradient_mode == "momentum":
             for name, wanted in (("optimizer", "muon"), ("grad_clip", 0.0)):
                 if getattr(self, name) != wanted:

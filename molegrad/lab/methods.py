@@ -67,8 +67,9 @@ RESERVED = {
     "device_type": "--device-type",
 } | dict.fromkeys(
     (
-        *("run", "model_tag", "wandb", "eval_every", "save_every", "keep_last", "resume"),
+        *("run", "model_tag", "dashboards", "eval_every", "save_every", "keep_last", "resume"),
         *("resume_from_step", "overwrite", "monitor_every", "sample_every", "streaming_seed"),
+        *("layer_metrics", "shadow_every", "shadow_layers"),
     ),
     "nothing: the sweep sets it",
 )

@@ -30,9 +30,10 @@ FORMAT = 2
 RUNS, TIMES = "compare.jsonl", "compare-times.jsonl"
 # Flags that do not change what is learnt; the corpus and the tokenizer count by their content.
 STEERING = {
-    *("run", "model_tag", "wandb", "threads", "log_every", "monitor_every", "eval_every"),
+    *("run", "model_tag", "dashboards", "threads", "log_every", "monitor_every", "eval_every"),
     *("sample_every", "save_every", "keep_last", "resume", "resume_from_step", "overwrite"),
     *("data", "val_data", "data_max_bytes", "tokenizer"),
+    *("layer_metrics", "shadow_every", "shadow_layers"),
 }
 
 

@@ -206,9 +206,11 @@ def make_run(
         "eval_every": -(-steps // config.evals),
         "eval_tokens": config.eval_tokens,
         "monitor_every": -(-steps // config.evals),
+        "layer_metrics": False,
+        "shadow_every": 0,
         "sample_every": -1,
         "save_every": -2,
-        "wandb": False,
+        "dashboards": "none",
         "overwrite": True,
         **cell.method.flags,
     }

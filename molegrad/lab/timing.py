@@ -117,6 +117,7 @@ def _pairs(runs: list[Run], steps: int, start) -> list[tuple[float, ...]]:
                 num_iterations=WARM_UP + steps + 2,
                 eval_every=-1,
                 monitor_every=0,
+                shadow_every=0,
                 threads=0,
             )
             pacers.append(start(replace(run, config=short)))

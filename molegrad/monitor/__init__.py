@@ -1,6 +1,39 @@
-"""Seeing what the low-rank gradient does: metrics per layer, aggregated, and memory measured."""
+"""Seeing what the weight gradient does: metrics, shadow layers, health checks, times and memory."""
 
+from molegrad.monitor.health import (
+    Finding,
+    Health,
+    HealthError,
+    HealthThresholds,
+    device_checks,
+    parse_actions,
+    reset_layer,
+)
+from molegrad.monitor.instruments import Instruments
 from molegrad.monitor.memory import memory_bytes, saved_bytes
-from molegrad.monitor.metrics import aggregate, layer_metrics
+from molegrad.monitor.metrics import LayerMetrics, aggregate, layer_metrics
+from molegrad.monitor.phases import PhaseTimer
+from molegrad.monitor.shadow import Shadow
 
-__all__ = ["aggregate", "layer_metrics", "memory_bytes", "saved_bytes"]
+__all__ = [
+    "reset_layer",
+    "parse_actions",
+    "device_checks",
+    "HealthThresholds",
+    "HealthError",
+    "Health",
+    "Finding",
+    "Finding",
+    "Health",
+    "HealthError",
+    "HealthThresholds",
+    "Instruments",
+    "LayerMetrics",
+    "PhaseTimer",
+    "Shadow",
+    "aggregate",
+    "layer_metrics",
+    "memory_bytes",
+    "parse_actions",
+    "saved_bytes",
+]

@@ -19,7 +19,7 @@ from torch import Tensor
 from molegrad import bases
 from molegrad.autograd import STATS, trust_factor
 from molegrad.config import explored_directions
-from molegrad.reference import hutch_norm_sq
+from molegrad.reference import NON_FINITE, hutch_norm_sq
 
 
 class Bucket(NamedTuple):
@@ -104,7 +104,8 @@ def estimate(bucket: Bucket) -> Estimate:
         u_1, _, _ = torch.ops.molegrad.orthonormalize(y, cond_max)
         left, u_c, c_w = extend(u, u_1, cond_max)
         c_v = None
-        captured_sq = w.square().sum((-2, -1))
+        # Before clipping, as the layer has measured ‖G‖: Y was orthonormal then, ‖Y‖² = k.
+        captured_sq = w.square().sum((-2, -1)) * (bucket.rank / y.square().sum((-2, -1)))
     else:  # Ĝ = U Wᵀ + (I − UUᵀ) Y Vᵀ
         left, u_c, y_c = extend(u, y, cond_max)
         c_w, c_v = u_c, y_c - u_c @ (u.mT @ y)
@@ -185,36 +186,39 @@ def turn(bucket: Bucket, est: Estimate, new_u: Tensor, new_v: Tensor, condition,
         finite: (size,), false where the old bases must stay.
 
     The random directions depend on seed, step and place only, so that a resumed run and every
-    data-parallel process draw the same ones. Also writes the layers' statistics.
+    data-parallel process draw the same ones. Also writes the layers' statistics, which the layer
+    finds at its basis_v as `molegrad_stats`.
     """
     step = bucket.states_u[0]["step"]
     seed = bucket.group["seed"] + 7919 * (bucket.first + 1)
-    turned_v = _turned(bucket, bucket.v, new_v, finite, step, seed + 1)
+    turned_u, status_u = _turned(bucket, bucket.u, new_u, finite, step, seed)
+    turned_v, status_v = _turned(bucket, bucket.v, new_v, finite, step, seed + 1)
     overlap = (bucket.v.mT @ turned_v).square().sum((-2, -1)) / bucket.rank
-    rows = [est.norm_sq, est.captured_sq, est.trust, condition, (1 - overlap).clamp_min(0)]
-    stats = torch.zeros(bucket.size, len(STATS), device=bucket.u.device)
+    drift, status = (1 - overlap).clamp_min(0), torch.maximum(status_u, status_v)
+    rows = [est.norm_sq, est.captured_sq, est.trust, condition, drift, status]
+    stats = torch.full((bucket.size, len(STATS)), math.nan, device=bucket.u.device)
     stats[:, : len(rows)] = torch.stack([row.float() for row in rows], dim=1)
-    for params, new, offset in (
-        (bucket.bases_u, _turned(bucket, bucket.u, new_u, finite, step, seed), 3),
-        (bucket.bases_v, turned_v, 4),
-    ):
+    for params, new, offset in ((bucket.bases_u, turned_u, 3), (bucket.bases_v, turned_v, 4)):
         probes = bucket.omega.shape[-1]
         if probes:
             random = _random(new, probes, step, seed + offset)
             new = torch.cat([new, random], dim=-1)
         for basis, value in zip(params, new, strict=True):
             basis.copy_(value)
-    for state, row in zip(bucket.states_v, stats, strict=True):
+    for basis, state, row in zip(bucket.bases_v, bucket.states_v, stats, strict=True):
         state["stats"].copy_(row)
+        basis.molegrad_stats = state["stats"]
 
 
-def _turned(bucket: Bucket, old, new, finite, step, seed: int) -> Tensor:
+def _turned(bucket: Bucket, old, new, finite, step, seed: int) -> tuple[Tensor, Tensor]:
+    """The next bases, and the status of their orthonormalisation (size,)."""
     explored = bucket.explored
     if explored:
         random = _random(new, explored, step, seed)
         new = torch.cat([new[..., : bucket.rank - explored], random], dim=-1)
-    new, _, _ = torch.ops.molegrad.orthonormalize(new, bucket.group["cond_max"])
-    return torch.where(finite[:, None, None], new, old)
+    new, _, status = torch.ops.molegrad.orthonormalize(new, bucket.group["cond_max"])
+    status = torch.where(finite, status, NON_FINITE)
+    return torch.where(finite[:, None, None], new, old), status
 
 
 def _random(like: Tensor, columns: int, step: Tensor, seed: int) -> Tensor:

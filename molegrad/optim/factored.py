@@ -189,6 +189,25 @@ class FactoredOptimizer(Optimizer):
         for basis, new in ((basis_u, new_u), (basis_v, new_v)):
             self._adopt(basis, new.to(basis.device, basis.dtype, copy=True))
 
+    @torch.no_grad()
+    def restart(self, basis_u: Tensor, basis_v: Tensor) -> None:
+        """Forget a layer's momentum and moments, as before its first step; call it between two.
+
+        For bases that have been replaced as a whole: what was kept in the old ones means nothing in
+        the new. Gradients that are there are sketches of the old bases and go too.
+
+        Raises:
+            ValueError: the parameters are none of this optimizer's.
+        """
+        group = self._group_of(basis_u, basis_v)
+        for basis in (basis_u, basis_v):
+            basis.grad = None
+            known = self.state.pop(basis, {})
+            if "stats" in known:  # its readers hold on to the tensor
+                known["stats"].fill_(math.nan)
+        # Now and not at the next step: a checkpoint in between has the bases from the state.
+        self._initialise(group, basis_u, basis_v)
+
     def _adopt(self, basis: Tensor, new: Tensor) -> None:
         """basis.data ← new, of any width; its gradient, of the old width, goes."""
         basis.grad = None
@@ -204,7 +223,7 @@ class FactoredOptimizer(Optimizer):
                     if u is basis_u and v is basis_v:
                         return group
         raise ValueError(
-            f"{type(self).__name__}.resize_rank: no factored group of this optimizer has these "
+            f"{type(self).__name__}: no factored group of this optimizer has these "
             "bases; give the basis_u and basis_v of one of its layers"
         )
 

@@ -10,7 +10,7 @@ from molegrad.gpt.train import base_train
 from molegrad.gpt.train_config import BaseTrainConfig
 
 BYTES = 150_000
-COMMON = ["--no-wandb", "--threads=1", "--device-type=cpu"]
+COMMON = ["--dashboards=none", "--threads=1", "--device-type=cpu"]
 BASE = [
     *COMMON,
     "--eval-every=20",

@@ -92,7 +92,7 @@ def test_every_field_of_the_library_is_a_flag_with_its_default_and_help(capsys):
     for source in dataclasses.fields(MoleGradConfig):
         assert "--streaming-" + source.name.replace("_", "-") in text
         assert getattr(Example(), "streaming_" + source.name) == source.default
-    names = {name for name, _, _ in flags.streaming_fields()}
+    names = {name for name, _, _ in flags.prefixed_fields(MoleGradConfig, "streaming_")}
     assert names == {"streaming_" + f.name for f in dataclasses.fields(MoleGradConfig)}
 
 

@@ -66,23 +66,54 @@ def test_without_wandb_one_line_says_so(tmp_path, monkeypatch, capsys):
     assert len(read_metrics(tmp_path)) == 2
 
 
+class Run:
+    """A wandb run that notes what it is told."""
+
+    def __init__(self, folder, seen):
+        self.dir, self.seen = str(folder / "wandb/offline-run-1/files"), seen
+        seen |= {"logged": [], "defined": {}}
+
+    def define_metric(self, name, **options):
+        self.seen["defined"][name] = options
+
+    def log(self, metrics):
+        self.seen["logged"].append(metrics)
+
+    def finish(self):
+        self.seen["finished"] = True
+
+
 @pytest.mark.parametrize(("variable", "mode"), [(None, "offline"), ("disabled", "disabled")])
-def test_wandb_is_offline_unless_the_user_chose(tmp_path, monkeypatch, variable, mode):
+def test_wandb_is_offline_unless_the_user_chose(tmp_path, monkeypatch, capsys, variable, mode):
     wandb = pytest.importorskip("wandb")
     seen = {}
-
-    class Run:
-        def log(self, metrics):
-            seen.setdefault("logged", []).append(metrics)
-
-        def finish(self):
-            seen["finished"] = True
-
-    monkeypatch.setattr(wandb, "init", lambda **options: seen.update(options) or Run())
+    monkeypatch.setattr(
+        wandb, "init", lambda **options: seen.update(options) or Run(tmp_path, seen)
+    )
     monkeypatch.delenv("WANDB_MODE", raising=False)
     if variable:
         monkeypatch.setenv("WANDB_MODE", variable)
     with RunLogger(tmp_path, name="x", config={"depth": 2}) as logger:
-        logger.log({"step": 1, "train/loss": 2.0})
+        logger.log({"step": 1, "train/loss": 2.0, "layer/a/drift": 0.1})
     assert seen["mode"] == mode and seen["name"] == "x" and seen["config"] == {"depth": 2}
-    assert seen["logged"] == [{"step": 1, "train/loss": 2.0}] and seen["finished"]
+    assert seen["logged"] == [{"step": 1, "train/loss": 2.0, "layer_drift/a": 0.1}]
+    assert read_metrics(tmp_path) == [{"step": 1, "train/loss": 2.0, "layer/a/drift": 0.1}]
+    assert seen["finished"] and seen["defined"]["*"] == {"step_metric": "step"}
+    assert seen["defined"]["val/bpb"]["summary"] == "min"
+    shown = f"wandb: wandb sync {tmp_path / 'wandb/offline-run-1'}" in capsys.readouterr().out
+    assert shown == (mode == "offline")
+
+
+@pytest.mark.parametrize(
+    ("given", "kinds"), [("none", []), ("wandb,trackio", ["wandb", "trackio"])]
+)
+def test_dashboards_are_those_named(tmp_path, monkeypatch, given, kinds):
+    asked = []
+    monkeypatch.setattr("molegrad.gpt.dashboards.start", lambda kind, *rest: asked.append(kind))
+    with RunLogger(tmp_path, dashboards=given, resume_step=1) as logger:
+        logger.log({"step": 2})
+    assert asked == kinds
+    RunLogger(tmp_path, wandb=False).close()
+    assert asked == kinds
+    with pytest.raises(ValueError, match="choose wandb, trackio"):
+        RunLogger(tmp_path, dashboards="wandbb")

@@ -10,7 +10,7 @@ from molegrad.gpt.evaluate import main_base, main_chat
 from molegrad.gpt.flags import parse
 from molegrad.gpt.logger import read_metrics
 from molegrad.gpt.report import ReportConfig, comparison, main, markdown_table, report
-from molegrad.gpt.report_plots import draw
+from molegrad.gpt.report_plots import curves, draw
 from molegrad.gpt.run_record import RunRecord, read_runs
 from molegrad.gpt.train import base_train
 from molegrad.gpt.train_config import BaseTrainConfig
@@ -119,7 +119,7 @@ def test_what_is_not_there_is_named_and_not_invented(tmp_path):
         assert f"a: {name}" in missing
     assert "a: ended after step 3 of 20" in missing
     assert row_of(table, "a").count("not recorded") >= 8
-    files, lines = draw([bare], tmp_path)
+    files, lines = draw(curves([bare]), tmp_path)
     assert [f.name for f in files] == ["train_loss.png"]
     assert any("val/bpb" in line for line in lines)
 

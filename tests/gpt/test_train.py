@@ -25,7 +25,7 @@ SIZES = [
     "--device-batch-size=4",
     "--eval-tokens=256",
     "--warmdown-ratio=0.5",
-    "--no-wandb",
+    "--dashboards=none",
     "--threads=1",
 ]
 STREAM = [

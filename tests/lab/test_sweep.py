@@ -79,7 +79,7 @@ def test_runs_of_one_seed_differ_in_nothing_but_the_method(text):
     dense, low = (vars(make_run(config, text, cell, 0.02, 1).config) for cell in cells(config))
     differ = {k for k in dense if dense[k] != low[k]}
     assert {k for k in differ if not k.startswith("streaming_")} == {"run", "enable_streaming"}
-    assert dense["save_every"] == -2 and not dense["wandb"]
+    assert dense["save_every"] == -2 and dense["dashboards"] == "none"
 
 
 def test_four_evaluations_whatever_the_length(text):

@@ -1,55 +1,404 @@
+import copy
 import math
+import pickle
 
 import pytest
 import torch
+from torch import nn
 
-from molegrad import MoleGradConfig
-from molegrad.monitor import aggregate, layer_metrics
+from molegrad import MoleGradConfig, MoleLinear, clip_grad_norm_
+from molegrad.autograd import STATS
+from molegrad.config import explored_directions
+from molegrad.monitor import LayerMetrics, aggregate, layer_metrics, memory_bytes
 from molegrad.monitor.metrics import METRICS
-from molegrad.optim import Muon, matrix_param_groups, other_params
+from molegrad.optim import AdamW, Muon, matrix_param_groups, other_params
 from tests.models import perceptron
 
+F64 = torch.float64
+LOW_RANK = [(mode, method) for mode in ("dense", "factored") for method in ("tangent", "power")]
 
-def trained(mode, method="tangent", probes=8):
+
+def build(mode, method="tangent", probes=8, optimizer=Muon, **fields):
     config = MoleGradConfig(
-        rank_k=4, target_layers="all", gradient_mode=mode, method=method, probes=probes
+        rank_k=None if method == "sampled" else 4,
+        target_layers="all",
+        gradient_mode=mode,
+        method=method,
+        probes=probes,
+        **fields,
     )
     model = perceptron(config)
     groups = matrix_param_groups(model)
-    optimizers = [Muon(groups), torch.optim.AdamW(other_params(model, groups))]
-    torch.manual_seed(5)
-    x = torch.randn(200, 24)
-    for _ in range(3):
-        model.zero_grad()
+    others = other_params(model, groups)
+    return model, [optimizer(groups), torch.optim.AdamW(others)]
+
+
+def backward(model, seed=5, parts=1):
+    torch.manual_seed(seed)
+    for x in torch.randn(200, 24).chunk(parts):
         model(x).square().sum().backward()
-        for optimizer in optimizers:
-            optimizer.step()
+
+
+def step(model, optimizers, seed=5):
+    model.zero_grad()
+    backward(model, seed)
+    for optimizer in optimizers:
+        optimizer.step()
+
+
+def trained(mode, method="tangent", probes=8, **fields):
+    model, optimizers = build(mode, method, probes, **fields)
+    for _ in range(3):
+        step(model, optimizers)
     return model, optimizers
 
 
-@pytest.mark.parametrize("method", ["tangent", "power"])
-@pytest.mark.parametrize("mode", ["dense", "factored"])
+def layers(model):
+    return {name: m for name, m in model.named_modules() if isinstance(m, MoleLinear)}
+
+
+def estimate(layer):
+    """Ĝ as a matrix, in float64."""
+    k = layer.rank
+    if layer.config.gradient_mode == "dense":
+        return layer.weight.grad.double()
+    u, v = (x.detach()[:, :k].double() for x in (layer.basis_u, layer.basis_v))
+    y, w = (x.grad[:, :k].double() for x in (layer.basis_u, layer.basis_v))
+    if layer.config.method == "power":
+        return y @ w.mT
+    return u @ w.mT + (y - u @ (u.mT @ y)) @ v.mT
+
+
+@pytest.mark.parametrize(("mode", "method"), LOW_RANK)
 def test_every_metric_of_every_layer(mode, method):
     model, optimizers = trained(mode, method)
-    metrics = layer_metrics(model, optimizers)
+    watch = LayerMetrics(model, optimizers)
+    watch.snapshot()
+    model.zero_grad()
+    backward(model)
+    watch.after_backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    metrics = watch.read()
     assert list(metrics) == ["0", "2"]
     for values in metrics.values():
         assert tuple(values) == METRICS
         assert 0 < values["energy_capture"] <= 1
-        assert values["trust_factor"] == 1 and values["condition_number"] >= 1
-        assert 0 <= values["subspace_drift"] <= 1
-    dense, sketches = 4 * 24 * 40, 4 * (24 + 40) * 12
-    expected = 0 if mode == "dense" else (dense - sketches) / 2**20
-    assert metrics["0"]["memory_saved_mb"] == pytest.approx(expected)
-    total = aggregate(metrics)
-    assert total["memory_saved_mb"] == sum(m["memory_saved_mb"] for m in metrics.values())
-    assert total["energy_capture"] == pytest.approx(
-        sum(m["energy_capture"] for m in metrics.values()) / 2
-    )
+        assert values["trust_factor"] == values["trust_scaling_factor"] == 1
+        assert values["gradient_norm_compression_ratio"] == values["energy_capture"]
+        assert values["condition_number"] >= 1 and 0 <= values["subspace_drift"] <= 1
+        assert 0 < values["orthogonality_error"] < 1e-5 and values["orth_status"] == 0
+        assert 0 <= values["subspace_quality_min"] <= values["subspace_quality"] <= 1
+        assert math.isnan(values["sampled_share"]) and math.isnan(values["sampling_noise"])
+        known = [key for key in METRICS if not key.startswith("sampl")]
+        assert all(math.isfinite(values[key]) for key in known)
+
+
+@pytest.mark.parametrize(("mode", "method"), LOW_RANK)
+def test_norms_are_those_of_the_gradient_and_its_estimate(mode, method):
+    model, optimizers = trained(mode, method, probes=64)
+    plain = perceptron()
+    plain.load_state_dict(model.state_dict())
+    model.zero_grad()
+    backward(plain)
+    backward(model)
+    norms = {name: estimate(layer).norm().item() for name, layer in layers(model).items()}
+    clip_grad_norm_(model, 1e9)
+    for optimizer in optimizers:
+        optimizer.step()
+    for name, values in layer_metrics(model, optimizers).items():
+        truth = plain.get_submodule(name).weight.grad.norm().item()
+        assert values["estimate_norm"] == pytest.approx(norms[name], rel=1e-3)
+        assert values["gradient_norm"] == pytest.approx(truth, rel=0.15)
+        assert values["energy_capture"] == pytest.approx(norms[name] / truth, rel=0.15)
+
+
+def test_clipping_leaves_the_captured_share_alone():
+    for method in ("tangent", "power"):
+        captured = []
+        for limit in (1e9, 0.01):
+            model, optimizers = build("factored", method)
+            backward(model)
+            clip_grad_norm_(model, limit)
+            optimizers[0].step()
+            captured.append([m["energy_capture"] for m in layer_metrics(model).values()])
+        assert captured[0] == pytest.approx(captured[1], rel=1e-3) and max(captured[0]) < 1
+
+
+@pytest.mark.parametrize("mode", ["dense", "factored"])
+def test_the_compression_ratio_is_that_of_the_gradient_that_is_used(mode):
+    model, optimizers = trained(mode, probes=64, trust_scaling=True, trust_max=10.0)
+    for values in layer_metrics(model, optimizers).values():
+        assert values["trust_factor"] > 1.01 and values["energy_capture"] < 0.99
+        assert values["gradient_norm_compression_ratio"] == pytest.approx(1, rel=1e-3)
+        used = values["estimate_norm"] * values["trust_factor"]
+        assert values["gradient_norm"] == pytest.approx(used, rel=1e-3)
+
+
+@pytest.mark.parametrize(("mode", "method"), LOW_RANK)
+@pytest.mark.parametrize("decay", [1.0, 0.75, 0.0])
+def test_subspace_quality_is_the_cosines_of_the_principal_angles(mode, method, decay):
+    model, optimizers = build(mode, method, warm_start_decay=decay)
+    step(model, optimizers)
+    watch = LayerMetrics(model, optimizers)
+    old = copy.deepcopy(model)
+    watch.snapshot()
+    step(model, optimizers, seed=6)
+    values = watch.read()
+    kept = 4 - explored_directions(4, decay) or 4
+    assert kept == {1.0: 4, 0.75: 3, 0.0: 4}[decay]
+    for name, layer in layers(model).items():
+        before = old.get_submodule(name)
+        cosines = torch.cat(
+            [
+                torch.linalg.svdvals(getattr(before, b)[:, :4].mT @ getattr(layer, b)[:, :kept])
+                for b in ("basis_u", "basis_v")
+            ]
+        )
+        assert values[name]["subspace_quality"] == pytest.approx(cosines.mean().item(), rel=1e-4)
+        least = cosines.min().item()
+        assert values[name]["subspace_quality_min"] == pytest.approx(least, abs=1e-4)
+        assert cosines.min() < 0.95 * cosines.max()
+    assert math.isnan(watch.read()["0"]["subspace_quality"])  # the snapshot was that step's
+    watch.snapshot()
+    assert watch.read()["0"]["subspace_quality"] == pytest.approx(1, abs=1e-5)
+
+
+def test_another_rank_since_the_snapshot_is_no_quality():
+    model, optimizers = build("dense")
+    watch = LayerMetrics(model, optimizers)
+    watch.snapshot()
+    first = model[0]
+    first.set_bases(first.basis_u[:, :3], first.basis_v[:, :3])
+    values = watch.read()
+    assert math.isnan(values["0"]["subspace_quality"])
+    assert values["2"]["subspace_quality"] == pytest.approx(1, abs=1e-5)
+
+
+def roy_vetterli(matrix):
+    values = torch.linalg.svdvals(matrix)
+    p = values[values > 1e-9 * values[0]] / values.sum()
+    return math.exp(-(p * p.log()).sum())
+
+
+@pytest.mark.parametrize(
+    ("mode", "method", "trust"),
+    [*((*pair, False) for pair in LOW_RANK), ("dense", "tangent", True), ("dense", "power", True)],
+)
+def test_effective_rank_is_that_of_the_estimate(mode, method, trust):
+    model, optimizers = build(mode, method, trust_scaling=trust)
+    step(model, optimizers)
+    model.zero_grad()
+    backward(model, seed=6)
+    clip_grad_norm_(model, 0.1)
+    expected = {name: roy_vetterli(estimate(layer)) for name, layer in layers(model).items()}
+    watch = LayerMetrics(model, optimizers)
+    watch.after_backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    model.zero_grad()
+    top = 8 if method == "tangent" else 4
+    for name, values in watch.read().items():
+        assert values["effective_rank"] == pytest.approx(expected[name], rel=2e-3)
+        assert 1 < values["effective_rank"] < top
+    assert math.isnan(watch.read()["0"]["effective_rank"])  # no gradient is left
+
+
+def test_effective_rank_of_known_spectra():
+    """One mode has rank 1, equal ones their number."""
+    layer = MoleLinear(24, 40, bias=False, config=MoleGradConfig(rank_k=4, method="power"))
+    q, p = (torch.linalg.qr(torch.randn(rows, 4))[0] for rows in (40, 24))
+    for modes, expected in (([1, 0, 0, 0], 1), ([3, 3, 3, 3], 4), ([1, 1, 0, 0], 2)):
+        layer.weight.grad = q @ torch.diag(torch.tensor(modes).float()) @ p.mT
+        measured = layer_metrics(layer)[""]["effective_rank"]
+        assert measured == pytest.approx(expected, rel=1e-3)
+    for broken in (0.0, math.nan, math.inf):
+        layer.weight.grad = torch.full((40, 24), broken)
+        assert math.isnan(layer_metrics(layer)[""]["effective_rank"])
+
+
+def test_micro_batches_add_up_to_the_leading_modes():
+    model, _ = build("dense")
+    backward(model, parts=3)
+    for name, layer in layers(model).items():
+        values = torch.linalg.svdvals(layer.weight.grad.double())
+        assert values[9] > 1e-3 * values[0]  # more than 2k modes
+        p = values[:8] / values[:8].sum()
+        expected = math.exp(-(p * p.log()).sum())
+        measured = layer_metrics(model)[name]["effective_rank"]
+        assert measured == pytest.approx(expected, rel=0.1)
+
+
+def test_bases_that_have_turned_tell_no_effective_rank():
+    model, optimizers = build("factored")
+    for _ in range(2):
+        model.zero_grad()
+        backward(model)
+        before = layer_metrics(model, optimizers)
+        for optimizer in optimizers:
+            optimizer.step()
+    assert all(math.isfinite(m["effective_rank"]) for m in before.values())
+    after = layer_metrics(model, optimizers)
+    assert all(math.isnan(m["effective_rank"]) for m in after.values())
+
+
+def test_orthogonality_error_and_status():
+    model, _ = trained("dense")
+    with torch.no_grad():
+        model[0].basis_u[:, 0] *= 1.5
+        model[2].basis_v[0, 0] = math.nan
+    first, second = layer_metrics(model).values()
+    assert first["orthogonality_error"] == pytest.approx(1.25, rel=1e-3)
+    assert math.isnan(second["orthogonality_error"])
+    for mode in ("dense", "factored"):
+        model, optimizers = build(mode)
+        model.zero_grad()
+        model(torch.full((5, 24), math.nan)).sum().backward()
+        optimizers[0].step()
+        for values in layer_metrics(model, optimizers).values():
+            assert values["orth_status"] == 3 and values["orthogonality_error"] < 1e-5
+
+
+@pytest.mark.parametrize("probes", [0, 8])
+def test_memory_saved_is_measured_on_the_gradients(probes):
+    dense, sketches = 4 * 24 * 40, 4 * (24 + 40) * (4 + probes)
+    for mode, expected in (("dense", 0), ("factored", dense - sketches)):
+        model, optimizers = trained(mode, probes=probes)
+        watch = LayerMetrics(model, optimizers)
+        watch.after_backward()
+        model.zero_grad()
+        assert watch.read()["0"]["memory_saved_mb"] * 2**20 == pytest.approx(expected)
+        # With no gradient there, those to come stand for it.
+        assert layer_metrics(model)["0"]["memory_saved_mb"] * 2**20 == pytest.approx(expected)
+    model, _ = trained("dense", probes=probes)
+    model[0].weight.grad = None
+    model[0].weight.requires_grad_(False)
+    assert layer_metrics(model)["0"]["memory_saved_mb"] == 0  # there is none to save
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_in_momentum_mode_no_gradient_is_left(dtype):
+    model, optimizers = build("momentum", "sampled", probes=0, momentum_dtype=dtype)
+    backward(model)
+    assert layers(model)["0"].weight.grad is None
+    assert layer_metrics(model, optimizers)["0"]["memory_saved_mb"] == 4 * 24 * 40 / 2**20
+    model[0].weight.grad = torch.zeros(40, 24)  # one that exists is counted
+    assert layer_metrics(model, optimizers)["0"]["memory_saved_mb"] == 0
+
+
+@pytest.mark.parametrize(
+    ("mode", "method", "optimizer"),
+    [
+        ("dense", "tangent", Muon),
+        ("factored", "power", Muon),
+        ("factored", "tangent", AdamW),
+        ("dense", "sampled", AdamW),
+        ("momentum", "sampled", Muon),
+    ],
+)
+def test_memory_of_a_layer_is_what_it_holds(mode, method, optimizer):
+    probes = 0 if method == "sampled" else 8
+    model, optimizers = build(mode, method, probes, optimizer=optimizer)
+    step(model, optimizers)
+    for name, values in layer_metrics(model, optimizers).items():
+        layer = model.get_submodule(name)
+        counted = sum(memory_bytes(layer, optimizers).values())
+        counters = 8 + 4 * len(STATS)  # the rank's methods and the sampled one count and note
+        measured = values["layer_memory_usage"] * 2**20
+        assert measured == pytest.approx(counted + counters), (name, measured, counted)
+        alone = layer_metrics(model)[name]["layer_memory_usage"] * 2**20
+        state = memory_bytes(layer, optimizers)["optimizer_state"]
+        own = 0 if layer.momentum is None else memory_bytes(layer)["optimizer_state"]
+        assert measured - alone == pytest.approx(state - own)
+
+
+def test_storage_counts_once():
+    model, optimizers = trained("factored", probes=0)
+    before = layer_metrics(model, optimizers)["0"]["layer_memory_usage"]
+    model[0].register_buffer("again", model[0].weight.detach()[:3])
+    assert layer_metrics(model, optimizers)["0"]["layer_memory_usage"] == before
+    model[0].register_buffer("new", torch.zeros(256))
+    after = layer_metrics(model, optimizers)["0"]["layer_memory_usage"]
+    assert after - before == pytest.approx(1024 / 2**20)
+
+
+def test_sampled_layers_know_their_sample():
+    model, optimizers = trained("dense", "sampled", probes=0, sample_share=0.5)
+    for values in layer_metrics(model, optimizers).values():
+        assert 0.3 < values["sampled_share"] < 0.7 and values["sampling_noise"] > 0
+        for key in METRICS[:4] + ("effective_rank", "orthogonality_error", "gradient_norm"):
+            assert math.isnan(values[key]), key
 
 
 def test_unknown_is_nan_and_no_layers_is_empty():
     model, optimizers = trained("dense", probes=0)
-    assert math.isnan(layer_metrics(model, optimizers)["0"]["energy_capture"])
-    assert layer_metrics(torch.nn.Linear(2, 2)) == {}
+    values = layer_metrics(model, optimizers)["0"]
+    assert math.isnan(values["energy_capture"]) and math.isnan(values["gradient_norm"])
+    assert values["estimate_norm"] > 0
+    fresh, _ = build("dense")
+    assert math.isnan(layer_metrics(fresh)["0"]["trust_factor"])
+    assert layer_metrics(nn.Linear(2, 2)) == {}
     assert math.isnan(aggregate({})["energy_capture"]) and aggregate({})["memory_saved_mb"] == 0
+    model[0].stats[STATS.index("captured_norm_sq")] = math.nan
+    model[0].config = MoleGradConfig(rank_k=4, probes=1)
+    assert math.isnan(layer_metrics(model)["0"]["energy_capture"])
+
+
+def test_everything_comes_in_one_transfer(monkeypatch):
+    model, optimizers = trained("factored")
+    watch = LayerMetrics(model, optimizers)
+    watch.snapshot()
+    model.zero_grad()
+    backward(model)
+    moved = []
+    to_host = torch.Tensor.cpu
+    for name in ("item", "numpy", "__bool__", "__float__", "__int__"):
+        refuse = lambda *_, name=name: pytest.fail(f"{name} waits for the device")  # noqa: E731
+        monkeypatch.setattr(torch.Tensor, name, refuse)
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda t: moved.append(t.numel()) or to_host(t))
+    watch.after_backward()
+    assert moved == []
+    watch.read()
+    assert len(moved) == 1
+
+
+def test_aggregate():
+    names = ("a", "b", "c")
+    metrics = {name: {key: float(i + 1) for key in METRICS} for i, name in enumerate(names)}
+    metrics["c"]["energy_capture"] = math.nan
+    metrics["a"]["condition_number"] = math.inf
+    total = aggregate(metrics)
+    assert total["memory_saved_mb"] == total["layer_memory_usage"] == 6
+    assert total["energy_capture"] == 1.5 and total["energy_capture_min"] == 1
+    assert total["condition_number"] == 2.5 and total["condition_number_max"] == 3
+    assert total["orthogonality_error"] == 2 and total["orthogonality_error_max"] == 3
+    assert total["subspace_quality"] == 2 and total["subspace_quality_min"] == 1
+    assert set(total) >= set(METRICS)
+
+
+@pytest.mark.parametrize(
+    ("mode", "method"), [*LOW_RANK, ("dense", "sampled"), ("momentum", "sampled")]
+)
+def test_a_layer_tells_its_own_metrics(mode, method):
+    model, optimizers = trained(mode, method, probes=0 if method == "sampled" else 8)
+    everything = layer_metrics(model, optimizers)
+    for name, layer in layers(model).items():
+        own = layer.metrics()
+        assert list(own) == [
+            "energy_capture",
+            "trust_factor",
+            "condition_number",
+            "subspace_drift",
+            "memory_saved_mb",
+        ]
+        assert own == pytest.approx({k: everything[name][k] for k in own}, nan_ok=True)
+        known = [key for key, value in own.items() if math.isfinite(value)]
+        assert len(known) == (1 if method == "sampled" else 5)
+        fresh = MoleLinear(24, 40, config=layer.config).metrics()
+        assert [key for key, value in fresh.items() if math.isfinite(value)] == ["memory_saved_mb"]
+
+
+def test_statistics_in_factored_mode_survive_pickling():
+    model, _ = trained("factored")
+    again = pickle.loads(pickle.dumps(model))
+    assert again[0].metrics() == model[0].metrics()
