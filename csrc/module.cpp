@@ -86,9 +86,9 @@ void add_cuda(py::dict& info) {
   info["cuda"] = true;
   info["cuda_built"] = built;
   info["cuda_found"] = found;
-  const bool found = cuda.device_count > 0;
-  py::dict paths = cuda_paths(found ? 10 * cuda.major + cuda.minor : 0, cuda.cublaslt);
-  paths["sketch"] = sketch_paths(found);
+  const bool device = cuda.device_count > 0;
+  py::dict paths = cuda_paths(device ? 10 * cuda.major + cuda.minor : 0, cuda.cublaslt);
+  paths["sketch"] = sketch_paths(device);
   info["paths"] = paths;
 }
 #else

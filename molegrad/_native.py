@@ -48,8 +48,10 @@ def build_info() -> dict:
     Returns:
         "native" (bool) and "torch" (the running version) always. With the extension: "torch_built",
         "torch_abi_floor", "torch_abi", "compiler", "cpu_capability" (baseline, avx2 or avx512),
-        "cuda" (bool), and "paths", which says for "fp8" and "grouped" whether they are "supported"
-        and the "reason"; a CUDA build adds "cuda_built" and "cuda_found". Without it: "reason".
+        "cuda" (bool), and "paths", which says for "fp8", "grouped" and "sketch" whether they are
+        "supported" and the "reason". A CUDA build adds "cuda_built" and "cuda_found", and to
+        "sketch" what MOLEGRAD_SKETCH_PATH has "wanted" and which path (own, cublaslt or fused) each
+        dtype takes now. Without the extension: "reason".
     """
     module, reason = load()
     info = {"native": module is not None, "torch": torch.__version__}

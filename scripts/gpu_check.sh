@@ -44,11 +44,11 @@ if [ "${QUICK:-0}" = 1 ]; then
   steps=(--depth=12 --batches=1x8192,16x2048 --steps=6 --methods=balanced,factored-tangent)
 elif [ "${FULL:-0}" = 1 ]; then
   patience=10
-  grad=()
+  grad=(--seconds=0)
   steps=(--depth=12 --batches=1x8192,16x2048 --compile=both --steps=20)
 fi
 
-rm -f "$folder"/parts.txt "$folder"/*.log
+rm -f "$folder/parts.txt"
 part tests 130 "$PYTHON" -m pytest -q tests/gpu
 part grad 100 "$PYTHON" -m scripts.bench_grad --device=cuda "${grad[@]}" --json
 part step 110 "$PYTHON" -m scripts.bench_step --device=cuda "${steps[@]}" --json

@@ -268,10 +268,47 @@ def test_build_info():
     info = _native.build_info()
     assert info["native"] and info["torch"] == torch.__version__
     assert info["cpu_capability"] in ("baseline", "avx2", "avx512")
-    assert set(info["paths"]) == {"fp8", "grouped"}
-    assert all(set(path) == {"supported", "reason"} for path in info["paths"].values())
+    assert set(info["paths"]) == {"fp8", "grouped", "sketch"}
+    assert all(set(path) >= {"supported", "reason"} for path in info["paths"].values())
     if not info["cuda"]:
-        assert not any(path["supported"] for path in info["paths"].values())
+        none = {"supported": False, "reason": "this build has the CPU ops only"}
+        assert all(path == none for path in info["paths"].values())
+        with pytest.raises(RuntimeError, match="this build has the CPU ops only"):
+            MODULE.sketch_path("bfloat16", 32)
+
+
+def test_the_path_of_a_sketch_is_read_at_every_call(monkeypatch):
+    if not _native.build_info()["cuda"]:
+        pytest.skip("this build has the CPU ops only")
+
+    def path(wanted, dtype="bfloat16", rank=32):
+        monkeypatch.setenv("MOLEGRAD_SKETCH_PATH", wanted)
+        return MODULE.sketch_path(dtype, rank)
+
+    assert [path(x) for x in ("own", "fused", "auto", "own")] == ["own", "fused", "own", "own"]
+    assert path("fused", "float16") == "own"
+    known = _native.build_info()["paths"]["sketch"]
+    assert known["wanted"] == "fused" and known["bfloat16"] == "fused" and known["float16"] == "own"
+    with pytest.raises(RuntimeError, match="must be auto, own, cublaslt or fused, got fast"):
+        path("fast")
+    known = _native.build_info()["paths"]["sketch"]
+    assert not known["supported"] and known["reason"].endswith("got fast")
+
+
+def test_a_dtype_that_no_sketch_takes_is_named():
+    with pytest.raises(ValueError, match="float32, float64, bfloat16 or float16, got int8"):
+        MODULE.sketch_path("int8", 32)
+
+
+def test_which_sketches_the_fused_launch_takes():
+    h100, rtx5090 = (132, 228 << 10), (170, 100 << 10)
+    assert MODULE.fused_fits(8192, 768, 3072, 32, *h100)
+    assert MODULE.fused_fits(8192, 1280, 5120, 32, *h100)
+    assert not MODULE.fused_fits(8192, 1280, 5120, 32, *rtx5090)  # too little shared memory
+    assert not MODULE.fused_fits(8192, 1280, 5120, 128, *h100)  # too large a rank
+    assert not MODULE.fused_fits(8192, 4096, 14336, 32, *h100)  # too wide for a cluster
+    assert not MODULE.fused_fits(8192, 1281, 5120, 32, *h100)  # rows start at odd addresses
+    assert not MODULE.fused_fits(0, 768, 3072, 32, *h100)
 
 
 def test_cuda_paths_follow_capability_and_library():

@@ -195,15 +195,13 @@ class Budget:
         seconds: of the whole table; 0 is no limit. cells: how many there are.
     """
 
-    def __init__(
-        self, seconds: float, cells: int, now: Callable[[], float] = time.perf_counter
-    ) -> None:
-        self.seconds, self._cells, self._now = seconds, cells, now
-        self._end = now() + seconds if seconds else math.inf
+    def __init__(self, seconds: float, cells: int) -> None:
+        self._cells = cells
+        self._end = time.perf_counter() + seconds if seconds else math.inf
 
     def share(self) -> float | None:
         """Seconds for the next cell; None where nothing is left."""
-        left = self._end - self._now()
+        left = self._end - time.perf_counter()
         share = left / max(self._cells, 1)
         self._cells -= 1
         return share if left > 0 else None

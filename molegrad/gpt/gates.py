@@ -59,10 +59,10 @@ class Limits:
     limit: float = flag(1.0, "percent of bits per byte that MoleGrad may lie above dense")
     outer_limit: float = flag(5.0, "the outer limit of the same, a gate of its own")
     loss_margin: float = flag(
-        5.0, "percent that the last tenth's mean loss must be below the first tenth's"
+        5.0, "percent that the mean loss of the run's last tenth must be below the first tenth's"
     )
     rise_limit: float = flag(
-        5.0, "percent that the last tenth's mean loss may be above the lowest tenth's"
+        5.0, "percent that the mean loss of the run's last tenth may be above the lowest tenth's"
     )
     memory_tolerance: float = flag(1.0, "percent between measured and predicted bytes of a part")
     peak_tolerance: float = flag(
@@ -176,30 +176,35 @@ def memory(
 
 
 def loss(name: str, record: RunRecord | None, limits: Limits) -> list[Gate]:
-    """The smoothed loss falls over the run, and does not rise again."""
+    """The smoothed loss falls over the run, and does not rise again.
+
+    Smoothed: means of tenths of the run, of fewer and longer stretches where a tenth would have
+    less than 10 losses (two halves at least).
+    """
     falls, rises = f"loss/{name}/falls", f"loss/{name}/rises"
-    how = "mean training loss of the last tenth of the logged steps"
     values = record.series("train/loss_raw")[1] if record else []
+    count = max(2, min(10, len(values) // 10))
+    how = f"mean training loss of the last of {count} equal stretches"
     if len(values) < 2:
         none = f"{how}; fewer than two losses were logged"
         return [Gate(gate, False, None, None, none) for gate in (falls, rises)]
-    tenths = parts(values, 10)
-    fall = 100 * (1 - tenths[-1] / tenths[0])
-    rise = 100 * (tenths[-1] / min(tenths) - 1)
+    means = parts(values, count)
+    fall = 100 * (1 - means[-1] / means[0])
+    rise = 100 * (means[-1] / min(means) - 1)
     return [
         Gate(
             falls,
             fall >= limits.loss_margin,
             fall,
             limits.loss_margin,
-            f"% that the {how} is below that of the first tenth; limit: least",
+            f"% that the {how} is below that of the first; limit: least",
         ),
         Gate(
             rises,
             rise <= limits.rise_limit,
             rise,
             limits.rise_limit,
-            f"% that the {how} is above the lowest tenth's; limit: most",
+            f"% that the {how} is above the lowest; limit: most",
         ),
     ]
 

@@ -2,7 +2,8 @@
 
 What: `Trainer` runs forward, backward, optimizer step, with gradient accumulation, schedules,
 evaluation, samples, checkpoints, a line per step, a stop on non-finite numbers and a clean end on
-Ctrl-C. What differs between stages (where batches come from, how to evaluate) is handed in.
+Ctrl-C, between two micro-batches. What differs between stages (where batches come from, how to
+evaluate) is handed in.
 
 Why the host waits for the device once per `log_every` steps only: the loss and the check of the
 gradients stay on the device until a line is due. It is read before the optimizer's step, so that
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from molegrad import clip_grad_norm_
 from molegrad.gpt import checkpoint, guard
+from molegrad.gpt import resume as resuming
 from molegrad.gpt.hardware import Flops, flops_per_token, peak_flops, peak_memory_bytes
 from molegrad.gpt.logger import RunLogger
 from molegrad.gpt.schedule import lr_multiplier, momentum_at
@@ -43,6 +45,9 @@ class Progress:
     """The loop's own numbers that a resumed run goes on from."""
 
     step: int = 0  # completed steps
+    micro: int = 0  # micro-batches done of the step that follows; of one process alone
+    logged: int = 0  # the step of the last log line
+    pending: float = 0.0  # seconds spent since that line, where a checkpoint was made
     seconds: float = 0.0  # spent training; evaluation, samples and checkpoints are not counted
     flops: float = 0.0  # done, all devices
     reads: int = 0  # of the loss
@@ -116,15 +121,31 @@ class Trainer:
         adaptive = streaming is not None and streaming.energy_target > 0
         self.ranks = RankController(model, optimizers, streaming) if adaptive else None
         self.signals = StopSignals(self.processes.print)
+        self._agreed_to_stop = False  # of several processes
         self._batch: tuple[Tensor, Tensor] | None = None
         self._position: dict = {}
+        self._loss = torch.zeros((), device=self.device)  # of the micro-batches done
+        self._mark = 0.0  # when the last log line was told, pauses left out
         self._paces: deque[float] = deque(maxlen=25)  # seconds a step, for the time to go
 
     def resume(self, saved: checkpoint.Checkpoint) -> None:
-        """Go on from a checkpoint: everything is put back, the data position included."""
+        """Go on from a checkpoint: everything is put back, the data position included.
+
+        Raises:
+            ValueError: the sizes of batches do not fit (`molegrad.gpt.resume`).
+        """
+        told = {"logged": saved.step, **saved.extra["progress"]}
+        masked = getattr(self.loader, "masks_targets", False)
+        micro, note = resuming.check_batches(saved, self.config, masked, told.get("micro", 0))
         with self._other_shapes() if self.ranks else contextlib.nullcontext():
             checkpoint.restore(saved, self.model, self.optimizers, self.loader, self.ranks)
-        self.progress = Progress(**saved.extra["progress"])
+        self.progress = Progress(**{**told, "micro": micro})
+        if micro:
+            accumulated = dict(saved.accumulated)
+            self._loss = accumulated.pop("loss").to(self.device)
+            resuming.load_accumulated(self.model, accumulated)
+        if note:
+            self.processes.print(note)
         self.instruments.load_state_dict(saved.extra.get("instruments", {}))
 
     def run(self) -> dict:
@@ -137,16 +158,19 @@ class Trainer:
         self.model.train()
         with self.signals:
             self._fetch()
-            mark = self._now()
-            since = progress.step
-            while progress.step < self.steps and not self.signals.stop:
-                step = progress.step + 1
+            self._mark = self._now() - progress.pending
+            while progress.step < self.steps and not self._stops:
+                step, since = progress.step + 1, progress.logged
                 due = step % config.log_every == 0 or step == self.steps
-                watch = due and _passed(config.monitor_every, since, step)
-                shadow = due and _passed(config.shadow_every, since, step)
+                # A step that an earlier process began can't be seen as a whole.
+                seen = due and not progress.micro
+                watch = seen and _passed(config.monitor_every, since, step)
+                shadow = seen and _passed(config.shadow_every, since, step)
                 multiplier = self._set_schedules(progress.step)
                 self.instruments.begin(step, metrics=watch, shadow=shadow)
                 loss = self._forward_backward()
+                if loss is None:
+                    break
                 finite = self.guard.update(progress.step)
                 if due:
                     value = self._read(loss, finite, progress.step)
@@ -160,12 +184,12 @@ class Trainer:
                 if due:
                     now = self._now()
                     extra = self._observations(watch)
-                    self._log(value, multiplier, (now - mark) / (step - since), since, extra)
-                    mark, since = now, progress.step
+                    self._log(value, multiplier, (now - self._mark) / (step - since), since, extra)
+                    self._mark, progress.logged = now, progress.step
                 if self.ranks:
                     self._adapt_ranks(self.ranks)
-                if self._occasional():
-                    mark = self._now()
+                self._occasional()
+            progress.pending = self._now() - self._mark
         if progress.step < self.steps:
             self._interrupted()
         return {**progress.last, "interrupted": progress.step < self.steps}
@@ -193,10 +217,17 @@ class Trainer:
                     )
         return multiplier
 
-    def _forward_backward(self) -> Tensor:
-        """All micro-batches of a step; the mean loss, on the device."""
-        total = torch.zeros((), device=self.device)
-        for micro in range(self.accumulation):
+    @property
+    def _stops(self) -> bool:
+        """Whether to stop now. Several processes stop where they have agreed to, at a log line: one
+        that went by its own signal would leave the others waiting for it."""
+        return self._agreed_to_stop if self.processes.world_size > 1 else bool(self.signals.stop)
+
+    def _forward_backward(self) -> Tensor | None:
+        """The micro-batches that the step still lacks; the mean loss of all, on the device. None
+        where a signal came before the last of them: then the gradients so far are there."""
+        progress = self.progress
+        for micro in range(progress.micro, self.accumulation):
             inputs, targets = self._batch
             last = micro == self.accumulation - 1
             silent = self.processes.world_size > 1 and not last
@@ -206,9 +237,15 @@ class Trainer:
                     loss = self.called(inputs, targets)
                 with self.timer("backward"):
                     (loss / self.accumulation).backward()
-            total += loss.detach() / self.accumulation
+            self._loss += loss.detach() / self.accumulation
+            stop = self._stops and not last and self.processes.world_size == 1
             with self.timer("data"):
-                self._fetch(position=last)  # while the device is busy
+                self._fetch(position=last or stop)  # while the device is busy
+            if stop:
+                progress.micro = micro + 1
+                return None
+        progress.micro, total = 0, self._loss
+        self._loss = torch.zeros_like(total)
         self.instruments.backward_done()
         if self.ranks:
             self.ranks.observe()
@@ -248,12 +285,12 @@ class Trainer:
 
     def _read(self, loss: Tensor, finite: Tensor, step: int) -> float:
         """The loss averaged over processes: the one place that waits for the device."""
-        row = torch.stack([loss.float(), finite.float(), loss.new_tensor(self.signals.stop)])
+        row = torch.stack([loss.float(), finite.float(), loss.new_tensor(bool(self.signals.stop))])
         if self.processes.world_size > 1:  # a signal to one process stops all at the same step
             torch.distributed.all_reduce(row)
         total, finite_on, stopped = row.tolist()
         count = self.processes.world_size
-        self.signals.stop = self.signals.stop or int(stopped)
+        self._agreed_to_stop = stopped > 0
         value = total / count
         self.guard.losses.append((step, value))
         if finite_on < count or not math.isfinite(value):
@@ -317,12 +354,15 @@ class Trainer:
             f"peak {memory / 2**20:,.0f} MiB | eta {_duration(eta)}"
         )
 
-    def _occasional(self) -> bool:
-        """Evaluation, samples, checkpoint, where they are due; whether anything was done."""
+    def _occasional(self) -> None:
+        """Evaluation, samples, checkpoint, where they are due; their time counts as a pause."""
         c, p = self.config, self.progress
         evaluate = self.evaluate is not None and self._due(c.eval_every)
         sample = self.sample is not None and self._due(c.sample_every)
         save = not self._keeps_nothing and self._due(max(0, c.save_every))
+        if not (evaluate or sample or save):
+            return
+        p.pending = self._now() - self._mark
         if evaluate:
             metrics = self.evaluate()
             p.last |= metrics
@@ -340,7 +380,7 @@ class Trainer:
                 self.processes.print(f"sample | {text!r}")
         if save:
             self.processes.print(f"saved {self.save()}")
-        return evaluate or sample or save
+        self._mark = self._now() - p.pending
 
     def _due(self, every: int) -> bool:
         """every < 0: never; 0: at the end; otherwise also at multiples."""
@@ -348,7 +388,11 @@ class Trainer:
         return every >= 0 and (step == self.steps or (every > 0 and step % every == 0))
 
     def save(self) -> Path:
-        """A checkpoint of this moment, between two steps."""
+        """A checkpoint of this moment, between two steps or, of one process alone, where a signal
+        has ended the run between two micro-batches."""
+        accumulated = {}
+        if self.progress.micro:
+            accumulated = {"loss": self._loss, **resuming.accumulated_state(self.model)}
         progress = {name: getattr(self.progress, name) for name in Progress.__dataclass_fields__}
         progress["last"] = {k: v for k, v in self.progress.last.items() if _finite(v)}
         return checkpoint.save(
@@ -361,12 +405,14 @@ class Trainer:
             extra={
                 "progress": progress,
                 "steps": self.steps,
+                "batches": resuming.batch_sizes(self.config),
                 "instruments": self.instruments.state_dict(),
             },
             keep_last=self.config.keep_last,
             rank=self.processes.rank,
             world_size=self.processes.world_size,
             ranks=self.ranks,
+            accumulated=accumulated,
         )
 
     @property
@@ -374,14 +420,16 @@ class Trainer:
         return self.config.save_every == -2
 
     def _interrupted(self) -> None:
-        stopped = f"stopped after step {self.progress.step} of {self.steps}"
+        step, micro = self.progress.step, self.progress.micro
+        stopped = f"stopped after step {step} of {self.steps}"
+        if micro:
+            stopped += f" and {micro} of {self.accumulation} micro-batches of the next"
         if self._keeps_nothing:
             self.processes.print(f"{stopped}; nothing is saved (--save-every=-2)")
             return
         self.processes.print(
             f"{stopped}; saved {self.save()}\n"
-            f"To go on: the same command with --resume (or --resume-from-step="
-            f"{self.progress.step})"
+            f"To go on: the same command with --resume (or --resume-from-step={step})"
         )
 
 

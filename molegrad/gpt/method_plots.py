@@ -46,19 +46,20 @@ _OF_A_SUBSPACE = (
 
 def method_plots(records: Sequence[RunRecord]) -> list[Plot]:
     """Every metric of METRIC_PLOTS and the spectra, of the runs that have converted layers."""
-    converted = [record for record in records if not record.dense]
-    if not converted:
+    if all(record.dense for record in records):
         return []
-    return [*(metric(converted, *spec) for spec in METRIC_PLOTS), spectra(converted)]
+    return [*(metric(records, *spec) for spec in METRIC_PLOTS), spectra(records)]
 
 
 def metric(
     records: Sequence[RunRecord], key: str, title: str, y_label: str, log: bool = False
 ) -> Plot:
     """Means over the layers of each run, with what shadow layers know beside them; then a panel a
-    run with a line a layer."""
+    run with a line a layer. Dense runs have none, but keep their colour to themselves."""
     known, absent = [], []
     for index, record in enumerate(records):
+        if record.dense:
+            continue
         if _has(record, key):
             known.append((index, record))
         else:
@@ -135,7 +136,8 @@ def spectra(records: Sequence[RunRecord]) -> Plot:
     """Singular values of the true gradient G and of the estimate Ĝ, by layer and step."""
     title = "Singular values of G (line) and of the estimate (dashed)"
     found, absent = [], []
-    for record in records:
+    converted = [record for record in records if not record.dense]
+    for record in converted:
         lines = [line for line in record.shadow() if line.get("spectrum")]
         names = list(dict.fromkeys(line["layer"] for line in lines))
         if not names:
@@ -152,7 +154,7 @@ def spectra(records: Sequence[RunRecord]) -> Plot:
             label = f"step {line['step']:,}"
             _spectrum(axes, line["spectrum"], color=color, label=label)
             _spectrum(axes, line.get("estimate_spectrum"), color=color, linestyle="--")
-        run = f"{record.label}: " if len(records) > 1 else ""
+        run = f"{record.label}: " if len(converted) > 1 else ""
         axes.set_title(f"{run}{short(name)}", fontsize="small")
         axes.set(yscale="log", xlabel="mode", ylabel="singular value")
         axes.legend(fontsize="x-small")
@@ -219,9 +221,8 @@ def memory(measured: Mapping[str, Mapping], predicted: Mapping[str, Mapping]) ->
     """
     title = "Memory by part: predicted (light) and measured"
     runs = list(dict.fromkeys([*measured, *predicted]))
-    parts = list(
-        dict.fromkeys(p for runs_ in (predicted, measured) for r in runs_.values() for p in r)
-    )
+    known_parts = [part for kind in (predicted, measured) for run in kind.values() for part in run]
+    parts = [part for part in dict.fromkeys(known_parts) if part != "total"]
     absent = [f"{run}: memory was not measured" for run in runs if not measured.get(run)]
     if not parts:
         return Plot("memory", title, None, tuple(absent))
@@ -238,11 +239,11 @@ def memory(measured: Mapping[str, Mapping], predicted: Mapping[str, Mapping]) ->
             style = {"alpha": 0.4} if kind == "predicted" else {}
             axes.bar(x, y, width, color=f"C{index % 10}", label=f"{run}, {kind}", **style)
             for at, value in zip(x, y, strict=True):
-                axes.annotate(
-                    f"{value:.3g}", (at, value), ha="center", va="bottom", fontsize="xx-small"
-                )
+                place = {"ha": "center", "va": "bottom", "rotation": 90}
+                axes.annotate(f" {value:.3g}", (at, value), fontsize="x-small", **place)
     axes.set_xticks(range(len(parts)), [part.replace("_", " ") for part in parts])
     axes.set(title=title, ylabel="MiB")
+    axes.margins(y=0.15)
     axes.legend(fontsize="small")
     return Plot("memory", title, figure, tuple(absent))
 

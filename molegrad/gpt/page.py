@@ -39,7 +39,8 @@ td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: 
 .does-not-apply, .absent { color: #59636e; }
 .verdict { font-size: 1.1rem; padding: .6rem 1rem; border-left: .35rem solid; background: #f6f8fa; }
 .plots { display: flex; flex-wrap: wrap; gap: 1rem; }
-figure { margin: 0; flex: 1 1 30rem; } figure.wide { flex-basis: 100%; }
+figure { margin: 0; flex: 1 1 30rem; max-width: 42rem; }
+figure.wide { flex-basis: 100%; max-width: none; }
 svg { width: 100%; height: auto; }
 pre { background: #f6f8fa; padding: .7rem; overflow-x: auto; font-size: .82rem; white-space:
   pre-wrap; }

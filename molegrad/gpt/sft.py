@@ -5,7 +5,7 @@ is learnt) with the loop, the optimizers and the MoleGrad flags of base training
 checkpoints, tokenizer, config.json and metrics.jsonl in runs/RUN/sft.
 
 Metrics: those of base training; val/bpb and val/loss (nats per token) are over the assistant's
-tokens of held-out conversations; train/skipped_batches counts batches without any target.
+tokens of held-out conversations; train/skipped_rows counts rows without any target.
 
 How to run:
 
@@ -112,7 +112,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def chat_sft(config: SFTConfig) -> dict:
-    """Fine-tune; returns the last metrics, with "interrupted", "folder" and "skipped_batches".
+    """Fine-tune; returns the last metrics, with "interrupted", "folder" and "skipped_rows".
 
     Raises:
         FileNotFoundError: the run has no base checkpoint.
@@ -125,7 +125,7 @@ def chat_sft(config: SFTConfig) -> dict:
     config = resolve_sft(config, base, device, processes.world_size)
     train.prepare_device(config, device)
     folder = checkpoint.stage_dir(config.run, "sft", config.model_tag)
-    saved_folder = train.find_start(config, folder)
+    saved_folder = train.find_start(config, folder, processes.print)
     processes.start(device)
     try:
         return _train(config, processes, device, folder, saved_folder, base)
@@ -243,11 +243,11 @@ def _train(config, processes, device, folder: Path, saved_folder: Path | None, b
             "base_stage": base.folder.name,
         },
         note=f"start: {base.name}; conversations: {json.dumps(sources)}",
-        counters=lambda: {"train/skipped_batches": loader.skipped},
+        counters=lambda: {"train/skipped_rows": loader.skipped},
     )
     if loader.skipped:
-        processes.print(f"{loader.skipped} batches had no target and were skipped")
-    return {**result, "skipped_batches": loader.skipped}
+        processes.print(f"{loader.skipped} rows had no target and were skipped")
+    return {**result, "skipped_rows": loader.skipped}
 
 
 def build_optimizers(model, config: SFTConfig) -> list[torch.optim.Optimizer]:

@@ -4,8 +4,10 @@ What: `ConversationLoader` packs rendered conversations whole into rows of seq_l
 best fit and fills a row's end with <|bos|>. A target is -1, and so not learnt, where the token is
 not the assistant's: what the user says, special tokens that frame it, padding.
 
-Why batches without any target are skipped: their mean loss is a division by zero. With short
-contexts they occur (a question longer than the row), so they are counted and never trained on.
+Why rows without any target are skipped: nothing is learnt from them, and the mean loss of a batch
+of them is a division by zero. With short contexts they occur (a question longer than the row), so
+they are counted and never trained on. Skipping rows, not batches, leaves the order of the rows the
+same for every batch size.
 
 The order of an epoch is a permutation drawn from (seed, epoch); `state_dict` holds the position, so
 that a resumed run sees exactly the batches that an uninterrupted one does.
@@ -65,7 +67,8 @@ class ConversationLoader:
 
     Attributes:
         epoch: passes completed.
-        skipped: batches left out so far because every target was masked.
+        skipped: rows left out so far because every target was masked.
+        masks_targets: True; some targets of a batch are -1.
         rows_per_epoch: rows of the first epoch, of all processes (others may differ by a few).
         fingerprint: SHA-256 of the conversations.
 
@@ -73,6 +76,8 @@ class ConversationLoader:
         ValueError: there is no target at all, a conversation is longer than a row, or there are
             fewer rows than processes.
     """
+
+    masks_targets = True
 
     def __init__(
         self,
@@ -107,21 +112,19 @@ class ConversationLoader:
         self.rows_per_epoch = len(self._rows)
         self.fingerprint = _fingerprint(rendered)
         mine = self._rows[rank::world_size]
-        if not any(any(rendered[i][1][1:]) for row in mine for i in row):
+        if not any(map(self._learnable, mine)):
             raise ValueError(
                 f"{len(self._rows)} rows of conversations leave nothing to learn for process "
                 f"{rank} of {world_size}: use more conversations or fewer processes"
             )
 
     def next_batch(self) -> tuple[Tensor, Tensor]:
-        """(inputs, targets), both (batch_size, seq_len) int64; at least one target is not -1."""
-        while True:
-            rows = [self._row(self._next_row()) for _ in range(self.batch_size)]
-            batch = torch.from_numpy(np.stack(rows))  # (B, 2, space)
-            inputs, targets = batch[:, 0, :-1], batch[:, 1, 1:]
-            if bool((targets >= 0).any()):
-                return inputs.contiguous().to(self.device), targets.contiguous().to(self.device)
-            self.skipped += 1
+        """(inputs, targets), both (batch_size, seq_len) int64; each row has a target that is not
+        -1."""
+        rows = [self._row(self._next_row()) for _ in range(self.batch_size)]
+        batch = torch.from_numpy(np.stack(rows))  # (B, 2, space)
+        inputs, targets = batch[:, 0, :-1], batch[:, 1, 1:]
+        return inputs.contiguous().to(self.device), targets.contiguous().to(self.device)
 
     def state_dict(self) -> dict:
         """The position, JSON-able."""
@@ -156,13 +159,21 @@ class ConversationLoader:
         return pack(self._lengths, order, self._space)
 
     def _next_row(self) -> list[int]:
-        mine = range(self._rank, len(self._rows), self._world_size)
-        while self._at >= len(mine):  # an epoch may leave a process without a row
-            self.epoch, self._at = self.epoch + 1, 0
-            self._rows = self._pack(self.epoch)
+        while True:
             mine = range(self._rank, len(self._rows), self._world_size)
-        self._at += 1
-        return self._rows[mine[self._at - 1]]
+            while self._at >= len(mine):  # an epoch may leave a process without a row
+                self.epoch, self._at = self.epoch + 1, 0
+                self._rows = self._pack(self.epoch)
+                mine = range(self._rank, len(self._rows), self._world_size)
+            row = self._rows[mine[self._at]]
+            self._at += 1
+            if self._learnable(row):
+                return row
+            self.skipped += 1
+
+    def _learnable(self, row: list[int]) -> bool:
+        """Whether a row has a target; a conversation's first token is none."""
+        return any(any(self._rendered[i][1][1:]) for i in row)
 
     def _row(self, indices: list[int]) -> np.ndarray:
         return fill_row([self._rendered[i] for i in indices], self._space, self._pad)

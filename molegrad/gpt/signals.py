@@ -1,8 +1,8 @@
-"""Ctrl-C and SIGTERM as a wish to stop at the next good moment.
+"""Ctrl-C and SIGTERM as a wish to stop at the next moment at which all that was done can be kept.
 
     with StopSignals(print) as signals:
         while not signals.stop:
-            ...                     # a step
+            ...                     # a micro-batch, or a step
 
 A second signal has its usual effect. `stop` may also be set by hand, to stop for another reason.
 """
@@ -38,7 +38,7 @@ class StopSignals:
         self.stop = number
         self._restore()
         name = signal.Signals(number).name
-        self._tell(f"{name}: finishing this step, then stopping (again to quit)")
+        self._tell(f"{name}: finishing what is under way, then stopping (again to quit)")
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

@@ -12,14 +12,13 @@ How to run:
 """
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from molegrad import build_info
-from molegrad.gpt import checkpoint, flags, hardware, paths, schedule, setup
+from molegrad.gpt import checkpoint, checkpoint_files, flags, hardware, paths, schedule, setup
 from molegrad.gpt.bpb import bits_per_byte
 from molegrad.gpt.corpus import open_corpus
 from molegrad.gpt.engine import generate
@@ -64,7 +63,7 @@ def base_train(config: BaseTrainConfig, optimizers: BuildOptimizers | None = Non
     config = resolve(config, device, processes.world_size)
     prepare_device(config, device)
     folder = checkpoint.stage_dir(config.run, "base", config.model_tag)
-    saved_folder = find_start(config, folder)
+    saved_folder = find_start(config, folder, processes.print)
     processes.start(device)
     try:
         return _train(config, processes, device, folder, saved_folder, optimizers)
@@ -218,6 +217,8 @@ def run_stage(
         if saved is not None:
             trainer.resume(saved)
             instruments.forget_after(saved.step)
+            if processes.first:
+                checkpoint_files.set_aside_after(folder, saved.step)
             processes.print(f"resumed {saved.folder} at step {saved.step}")
         result = trainer.run()
         held = {f"memory/{k}": v for k, v in memory_bytes(model, optimizers).items()}
@@ -261,28 +262,37 @@ def model_config(config: BaseTrainConfig, vocab_size: int) -> GPTConfig:
     )
 
 
-def find_start(config, folder: Path) -> Path | None:
-    """The checkpoint to go on from, or None for a new run.
+def find_start(config, folder: Path, say: Callable[[str], None] = print) -> Path | None:
+    """The checkpoint to go on from, or None for a new run. `say` is told which checkpoints are
+    left out because they are not whole.
 
     Raises:
         FileNotFoundError: --resume-from-step names a step that was not saved.
-        ValueError: a new run would mix with the checkpoints of an earlier one.
+        ValueError: a new run would mix with the checkpoints of an earlier one; or there are
+            checkpoints to resume and none is whole.
     """
     if config.resume_from_step >= 0:
         return checkpoint.find(folder, config.resume_from_step)
-    newest = checkpoint.latest(folder)
-    if config.resume or newest is None or config.overwrite:
-        return newest if config.resume else None
-    raise ValueError(
-        f"{folder} has a checkpoint of an earlier run ({newest.name}): --resume goes on from it, "
-        "--overwrite deletes it, --run=NAME starts another run"
-    )
+    there = checkpoint.step_folders(folder)
+    if not there or config.overwrite:
+        return None
+    if not config.resume:
+        raise ValueError(
+            f"{folder} has a checkpoint of an earlier run ({there[-1].name}): --resume goes on "
+            "from it, --overwrite deletes it, --run=NAME starts another run"
+        )
+    newest = checkpoint.latest(folder, say)
+    if newest is None:
+        raise ValueError(
+            f"{folder} has {len(there)} checkpoints and none is whole (see above): there is "
+            "nothing to resume; --overwrite deletes them and starts anew"
+        )
+    return newest
 
 
 def clear(folder: Path) -> None:
     """Delete the checkpoints of an earlier run."""
-    for old in checkpoint.step_folders(folder):
-        shutil.rmtree(old)
+    checkpoint_files.remove_all(folder)
 
 
 def check_same_model(saved: checkpoint.Checkpoint, model: GPT, tokenizer: Tokenizer) -> None:

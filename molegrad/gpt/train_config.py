@@ -51,7 +51,9 @@ class TrainFlags(HealthFields, StreamingFields):
 
     max_seq_len: int = flag(0, "tokens per sequence; 0 takes 2048 on CUDA, 256 elsewhere")
     device_batch_size: int = flag(
-        0, "sequences per micro-batch and device; 0 takes 32 on CUDA, 16 elsewhere"
+        0,
+        "sequences per micro-batch and device; 0 takes 32 on CUDA, 16 elsewhere. May differ after "
+        "--resume where the method allows it: without MoleGrad, sampled, factored tangent",
     )
     total_batch_size: int = flag(
         0,
@@ -111,7 +113,9 @@ class TrainFlags(HealthFields, StreamingFields):
         -1, "steps between checkpoints; -1 or 0: at the end only; -2: never, not even on Ctrl-C"
     )
     keep_last: int = flag(2, "checkpoints to keep; 0 keeps all")
-    resume: bool = flag(False, "go on from the newest checkpoint of this run, if there is one")
+    resume: bool = flag(
+        False, "go on from the newest whole checkpoint of this run, if there is one"
+    )
     resume_from_step: int = flag(-1, "go on from the checkpoint of this step; -1 is off")
     overwrite: bool = flag(False, "delete the checkpoints of an earlier run of this name")
 

@@ -78,8 +78,7 @@ class ValidateConfig(BaseTrainConfig, Limits):
     json: bool = flag(False, "print one JSON object as the last line")
     vocab: str = flag(
         "4096",
-        "entries of the tokenizer, or 'bytes'; trained where it is missing, and of no account where "
-        "--tokenizer names one",
+        "entries of the tokenizer, or 'bytes'; trained where it is missing (see --tokenizer)",
     )
 
     run: str = flag("validate", "name of the MoleGrad run; the dense one is NAME-dense")

@@ -16,13 +16,6 @@ from molegrad.monitor.phases import PhaseTimer
 from molegrad.monitor.shadow import Shadow
 
 __all__ = [
-    "reset_layer",
-    "parse_actions",
-    "device_checks",
-    "HealthThresholds",
-    "HealthError",
-    "Health",
-    "Finding",
     "Finding",
     "Health",
     "HealthError",
@@ -32,8 +25,10 @@ __all__ = [
     "PhaseTimer",
     "Shadow",
     "aggregate",
+    "device_checks",
     "layer_metrics",
     "memory_bytes",
     "parse_actions",
+    "reset_layer",
     "saved_bytes",
 ]

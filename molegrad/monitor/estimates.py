@@ -113,15 +113,13 @@ def compare(
 
     - cosine: ⟨G, Ĝ⟩ / (‖G‖ ‖Ĝ‖), 0 for Ĝ = 0; energy_capture: the same, at least 0
     - norm_ratio: ‖Ĝ‖ / ‖G‖; relative_error: ‖Ĝ − G‖ / ‖G‖
-    - best_energy: √(s₁² + … + s_r²) / ‖G‖, r = `rank` and s the singular values of G (nan
-      for r = 0).
-      No Ĝ of rank r has a larger cosine (Eckart, Young 1936)
+    - best_energy: √(s₁² + … + s_r²) / ‖G‖, r = `rank` and s the singular values of G; no Ĝ of rank
+      r has a larger cosine (Eckart, Young 1936); nan for r = 0
     - effective_rank: exp(−Σ pᵢ log pᵢ), pᵢ = sᵢ / Σ s (Roy, Vetterli 2007), of G
     """
     g, e = gradient.double(), estimate.double()
     g_norm, e_norm = torch.linalg.vector_norm(g), torch.linalg.vector_norm(e)
-    # Divided first, so that the squares of tiny gradients are not lost.
-    inner = ((g / g_norm) * (e / e_norm)).sum().clamp(-1.0, 1.0)
+    inner = ((g * e).sum() / (g_norm * e_norm)).clamp(-1.0, 1.0)
     cosine = torch.where((e_norm == 0) & (g_norm > 0), 0.0, inner)
     s = singular_values(g)
     energies = (s / torch.linalg.vector_norm(s)).square().cumsum(0).sqrt()

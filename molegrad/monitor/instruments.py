@@ -14,8 +14,8 @@ Why: at a step where nothing is due, all of this costs the notes of the phase ti
 is due, the device is waited for in `read` alone, where the loop waits for the loss anyway.
 
 `read` gives flat numbers for the log: `streaming/METRIC` over all converted layers,
-`layer/NAME/METRIC` of each, `shadow/METRIC` and `shadow/NAME/METRIC`, `health/findings`. Spectra and
-findings go to shadow.jsonl and health.jsonl in the run's folder, a line each.
+`layer/NAME/METRIC` of each, `shadow/METRIC` and `shadow/NAME/METRIC`, `health/findings`. Spectra
+and findings go to shadow.jsonl and health.jsonl in the run's folder, a line each.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from molegrad.linear import MoleLinear
-from molegrad.monitor.health import Health
+from molegrad.monitor.health import Health, device_checks
 from molegrad.monitor.metrics import LayerMetrics, aggregate
 from molegrad.monitor.phases import PhaseTimer
 from molegrad.monitor.shadow import Shadow
@@ -61,9 +61,9 @@ class Instruments:
         per_layer: bool = True,
         device: torch.device | None = None,
     ) -> None:
-        optimizers = list(optimizers)
+        self._model, self._optimizers = model, list(optimizers)
         converted = any(isinstance(module, MoleLinear) for module in model.modules())
-        self.metrics = LayerMetrics(model, optimizers) if converted else None
+        self.metrics = LayerMetrics(model, self._optimizers) if converted else None
         self.shadow, self.health = shadow, health
         self.folder = None if folder is None else Path(folder)
         self.per_layer = per_layer
@@ -143,11 +143,19 @@ class Instruments:
             values |= _per_layer("layer", layers)
         if self.health is not None:
             # Written before an action that ends the run.
-            findings = self.health.find(self._step, layers)
+            findings = self.health.find(self._step, self._checked(layers))
             self._append(HEALTH_RECORDS, [finding.record() for finding in findings])
             values["health/findings"] = len(findings)
             self.health.act(findings)
         return values
+
+    def _checked(self, layers: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+        """`layers` with what the health checks look at beside the metrics."""
+        names, scalars = device_checks(self._model, self._optimizers)
+        result = {name: dict(metrics) for name, metrics in layers.items()}
+        for (layer, metric), value in zip(names, scalars.tolist(), strict=True):
+            result[layer][metric] = value
+        return result
 
     def _append(self, name: str, records: list[dict]) -> None:
         if self.folder is None or not records:

@@ -3,11 +3,14 @@ import json
 from molegrad.bench import gpu, grad, step
 
 
-def test_a_report_of_what_was_measured(tmp_path, capsys):
-    (tmp_path / "parts.txt").write_text("tests 0 31\nsanitizer missing 0\ngrad 0 9\nstep 2 4\n")
+def test_a_report_of_what_was_measured(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(grad, "bandwidth", lambda device: {"read": 2e9, "copy": 1e9, "best": 2e9})
+    parts = "tests 0 31\nops_tests 124 40\nsanitizer missing 0\ngrad 0 9\nstep 2 4\n"
+    (tmp_path / "parts.txt").write_text(parts)
+    (tmp_path / "sanitizer.log").write_text("no compute-sanitizer here\n")
     (tmp_path / "tests.log").write_text("....\n12 passed in 3.10s\n")
     (tmp_path / "step.log").write_text("out of memory\n")
-    config = ["--shapes=16x24", "--tokens=32", "--ranks=4", "--repeats=1", "--json"]
+    config = ["--shapes=16x24", "--tokens=32", "--ranks=4", "--repeats=1", "--depth=2", "--json"]
     assert grad.main(config) == 0
     (tmp_path / "grad.log").write_text(capsys.readouterr().out)
     assert gpu.main([f"--folder={tmp_path}"]) == 0
@@ -16,7 +19,12 @@ def test_a_report_of_what_was_measured(tmp_path, capsys):
     assert results["parts"][0]["said"] == "12 passed in 3.10s"
     text = (tmp_path / "gpu_check.md").read_text()
     assert "| tests | passed | 31 | 12 passed in 3.10s |" in text
-    assert "| sanitizer | not run | 0 |" in text and "| step | failed (2) | 4 |" in text
+    assert "| sanitizer | not run | 0 | no compute-sanitizer here |" in text
+    assert "| step | failed (2) | 4 |" in text and "| ops_tests | out of time | 40 |" in text
+    # What was measured on a CPU meets no target of a GPU.
+    assert len(results["targets"]) == text.count("| not measured |") == 7
+    assert text.index("## Targets") < text.index("## Ops")
+    assert "Memory: 2 GB/s read by a sum, 1 GB/s copied" in text and "µs p20" in text
     assert "Not measured." in text and "vs dense" in text
 
     small = ["--depth=2", "--aspect-ratio=32", "--vocab=300", "--batches=2x16", "--steps=2"]
@@ -25,6 +33,25 @@ def test_a_report_of_what_was_measured(tmp_path, capsys):
     assert gpu.main([f"--folder={tmp_path}"]) == 0
     text = (tmp_path / "gpu_check.md").read_text()
     assert "Not measured." not in text and "| 2x16 | no | exact |" in text
+
+
+def test_the_report_names_the_gpu_its_driver_and_the_versions():
+    none = {"supported": False, "reason": "needs cuBLASLt 13.4 or newer"}
+    taken = {"wanted": "auto", "bfloat16": "own", "float32": "cublaslt"}
+    info = {
+        "cuda_built": {"toolkit": 13000, "architectures": "90a-real,120-real"},
+        "cuda_found": {"cublaslt": 130100},
+        "paths": {"grouped": none, "sketch": {"supported": True, "reason": "by dtype"} | taken},
+    }
+    machine = {"gpu": "H100", "driver": "580.1", "torch": "2.11.0", "cuda": "13.0"}
+    results = {"machine": machine | {"build_info": info}, "parts": [], "targets": []}
+    text = gpu.markdown(results | {"grad": None, "step": None})
+    assert text.startswith(
+        "# H100\n\nDriver 580.1, torch 2.11.0, CUDA 13.0; native extension: built"
+    )
+    assert "built with CUDA 13.0 for 90a-real,120-real, cuBLASLt 130100." in text
+    assert "- grouped: no, needs cuBLASLt 13.4 or newer\n" in text
+    assert "- sketch: yes, by dtype: wanted auto, bfloat16 own, float32 cublaslt\n" in text
 
 
 def test_nothing_measured_is_an_error(tmp_path, capsys):

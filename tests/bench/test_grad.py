@@ -6,9 +6,18 @@ import sys
 import pytest
 import torch
 
-from molegrad.bench import grad
+from molegrad.bench import grad, layers, products
+from molegrad.bench.layers import BLOCKS, SHARES, bench_bases, layer_shapes
 
-TINY = ["--shapes=24x16,16x40", "--tokens=8,20", "--ranks=2,4", "--repeats=2"]
+TINY = ["--shapes=24x16,16x40", "--tokens=8,20", "--ranks=2,4", "--repeats=2", "--depth=2"]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def known_bandwidth(monkeypatch):
+    """Of 1 GB/s: what is measured has a test of its own, and takes a second."""
+    rate = {"read": 1e9, "copy": 0.9e9, "best": 1e9}
+    monkeypatch.setattr(grad, "bandwidth", lambda device: rate)
 
 
 def test_the_command_prints_tables_and_then_one_json_object(capsys):
@@ -17,22 +26,49 @@ def test_the_command_prints_tables_and_then_one_json_object(capsys):
     assert lines[0].startswith("torch ") and "vs dense" in lines[2]
     result = json.loads(lines[-1])
     hows = 2 if result["native"] else 1
-    assert len(result["gradients"]) == 2 * 2 * 2 * (6 if result["native"] else 3)
-    native = [name for name in grad.SMALL_OPS if grad.has_native(name, torch.device("cpu"))]
-    assert len(result["small"]) == 2 * 2 * (len(grad.SMALL_OPS) + len(native))
+    assert len(result["gradients"]) == 2 * 2 * 2 * (6 + 4)  # four rows of float8 operands
+    assert len(result["small"]) == 2 * 2 * len(grad.SMALL_OPS) * 2
     assert len(result["layers"]) == 2 * 2 * 2 * (1 + 4 + 3)
-    kernels = len(grad.SHARES) * len(grad.BLOCKS) * hows
-    assert len(result["sampled"]) == 2 * 2 * (1 + kernels)
-    assert all(row["vs_dense"] > 0 for row in result["sampled"])
-    assert all(row["vs_dense"] > 0 for row in result["layers"])
-    for row in result["gradients"]:
+    kernels = len(SHARES) * len(BLOCKS) * hows
+    assert len(result["sampled"]) == 2 * 2 * (1 + kernels + (not result["native"]))
+    measured = {name: [r for r in result[name] if "note" not in r] for name in grad.TABLES}
+    native = [name for name in grad.SMALL_OPS if grad.has_native(name, CPU)]
+    assert len(measured["small"]) == 2 * 2 * (len(grad.SMALL_OPS) + len(native))
+    assert all(row["vs_dense"] > 0 for row in measured["sampled"] + measured["layers"])
+    for row in measured["gradients"]:
         assert 0 < row["us_p20"] <= row["us_p50"] <= row["us_p80"]
         dense = row["op"] == "dense"
         work = 2 * row["n"] * row["m"] if dense else 4 * row["k"] * (row["n"] + row["m"])
         assert row["gflops"] * row["us_p50"] * 1e3 == pytest.approx(row["tokens"] * work)
         assert (row["vs_dense"] == 1.0) if dense else row["of_limit"] > 0
-        assert (row["vs_reference"] is not None) == (row["how"] == "native")
-    assert result["config"]["repeats"] == 2
+        ours = row["how"] not in ("torch.mm", "reference")
+        assert (row["vs_reference"] is not None) == ours
+        if row["how"] == "native":
+            passes = 2 if row["op"] == "power" else 1
+            bytes_ = passes * row["tokens"] * (row["n"] + row["m"]) * 4
+            assert row["of_floor"] * row["us_p50"] * 1e-6 == pytest.approx(bytes_ / 1e9)
+    notes = {row["note"] for name in grad.TABLES for row in result[name] if "note" in row}
+    assert not [note for note in notes if note.startswith("failed")]
+    assert result["config"]["repeats"] == 2 and result["bandwidth"]["best"] == 1e9
+
+
+def test_bases_of_all_layers_of_a_model():
+    # 24 square layers for attention, six wider and six narrower ones, two sides each.
+    assert layer_shapes(6) == {(384, 384): 24, (1536, 384): 6, (384, 1536): 6}
+    rows = bench_bases(2, 4, CPU, 2, 60.0)
+    assert [row["how"] for row in rows] == ["reference", "native"]
+    assert all(row["layers"] == 12 and row["depth"] == 2 for row in rows)
+    assert rows[0]["us_p50"] > 0 and ("note" in rows[1] or rows[1]["vs_reference"] > 0)
+    assert bench_bases(2, 200, CPU, 1, 60.0) == []
+
+
+def test_bases_are_made_in_one_call_for_each_side_of_a_shape(monkeypatch):
+    seen = []
+    monkeypatch.setattr(layers, "has_native", lambda name, device: True)
+    monkeypatch.setattr(layers.ops, "orthonormalize", lambda y: seen.append(tuple(y.shape)))
+    bench_bases(2, 8, CPU, 1, 60.0)
+    shapes = [(8, 128, 8), (8, 128, 8), (2, 512, 8), (2, 128, 8), (2, 128, 8), (2, 512, 8)]
+    assert seen == shapes * 2  # the warm-up, and one round
 
 
 def test_markdown(capsys):
@@ -42,18 +78,35 @@ def test_markdown(capsys):
     assert not out.rstrip().endswith("}")
 
 
-def test_ratios_pair_the_rounds():
-    # A load that slows one round by 10 must not show in the ratio.
-    assert grad.median_ratio([4.0, 40.0, 4.0], [2.0, 20.0, 2.0]) == 2.0
-    assert grad.percentiles([1e-6, 2e-6, 3e-6, 4e-6, 5e-6, 6e-6])["us_p20"] == pytest.approx(2.0)
+def test_defaults_follow_the_device():
+    cpu, gpu = grad.GradBenchConfig(), grad.GradBenchConfig(device="cuda")
+    assert (cpu.dtype, cpu.token_list, cpu.rank_list) == ("float32", [8192], [32, 128])
+    assert gpu.shape_list == [(768, 3072), (1280, 5120), (4096, 14336)]
+    assert (gpu.dtype, gpu.token_list) == ("bfloat16", [2048, 8192, 32768])
+    assert gpu.rank_list == [32, 64, 128] and gpu.repeats > cpu.repeats > 1
+    assert grad.GradBenchConfig(device="cuda", dtype="float32").dtype == "float32"
+    assert gpu.left_out == ()
+    some = grad.GradBenchConfig(paths="own,cublaslt")
+    assert some.left_out == ("fused", "fp8 A", "fp8 A, B")
 
 
-def test_every_round_runs_every_variant_in_turn():
-    calls = []
-    runs = {name: (lambda name=name: calls.append(name)) for name in "ab"}
-    seconds = grad.time_interleaved(runs, 3, torch.device("cpu"))
-    assert calls == ["a", "b"] * 4  # the first is the warm-up
-    assert [len(x) for x in seconds.values()] == [3, 3]
+def test_spent_seconds_leave_rows_that_say_so(capsys):
+    assert grad.main([*TINY, "--seconds=1e-9", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    for name in grad.TABLES:
+        assert result[name] and all("not measured" in row["note"] for row in result[name])
+
+
+def test_a_failure_shows_in_the_row_and_the_status(monkeypatch, capsys):
+    def broken(*args, **kwargs):
+        raise RuntimeError("the kernel broke")
+
+    monkeypatch.setattr(products.reference, "lowrank_grad", broken)
+    assert grad.main([*TINY, "--json"]) == 1
+    result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    failed = [row for row in result["gradients"] if "failed" in row.get("note", "")]
+    assert {(row["op"], row["how"]) for row in failed} >= {("power", "reference")}
+    assert failed[0]["note"] == "failed: the kernel broke"
 
 
 @pytest.mark.parametrize(
@@ -64,7 +117,9 @@ def test_every_round_runs_every_variant_in_turn():
         (["--tokens=0"], "tokens=0"),
         (["--ranks=32", "--shapes=24x16"], "rank 32 does not fit shape 24x16"),
         (["--dtype=int8"], "dtype=int8"),
-        (["--repeats=0"], "repeats=0"),
+        (["--repeats=-1"], "repeats=-1"),
+        (["--paths=own,fast"], "paths=own,fast should be of own, cublaslt,"),
+        (["--seconds=-1"], "seconds=-1"),
     ],
 )
 def test_bad_flags_are_named(arguments, words, capsys):
@@ -83,4 +138,7 @@ def test_it_works_without_the_extension():
     )
     result = json.loads(done.stdout.strip().splitlines()[-1])
     assert result["native"] is False and "MOLEGRAD_BUILD=0" in result["build_info"]["reason"]
-    assert {row["how"] for row in result["gradients"]} == {"torch.mm", "reference"}
+    measured = {row["how"] for row in result["gradients"] if "note" not in row}
+    assert measured == {"torch.mm", "reference"}
+    notes = {row["note"] for row in result["gradients"] if row["how"] not in measured}
+    assert notes == {"not built"}

@@ -1,7 +1,7 @@
 """The ops of csrc/cuda/ops_products.cpp with emulated kernels, on tensors of the CPU.
 
 What is called is the kernel registered for CUDA: everything but the GPU itself is what runs there.
-MOLEGRAD_SKETCH_PATH is read once in a process, so each path has a process of its own.
+The library runs in processes of its own, whose environment names the path.
 """
 
 import os
@@ -131,3 +131,14 @@ def test_the_path_taken_is_visible(library):
         env = os.environ | {"MOLEGRAD_SKETCH_PATH": path}
         done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
         assert done.stdout.strip() == str(expected), done.stderr
+
+
+def test_the_path_is_read_at_every_call(library):
+    code = (
+        f"import ctypes, os, torch; f = ctypes.CDLL({str(library)!r}).molegrad_sketch_path\n"
+        "for path in ('own', 'fused', 'cublaslt', 'own'):\n"
+        "    os.environ['MOLEGRAD_SKETCH_PATH'] = path\n"
+        "    print(f(2, ctypes.c_int64(32)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["1", "3", "2", "1"], done.stderr

@@ -20,7 +20,9 @@ STREAM = [
     "--enable_streaming=True",
     "--streaming_rank_k=4",
     "--streaming_min_layer_utilization=0",
+    "--streaming_probes=2",
 ]
+WATCH = ["--shadow-every=20"]
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +30,7 @@ def text(tiny_folder):
     """The report of the run "tiny" and of a low-rank run beside it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(paths.ENV, str(tiny_folder))
-        words = [*BASE, "--run=lowrank", "--num-iterations=60", "--overwrite", *STREAM]
+        words = [*BASE, "--run=lowrank", "--num-iterations=60", "--overwrite", *STREAM, *WATCH]
         base_train(parse(BaseTrainConfig, words))
         quick = ["--run=tiny", "--max-questions=8"]
         assert main_base(quick) == 0 and main_chat(quick) == 0
@@ -87,6 +89,33 @@ def test_plots_are_pictures(text, tiny_folder):
         data = (tiny_folder / f"report/{name}.png").read_bytes()
         assert data[:8] == b"\x89PNG\r\n\x1a\n" and len(data) > 5000
         assert f"]({name}.png)" in text
+
+
+def test_what_converted_layers_logged_is_shown(text, tiny_folder):
+    part = text.split("## Gradient estimates")[1].split("## Health")[0]
+    records = read_metrics(tiny_folder / "runs/lowrank/base")
+    first, *_, last = [r["streaming/energy_capture"] for r in records
+                       if "streaming/energy_capture" in r]  # fmt: skip
+    assert f"| energy_capture | {first:.4g} | {last:.4g} |" in part
+    true = [r["shadow/energy_capture"] for r in records if "shadow/energy_capture" in r]
+    assert len(true) == 3
+    assert f"| lowrank | 60 | mean | {true[-1]:.4g} |" in part
+    assert "only method 'sampled' adds such noise" in part and "tiny:" not in part
+    times = text.split("## Time by phase")[1].split("## ")[0]
+    assert "| tiny |" in times and "| lowrank |" in times and "| tiny/sft |" in times
+    assert "kind | action" in text.split("## Health")[1].split("## ")[0] or (
+        "No findings were recorded" in text
+    )
+    for name in ("energy_capture", "subspace_drift", "spectra", "phases", "sft_phases"):
+        assert (tiny_folder / f"report/{name}.png").stat().st_size > 5000, name
+        assert f"]({name}.png)" in text
+
+
+def test_a_dense_run_alone_has_no_estimates(tiny, tmp_path):
+    path = report(ReportConfig(runs="tiny", output=str(tmp_path), show=False))
+    part = path.read_text().split("## Gradient estimates")[1]
+    assert part.lstrip().startswith("All weight gradients are dense.")
+    assert not (tmp_path / "energy_capture.png").exists()
 
 
 def test_the_commands_give_the_same_configurations(text, tiny_folder):

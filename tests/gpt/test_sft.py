@@ -103,10 +103,10 @@ def test_batches_without_targets_never_make_a_nan(tiny, monkeypatch):
     monkeypatch.setattr(sft.checkpoint, "stage_dir", lambda *a: tiny / "mute")
     (tiny / "mute").mkdir(exist_ok=True)
     result = tune("--num-iterations=40", "--device-batch-size=1", "--overwrite")
-    assert result["skipped_batches"] > 0
+    assert result["skipped_rows"] > 0
     losses = [r["train/loss_raw"] for r in read_metrics(tiny / "mute") if "train/loss_raw" in r]
     assert len(losses) == 40 and all(isinstance(v, float) and v > 0 for v in losses)
-    assert read_metrics(tiny / "mute")[-1]["train/skipped_batches"] == result["skipped_batches"]
+    assert read_metrics(tiny / "mute")[-1]["train/skipped_rows"] == result["skipped_rows"]
 
 
 def test_learning_rates_are_scaled(tiny):

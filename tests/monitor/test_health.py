@@ -1,5 +1,6 @@
 """Faults of every kind, put into layers of every gradient mode, are found, told and acted on."""
 
+import copy
 import json
 import math
 
@@ -109,6 +110,7 @@ class Rig:
                 assert self.check() == []
             self.train(scale=0.0)
         else:  # degenerate where the data has one direction, frozen where nothing is explored
+            self.train(12)  # until the bases have found the gradient
             for _ in range(2):
                 self.train(4)
                 assert self.check() == []
@@ -217,7 +219,7 @@ def test_an_optimizer_state_that_is_not_finite_is_found_and_dropped(mode):
     with torch.no_grad():
         states[key][name][1, 1] = math.inf
     (finding,) = made.check()
-    assert finding.values["state_nonfinite"] == 1 and "its momentum is dropped" in finding.message
+    assert finding.values["state_nonfinite"] == 1 and "momentum is dropped" in finding.message
     assert math.isfinite(made.train()) and made.check() == []
     assert math.isfinite(made.train())
 
@@ -251,8 +253,8 @@ def test_a_checkpoint_right_after_a_reset_has_the_new_bases():
     resumed.train(1)
     reset_layer(made.layer, made.optimizers, draw=2)
     resumed.model.load_state_dict(made.model.state_dict())
-    resumed.optimizers[0].load_state_dict(made.optimizers[0].state_dict())
-    made.train(2), resumed.train(2)
+    resumed.optimizers[0].load_state_dict(copy.deepcopy(made.optimizers[0].state_dict()))
+    assert made.train(2) == resumed.train(2)
     assert torch.equal(made.layer.weight, resumed.layer.weight)
 
 
@@ -265,13 +267,12 @@ def test_draws_are_repeatable_and_differ():
     assert torch.equal(drawn[0], drawn[2]) and not torch.allclose(drawn[0], drawn[1], atol=0.1)
 
 
-@pytest.mark.parametrize("optimizer", [Muon, AdamW])
-@pytest.mark.parametrize("mode", MODES)
-def test_a_healthy_run_from_zero_initialised_projections_has_no_finding(mode, optimizer):
-    if optimizer is AdamW and mode.startswith("momentum"):
-        optimizer, lr = Muon, 1e-3
-    else:
-        lr = 0.02 if optimizer is Muon else 0.002
+@pytest.mark.parametrize(
+    ("mode", "optimizer", "lr"),
+    [(mode, Muon, 0.02) for mode in MODES]
+    + [(mode, AdamW, 0.002) for mode in ("dense-tangent", "factored-tangent")],
+)
+def test_a_healthy_run_from_zero_initialised_projections_has_no_finding(mode, optimizer, lr):
     model = small()
     config = {**MODES[mode], "target_layers": "all", "min_layer_utilization": 0}
     convert(model, MoleGradConfig(**config))

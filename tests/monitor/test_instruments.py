@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from molegrad import MoleGradConfig, convert
-from molegrad.monitor import Instruments
+from molegrad.monitor import Health, HealthError, Instruments
 from molegrad.monitor.instruments import HEALTH_RECORDS, SHADOW_RECORDS, read_records
 
 
@@ -88,6 +88,21 @@ def test_a_shadow_sees_every_micro_batch_and_its_spectra_go_to_a_file(tmp_path):
         {"step": 7, "layer": "a", "spectrum": [2.0, "nan"]}
     ]
     assert step(instruments, net, x, 8) == {} and len(shadow.told) == 4
+
+
+def test_findings_are_counted_and_written_before_the_run_ends(tmp_path):
+    net = model()
+    health = Health(net, actions="raise", say=lambda line: None)
+    instruments = Instruments(net, health=health, folder=tmp_path)
+    x = torch.randn(16, 32)
+    assert step(instruments, net, x, 1, metrics=True)["health/findings"] == 0
+    with torch.no_grad():
+        net[0].weight[0, 0] = math.nan  # as a fault would
+    with pytest.raises(HealthError, match=r"layer 0 .*NaN or Inf"):
+        step(instruments, net, x, 2, metrics=True)
+    found = read_records(tmp_path / HEALTH_RECORDS)
+    assert {(record["step"], record["kind"]) for record in found} == {(2, "nan")}
+    assert "0" in {record["layer"] for record in found}
 
 
 def test_a_model_without_converted_layers_is_only_timed():
