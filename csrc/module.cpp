@@ -11,7 +11,9 @@
 #include "cuda/paths.h"
 #ifdef MOLEGRAD_WITH_CUDA
 #include "cuda/info.h"
-#include "cuda/ops_products.h"
+
+// Of cuda/ops_products.h, without the headers of CUDA that what stands beside it may need.
+extern "C" __attribute__((visibility("default"))) int molegrad_sketch_path(int dtype, int64_t rank);
 #endif
 
 namespace py = pybind11;

@@ -49,15 +49,15 @@ elif [ "${FULL:-0}" = 1 ]; then
 fi
 
 rm -f "$folder/parts.txt"
-part tests 130 "$PYTHON" -m pytest -q tests/gpu
+part tests 130 "$PYTHON" -m pytest tests/gpu
 part grad 100 "$PYTHON" -m scripts.bench_grad --device=cuda "${grad[@]}" --json
 part step 110 "$PYTHON" -m scripts.bench_step --device=cuda "${steps[@]}" --json
-part ops_tests 40 "$PYTHON" -m pytest -q tests/test_ops.py tests/test_linear.py tests/optim
+part ops_tests 40 "$PYTHON" -m pytest tests/test_ops.py tests/test_linear.py tests/optim
 if [ "${QUICK:-0}" = 1 ]; then
   without sanitizer "left out by QUICK=1"
 elif command -v compute-sanitizer >/dev/null 2>&1; then
   part sanitizer 50 compute-sanitizer --error-exitcode=9 \
-    "$PYTHON" -m pytest -q tests/gpu -k "opcheck or (sampled and 2)" -p no:cacheprovider
+    "$PYTHON" -m pytest tests/gpu -k "opcheck or (sampled and 2)" -p no:cacheprovider
 else
   without sanitizer "no compute-sanitizer here"
 fi

@@ -104,7 +104,7 @@ def markdown(results: dict) -> str:
         lines.append(f"| {part['name']} | {status} | {part['seconds']} | {said} |")
     lines += ["", "## Targets", "", targets_of.shown(results["targets"]), "", "## Ops", ""]
     if results["grad"] is None:
-        lines.append("Not measured.")
+        lines += ["Not measured.", ""]
     else:
         lines += [_bandwidth_line(results["grad"]), ""]
         for name in grad.TABLES:
@@ -133,6 +133,7 @@ def _machine_lines(machine: dict) -> list[str]:
         f"Driver {machine['driver'] or 'unknown'}, torch {machine['torch']}, CUDA "
         f"{machine['cuda']}; native extension: {extension}. "
         "Reproduce: `bash scripts/gpu_check.sh`.",
+        "",
     ]
     for name, path in info.get("paths", {}).items():
         taken = ", ".join(f"{k} {v}" for k, v in path.items() if k not in ("supported", "reason"))

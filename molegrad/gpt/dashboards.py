@@ -93,10 +93,15 @@ class Wandb:
         self._run.define_metric("*", step_metric="step")
         for metric in ("train/loss", "train/loss_raw", "val/bpb", "val/loss"):
             self._run.define_metric(metric, step_metric="step", summary="min")
-        self._run.define_metric("time/*", step_metric="step", summary="mean")
+        self._times: set[str] = set()
 
     def log(self, record: dict) -> None:
         """Hand over one record."""
+        # By name: of two patterns that match, "*" and "time/*", wandb takes either.
+        for metric in record.keys() - self._times:
+            if metric.startswith("time/"):
+                self._run.define_metric(metric, step_metric="step", summary="mean")
+                self._times.add(metric)
         self._run.log(grouped(record))
 
     def close(self) -> str:

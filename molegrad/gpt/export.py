@@ -409,7 +409,10 @@ def _put(path: Path, write) -> None:
     """`write` to another name, then rename: a file is whole or absent."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
+        part.touch()
+        mode = part.stat().st_mode
         write(part)
+        part.chmod(mode)  # safetensors leaves files that only their owner may read
         os.replace(part, path)
     except SafetensorError as error:
         raise OSError(f"{path} could not be written: {error}") from error

@@ -62,7 +62,7 @@ class Limits:
         5.0, "percent that the mean loss of the run's last tenth must be below the first tenth's"
     )
     rise_limit: float = flag(
-        5.0, "percent that the mean loss of the run's last tenth may be above the lowest tenth's"
+        10.0, "percent that the mean loss of the run's last tenth may be above the lowest tenth's"
     )
     memory_tolerance: float = flag(1.0, "percent between measured and predicted bytes of a part")
     peak_tolerance: float = flag(

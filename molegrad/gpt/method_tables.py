@@ -41,7 +41,7 @@ def metrics_table(records: Sequence[RunRecord]) -> Table:
             cells += [number(values[0]), number(values[-1])] if values else ["", ""]
         rows.append([name.removeprefix("streaming/"), *cells])
     titles = [f"{record.label}, {when}" for record in converted for when in ("first", "last")]
-    return ["mean over layers", *titles], rows
+    return ["all layers", *titles], rows
 
 
 def shadow_table(records: Sequence[RunRecord]) -> Table:

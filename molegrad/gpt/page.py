@@ -36,6 +36,7 @@ td, th { border-bottom: 1px solid #d8dee4; padding: .25rem .6rem; text-align: le
 th { background: #f6f8fa; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .met { color: #116329; } .not-met { color: #a40e26; font-weight: 700; }
+td.met, td.not-met, td.does-not-apply { white-space: nowrap; }
 .does-not-apply, .absent { color: #59636e; }
 .verdict { font-size: 1.1rem; padding: .6rem 1rem; border-left: .35rem solid; background: #f6f8fa; }
 .plots { display: flex; flex-wrap: wrap; gap: 1rem; }
@@ -150,7 +151,7 @@ def estimates_section(records: Sequence[RunRecord]) -> str:
             plots_section([plot for plot in plots if plot.figure is not None]),
             "<h3>The last comparison with true gradients</h3>",
             table_or(shadow_table(records), "None was made (--shadow-every)."),
-            "<h3>Means over layers, first and last reading</h3>",
+            "<h3>All layers together, first and last reading</h3>",
             table_or(metrics_table(records), "None were logged (--monitor-every)."),
             "<h3>Not known</h3>",
             "".join(

@@ -73,7 +73,7 @@ def _curve(records, name, title, x_label, y_label, key, against) -> Plot:
     if len(absent) == len(records):
         return Plot(name, title, None, tuple(absent))
     if key == "train/dt":
-        axes.set_ylim(0, None)
+        axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
     axes.set(title=title, xlabel=x_label, ylabel=y_label)
     axes.legend()
     return Plot(name, title, figure, tuple(absent))

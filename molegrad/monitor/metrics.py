@@ -133,9 +133,12 @@ class LayerMetrics:
         if not self._layers:
             return {}
         pending = [_statistics(self._layers)]
+        before = {tuple(old.names): old for old in self._before}
         for now in _stacked_bases(self._layers):
             pending.append(_Pending(now.names, now.orthogonality_error(), _orthogonality))
-        pending += [p for before in self._before if (p := before.angles(self._layers))]
+            old = before.get(tuple(now.names))
+            if old is not None and old.u.shape == now.u.shape:  # else a rank has changed since
+                pending.append(_Pending(now.names, old.angles(now), _subspace_quality))
         pending += self._spectra
         known: dict[str, dict[str, float]] = {name: {} for name in self._layers}
         for item, values in zip(pending, _transfer([p.values for p in pending]), strict=True):
@@ -255,16 +258,10 @@ class _Bases(NamedTuple):
             errors.append((q.mT @ q - unit).abs().amax((-2, -1)))
         return torch.maximum(*errors)
 
-    def angles(self, layers: dict[str, MoleLinear]) -> _Pending | None:
-        """Angles to the bases as they are now; None where a rank has changed since."""
-        (now, *others) = _stacked_bases({name: layers[name] for name in self.names})
-        if others or now.u.shape != self.u.shape:
-            return None
-        products = [
-            old.mT @ new[..., : self.kept]
-            for old, new in ((self.u, now.u), (self.v, now.v))
-        ]  # fmt: skip
-        return _Pending(self.names, torch.stack(products, dim=1), _subspace_quality)
+    def angles(self, now: _Bases) -> Tensor:
+        """QᵀQ' of both sides, (layers, 2, k, kept), whose singular values are the cosines."""
+        products = (self.u.mT @ now.u[..., : now.kept], self.v.mT @ now.v[..., : now.kept])
+        return torch.stack(products, dim=1)
 
 
 def _groups(layers: dict[str, MoleLinear], key: Callable) -> Iterator[dict[str, MoleLinear]]:

@@ -97,17 +97,19 @@ def test_a_bare_model_is_rebuilt_for_evaluation(tmp_path):
     assert all(p.requires_grad for p in rebuilt.parameters())
 
 
-def test_newest_complete_one_is_found_and_old_ones_go(tmp_path):
+def test_newest_whole_one_is_found_and_old_ones_go(tmp_path, capsys):
     model, optimizers = trained(None, steps=0)
     assert checkpoint.latest(tmp_path) is None
     for step in (5, 10, 200):
         checkpoint.save(tmp_path, step, model, optimizers, keep_last=2)
     (tmp_path / "step_000300.tmp").mkdir()  # a save that was killed
     (tmp_path / "step_000400").mkdir()  # no meta.json
-    assert [p.name for p in checkpoint.step_folders(tmp_path)] == ["step_000010", "step_000200"]
+    names = [p.name for p in checkpoint.step_folders(tmp_path)]
+    assert names == ["step_000010", "step_000200", "step_000400"]
     assert checkpoint.latest(tmp_path).name == "step_000200"
+    assert "step_000400, which is not whole: meta.json is missing" in capsys.readouterr().out
     assert checkpoint.find(tmp_path, 10).name == "step_000010"
-    with pytest.raises(FileNotFoundError, match="has steps 10, 200, not a checkpoint of step 7"):
+    with pytest.raises(FileNotFoundError, match="has steps 10, 200, 400, not a .* step 7"):
         checkpoint.find(tmp_path, 7)
     with pytest.raises(FileNotFoundError, match="has no checkpoint"):
         checkpoint.find(tmp_path / "elsewhere")

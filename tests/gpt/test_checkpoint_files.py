@@ -241,6 +241,7 @@ def killed_at_every_call(folder, same_step):
         died = os.WIFSIGNALED(os.waitpid(in_child(dying), 0)[1])
         found = count_of(folder)
         assert found in (count, count + 1), (at, found, count, names(folder))
+        assert not any(map(checkpoint_files.flaw, checkpoint_files.folders(folder))), at
         count = found
     assert at > 20, f"only {at} calls were seen"
 

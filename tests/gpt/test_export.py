@@ -292,6 +292,7 @@ def test_the_command_writes_a_run(kind, tiny, tmp_path, capsys):
     assert export.main([*line, "--overwrite", "--dtype=bfloat16"]) == 0
     assert export.load(output, torch.bfloat16).lm_head.weight.dtype == torch.bfloat16
     assert not list(output.glob("*.part"))
+    assert len({path.stat().st_mode for path in output.iterdir()}) == 1
 
 
 def test_the_command_says_what_is_wrong(tiny, tmp_path, capsys):

@@ -130,6 +130,16 @@ def test_packing_does_not_depend_on_the_batch_size(source):
     assert rows_of(PackedLoader(source, 1, 16), 12) == rows_of(PackedLoader(source, 4, 16), 3)
 
 
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_a_position_holds_for_every_batch_size(source, rows):
+    options = {"rank": 1, "world_size": 2, "seed": 3}
+    loader = PackedLoader(source, 4, 16, **options)
+    rows_of(loader, 9)
+    other = PackedLoader(source, rows, 16, **options)
+    other.load_state_dict(json.loads(json.dumps(loader.state_dict())))
+    assert rows_of(other, 24 // rows) == rows_of(loader, 6)
+
+
 @pytest.mark.parametrize("before", [0, 1, 7, 61])
 def test_state_restores_the_position_exactly(source, before):
     loader = PackedLoader(source, 2, 16, seed=3)

@@ -237,7 +237,9 @@ def test_a_signal_ends_the_run_after_the_step_and_saves(number, tmp_path, capsys
     assert signal.getsignal(number) == handler
     step = checkpoint.load(checkpoint.latest(tmp_path / "cut")).step
     text = capsys.readouterr().out
-    assert step == 3 and f"--resume-from-step={step}" in text and "finishing what is under way" in text
+    assert (
+        step == 3 and f"--resume-from-step={step}" in text and "finishing what is under way" in text
+    )
     resumed = trainer(tmp_path / "cut", resume=step, save_every=-1)
     assert not resumed.run()["interrupted"]
     assert_same(weights(resumed), weights(whole))

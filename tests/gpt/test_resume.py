@@ -1,14 +1,16 @@
-"""Going on: in the middle of a step bit for bit, with other micro-batches where that is possible."""
+"""Going on: within a step bit for bit, with other micro-batches where that is possible."""
 
 import datetime
+import errno
 import os
+import shutil
 import signal
 import socket
 
 import pytest
 import torch
 
-from molegrad.gpt import checkpoint, resume, sft, train
+from molegrad.gpt import checkpoint, paths, resume, sft, train
 from molegrad.gpt.flags import parse
 from molegrad.gpt.loader import PackedLoader
 from molegrad.gpt.setup import Processes
@@ -49,13 +51,26 @@ def stop_now():
     os.kill(os.getpid(), signal.SIGINT)
 
 
+def stopped_during(micro, built):
+    """`built`, to which a signal comes in the forward pass of micro-batch number `micro`."""
+    called, count = built.called, []
+
+    def counted(*batch):
+        count.append(0)
+        if len(count) == micro:
+            stop_now()
+        return called(*batch)
+
+    built.called = counted
+    return built
+
+
 def newest(folder):
     return checkpoint.load(checkpoint.latest(folder))
 
 
-def resumed(folder, loader=None, **values):
-    built = trainer(folder, loader=loader, resume=newest(folder).step, **values)
-    return built, built.run()
+def resumed(folder, **values):
+    return trainer(folder, resume=newest(folder).step, **values)
 
 
 # In the middle of a step
@@ -67,15 +82,14 @@ def test_a_signal_between_micro_batches_costs_nothing(method, tmp_path):
     whole = trainer(tmp_path / "whole", **values)
     whole.run()
     expected, recorded = weights(whole), losses(tmp_path / "whole")
-    for stop in (1, 5):  # micro-batches done: before the first step and within the second one
+    for stop in (1, 5):  # micro-batches done: within the first step and within the second one
         folder = tmp_path / str(stop)
-        cut = trainer(folder, loader=Batches(hooks={stop: stop_now}), **values)
-        assert cut.run()["interrupted"]
+        assert stopped_during(stop, trainer(folder, **values)).run()["interrupted"]
         saved = newest(folder)
         assert saved.step == stop // 3 and saved.extra["progress"]["micro"] == stop % 3
         assert saved.loader == {"at": stop} and "loss" in saved.accumulated
-        again, result = resumed(folder, **values)
-        assert not result["interrupted"]
+        again = resumed(folder, **values)
+        assert not again.run()["interrupted"]
         assert_same(weights(again), expected)
         assert losses(folder) == recorded
         assert again.progress.flops == whole.progress.flops
@@ -87,16 +101,16 @@ def test_a_run_may_be_stopped_at_every_micro_batch(tmp_path, capsys):
     whole = trainer(tmp_path / "whole", **values)
     whole.run()
     folder = tmp_path / "cut"
-    trainer(folder, loader=Batches(hooks={1: stop_now}), **values).run()
-    for stop in range(2, 6):
-        built, result = resumed(folder, Batches(hooks={stop: stop_now}), **values)
-        assert result["interrupted"] and newest(folder).loader == {"at": stop}
-        assert [p.name for p in checkpoint.step_folders(folder)][-1] == f"step_{stop // 3:06d}"
+    stopped_during(1, trainer(folder, **values)).run()
+    for done in range(2, 6):
+        assert stopped_during(1, resumed(folder, **values)).run()["interrupted"]
+        assert newest(folder).loader == {"at": done}
+        assert checkpoint.latest(folder).name == f"step_{done // 3:06d}"
     text = capsys.readouterr().out
     assert "stopped after step 0 of 2 and 2 of 3 micro-batches of the next; saved" in text
     assert "stopped after step 1 of 2; saved" in text
-    built, result = resumed(folder, **values)
-    assert not result["interrupted"]
+    built = resumed(folder, **values)
+    assert not built.run()["interrupted"]
     assert_same(weights(built), weights(whole))
     assert losses(folder) == losses(tmp_path / "whole")
 
@@ -106,10 +120,11 @@ def test_what_is_saved_between_log_lines_is_counted_after_them(tmp_path):
     whole = trainer(tmp_path / "whole", **values)
     whole.run()
     folder = tmp_path / "cut"
-    trainer(folder, loader=Batches(hooks={11: stop_now}), **values).run()
+    stopped_during(11, trainer(folder, **values)).run()
     saved = newest(folder).extra["progress"]
     assert (saved["step"], saved["micro"], saved["logged"]) == (5, 1, 4) and saved["pending"] > 0
-    again, _ = resumed(folder, **values)
+    again = resumed(folder, **values)
+    again.run()
     assert again.progress.flops == whole.progress.flops
     assert again.progress.seconds > saved["seconds"] + saved["pending"]
     middle = checkpoint.load(tmp_path / "whole/step_000003").extra["progress"]
@@ -118,8 +133,8 @@ def test_what_is_saved_between_log_lines_is_counted_after_them(tmp_path):
 
 def test_a_step_begun_earlier_is_not_compared_with_half_of_itself(tmp_path):
     values = {"steps": 2, "total_batch_size": 160, "monitor_every": 1, "save_every": -1, **TANGENT}
-    trainer(tmp_path, loader=Batches(hooks={1: stop_now}), **values).run()
-    built = trainer(tmp_path, resume=0, **values)
+    stopped_during(1, trainer(tmp_path, **values)).run()
+    built = resumed(tmp_path, **values)
     begun = []
     begin = built.instruments.begin
     built.instruments.begin = lambda step, **due: (begun.append((step, due)), begin(step, **due))
@@ -148,14 +163,12 @@ class Rows(Batches):
     def next_batch(self):
         rows = [tokens(1, 20, seed=self.at + i) for i in range(self.rows)]
         self.at += self.rows
-        self.hooks.get(self.at, lambda: None)()
         idx, targets = (torch.cat(part) for part in zip(*rows, strict=True))
         return idx, targets.clamp(min=0)
 
 
-def with_rows(folder, rows, hooks=None, **values):
-    loader = Rows(rows, hooks=hooks)
-    return trainer(folder, loader=loader, device_batch_size=rows, **values)
+def with_rows(folder, rows, **values):
+    return trainer(folder, loader=Rows(rows), device_batch_size=rows, **values)
 
 
 LINEAR = ["dense", "adamw", "factored", "factored-adamw", "factored-adaptive"]
@@ -217,7 +230,7 @@ def test_the_rest_of_a_step_may_have_other_micro_batches(method, tmp_path):
     whole = with_rows(tmp_path / "whole", 4, **values)
     whole.run()
     folder = tmp_path / "cut"
-    with_rows(folder, 4, hooks={16: stop_now}, **values).run()  # 1 of 3 of the second step
+    stopped_during(4, with_rows(folder, 4, **values)).run()  # 1 of 3 of the second step
     assert newest(folder).extra["progress"]["micro"] == 1
     with pytest.raises(ValueError, match="4 sequences done.*no multiple of 6.*or a divisor of it"):
         with_rows(folder, 6, resume=1, **values)
@@ -242,6 +255,10 @@ def test_checkpoints_that_do_not_say_their_sizes_go_by_their_configuration(tmp_p
 # Several processes
 
 
+def full(path, value):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def _signalled(rank, world, port, folder):
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -260,18 +277,31 @@ def _signalled(rank, world, port, folder):
 
     built.optimizers[0].step = signalled
     assert built.run()["interrupted"] and built.progress.step == 6 and not built.progress.micro
+    if rank == 1:  # a disk that is full for one of them
+        checkpoint._write_json = full
+    with pytest.raises(OSError, match="was not saved.*untouched .step_000006.*--resume") as caught:
+        built.save()
+    assert caught.value.errno == (errno.ENOSPC if rank else None)
     torch.distributed.destroy_process_group()
 
 
-def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path):
+def test_processes_stop_at_the_same_step_and_save_all_or_none(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_signalled, (2, port, str(tmp_path)), nprocs=2)
+    torch.multiprocessing.spawn(_signalled, (2, port, tmp_path), nprocs=2)
     assert checkpoint.load(checkpoint.latest(tmp_path), world_size=2).step == 6
+    assert [path.name for path in tmp_path.glob("step_*")] == ["step_000006"]
 
 
 # The commands
+
+
+@pytest.fixture
+def home(tiny_folder, tmp_path, monkeypatch):
+    """A copy of the home with the run "tiny", to write into."""
+    shutil.copytree(tiny_folder, tmp_path / "home")
+    monkeypatch.setenv(paths.ENV, str(tmp_path / "home"))
 
 
 def base(*words):
@@ -279,7 +309,8 @@ def base(*words):
 
 
 def tune(*words):
-    return sft.chat_sft(parse(sft.SFTConfig, [*SFT, "--run=tiny", "--eval-every=-1", *words]))
+    few = ["--run=tiny", "--eval-every=-1", "--sample-every=-1", "--conversations=200"]
+    return sft.chat_sft(parse(sft.SFTConfig, [*SFT, *few, *words]))
 
 
 def same_models(*folders):
@@ -310,7 +341,7 @@ def stop_at(monkeypatch, loader, count):
     ids=["base", "sft"],
 )
 def test_the_commands_stop_and_resume_within_a_step(
-    stage, loader, words, tiny, monkeypatch, capsys
+    stage, loader, words, home, monkeypatch, capsys
 ):
     name = "--run=middle-" if stage is base else "--model-tag=middle-"
     words = [*words, "--num-iterations=4"]
@@ -329,7 +360,7 @@ def test_the_commands_stop_and_resume_within_a_step(
     [(base, ["--total-batch-size=1024"], 4), (tune, ["--total-batch-size=512"], 2)],
     ids=["base", "sft"],
 )
-def test_the_commands_take_other_micro_batches(stage, words, rows, tiny, capsys):
+def test_the_commands_take_other_micro_batches(stage, words, rows, home, capsys):
     name = "--run=other" if stage is base else "--model-tag=other"
     words = [name, *words, "--num-iterations=4", "--save-every=2", "--keep-last=0"]
     whole = stage(*words)
@@ -348,10 +379,10 @@ def test_the_commands_take_other_micro_batches(stage, words, rows, tiny, capsys)
     )
 
 
-def test_resume_takes_the_newest_whole_one(tiny, capsys):
+def test_resume_takes_the_newest_whole_one(home, capsys):
     words = ["--run=damaged", "--num-iterations=4", "--save-every=2", "--keep-last=0"]
     whole = base(*words)
-    expected = newest(whole["folder"]).model
+    expected = {name: tensor.clone() for name, tensor in newest(whole["folder"]).model.items()}
     folder = checkpoint.latest(whole["folder"]).parent
     path = folder / "step_000004/model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])

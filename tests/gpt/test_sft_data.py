@@ -92,13 +92,33 @@ def test_a_loaded_position_gives_the_same_batches():
         ConversationLoader(talks([3, 8, 5, 6, 2, 7, 4]), 2, 9, PAD, seed=2).load_state_dict(state)
 
 
-def test_batches_without_a_target_are_skipped_and_counted():
+def test_rows_without_a_target_are_skipped_and_counted():
     mute = [([5] * 9, [0] * 9)] * 6
-    loader = ConversationLoader([*mute, *talks([9, 9])], 1, 9, PAD)
-    for _ in range(4):  # two epochs
-        assert (loader.next_batch()[1] >= 0).any()
+    loader = ConversationLoader([*mute, *talks([9, 9])], 2, 9, PAD)
+    for _ in range(2):  # two epochs
+        assert (loader.next_batch()[1] >= 0).any(dim=1).all()
     assert 6 <= loader.skipped <= 12
     assert loader.state_dict()["skipped"] == loader.skipped
+
+
+@pytest.mark.parametrize("rows", [1, 2, 6])
+def test_the_order_of_rows_does_not_depend_on_the_batch_size(rows):
+    mute = [([5] * 9, [0] * 9)] * 5
+    rendered = [*mute, *talks([3, 8, 5, 9, 2, 7, 4, 9, 9])]
+
+    def loader(batch_size):
+        return ConversationLoader(rendered, batch_size, 9, PAD, seed=2)
+
+    def rows_of(one, batches):
+        pairs = [torch.stack(one.next_batch(), 1) for _ in range(batches)]
+        return torch.cat(pairs).tolist()
+
+    whole, part = loader(3), loader(rows)
+    assert rows_of(part, 12 // rows) == rows_of(whole, 4)
+    assert part.state_dict() == whole.state_dict() and whole.skipped > 0
+    later = loader(3)
+    later.load_state_dict(part.state_dict())
+    assert rows_of(later, 2) == rows_of(whole, 2)
 
 
 @pytest.mark.parametrize(

@@ -145,12 +145,12 @@ def test_states(done, home, words):
     folder = home / "runs/validate/base"
     assert state(training, folder) == "done" and state(training, folder, True) == "overwrite"
     assert state(training, home / "runs/nothing/base") == "new"
-    metrics = (folder / METRICS).read_text()
-    try:  # as if it had been stopped before the last line
-        (folder / METRICS).write_text("".join(metrics.splitlines(keepends=True)[:-1]))
-        assert state(training, folder) == "resume"
-    finally:
-        (folder / METRICS).write_text(metrics)
+    lines = (folder / METRICS).read_text().splitlines(keepends=True)
+    (folder / METRICS).write_text("".join(lines[:-1]))  # as if stopped before the last line
+    assert state(training, folder) == "resume"
+    assert train("molegrad", training, folder, "resume") == Outcome("molegrad", 30, 0)
+    assert "resumed" in (home / "runs/validate/validate.log").read_text()
+    assert state(training, folder) == "done"
 
 
 def test_a_training_that_fails_is_an_outcome(home, words, capfd):
