@@ -185,12 +185,31 @@ inline void check_sum(const char* op, const char* name, const Tensor& x, int64_t
 }
 
 inline void check_sketch_accumulate(const Tensor& y, const Tensor& w, const Tensor& a,
-                                    const Tensor& b, const Tensor& u, const Tensor& v) {
-  const char* op = "sketch_accumulate_";
+                                    const Tensor& b, const Tensor& u, const Tensor& v,
+                                    const char* op = "sketch_accumulate_") {
   check_sketch(op, a, b, u, v);
   check_inputs(op, {{"a", a}, {"y", y}, {"w", w}});
   check_sum(op, "y", y, b.size(b.dim() - 1), v.size(1), acc_dtype(a));
   check_sum(op, "w", w, a.size(a.dim() - 1), u.size(1), acc_dtype(a));
+}
+
+inline void check_sketch_accumulate_many(const std::vector<Tensor>& y, const std::vector<Tensor>& w,
+                                         const std::vector<Tensor>& a, const std::vector<Tensor>& b,
+                                         const std::vector<Tensor>& u,
+                                         const std::vector<Tensor>& v) {
+  const std::string op = "sketch_accumulate_many_";
+  require(!y.empty(), op.c_str(), "expected at least one layer, got none");
+  const size_t count = y.size();
+  require(w.size() == count && a.size() == count && b.size() == count && u.size() == count &&
+              v.size() == count,
+          op.c_str(), "expected one of y, w, a, b, u and v for each layer, got ", count, ", ",
+          w.size(), ", ", a.size(), ", ", b.size(), ", ", u.size(), ", ", v.size());
+  for (size_t i = 0; i < count; ++i) {
+    const std::string layer = op + ": layer " + std::to_string(i);
+    check_sketch_accumulate(y[i], w[i], a[i], b[i], u[i], v[i], layer.c_str());
+    require(a[i].device() == a[0].device(), op.c_str(), "expected all layers on one device, got ",
+            device_name(a[0].device()), " and, at ", i, ", ", device_name(a[i].device()));
+  }
 }
 
 inline void check_orthonormalize(const Tensor& y, double cond_max) {

@@ -125,6 +125,13 @@ void sketch_accumulate_(Tensor y, Tensor w, Tensor a, Tensor b, Tensor u, Tensor
   run_sketch(a, b, u, v, y, w, true);
 }
 
+void sketch_accumulate_many_(std::vector<Tensor> y, std::vector<Tensor> w, std::vector<Tensor> a,
+                             std::vector<Tensor> b, std::vector<Tensor> u, std::vector<Tensor> v) {
+  check_sketch_accumulate_many(y, w, a, b, u, v);
+  // Layers on threads, measured, gain a few percent where they are tiny and nothing where not.
+  for (size_t i = 0; i < y.size(); ++i) run_sketch(a[i], b[i], u[i], v[i], y[i], w[i], true);
+}
+
 std::tuple<Tensor, Tensor> tangent_factors(Tensor u, Tensor v, Tensor y, Tensor w,
                                            double cond_max) {
   check_tangent_factors(u, v, y, w, cond_max);
@@ -284,6 +291,7 @@ STABLE_TORCH_LIBRARY_IMPL(molegrad, CPU, m) {
   m.impl("lowrank_grad", TORCH_BOX(&lowrank_grad));
   m.impl("sketch", TORCH_BOX(&sketch));
   m.impl("sketch_accumulate_", TORCH_BOX(&sketch_accumulate_));
+  m.impl("sketch_accumulate_many_", TORCH_BOX(&sketch_accumulate_many_));
   m.impl("tangent_factors", TORCH_BOX(&tangent_factors));
   m.impl("orthonormalize", TORCH_BOX(&orthonormalize));
   m.impl("polar_factor", TORCH_BOX(&polar_factor));

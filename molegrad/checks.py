@@ -94,8 +94,7 @@ def sketch(a, b, u, v, op: str = "sketch") -> None:
     basis(op, "v", v, a.shape[-1])
 
 
-def sketch_accumulate_(y, w, a, b, u, v) -> None:
-    op = "sketch_accumulate_"
+def sketch_accumulate_(y, w, a, b, u, v, op: str = "sketch_accumulate_") -> None:
     sketch(a, b, u, v, op)
     floating(op, a=a, y=y, w=w)
     dtype = torch.float64 if a.dtype == torch.float64 else torch.float32
@@ -107,6 +106,22 @@ def sketch_accumulate_(y, w, a, b, u, v) -> None:
             tuple(x.shape) == shape and x.dtype == dtype and x.is_contiguous(), op,
             f"expected {name} contiguous of shape {shape} and {dtype}, "
             f"got {_shape(x)}, {x.dtype}, strides {tuple(x.stride())}",
+        )  # fmt: skip
+
+
+def sketch_accumulate_many_(y, w, a, b, u, v) -> None:
+    op = "sketch_accumulate_many_"
+    counts = [len(x) for x in (y, w, a, b, u, v)]
+    _require(counts[0] >= 1, op, "expected at least one layer, got none")
+    _require(
+        len(set(counts)) == 1, op,
+        f"expected one of y, w, a, b, u and v for each layer, got {', '.join(map(str, counts))}",
+    )  # fmt: skip
+    for i, layer in enumerate(zip(y, w, a, b, u, v, strict=True)):
+        sketch_accumulate_(*layer, op=f"{op}: layer {i}")
+        _require(
+            a[i].device == a[0].device, op, f"expected all layers on one device, got {a[0].device} "
+            f"and, at {i}, {a[i].device}",
         )  # fmt: skip
 
 

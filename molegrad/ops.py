@@ -125,6 +125,12 @@ OPS: dict[str, Op] = {
         checks.sketch_accumulate_,
         _nothing,
     ),
+    "sketch_accumulate_many_": Op(
+        "(Tensor(a!)[] y, Tensor(b!)[] w, Tensor[] a, Tensor[] b, Tensor[] u, Tensor[] v) -> ()",
+        reference.sketch_accumulate_many_,
+        checks.sketch_accumulate_many_,
+        _nothing,
+    ),
     "tangent_factors": Op(
         "(Tensor u, Tensor v, Tensor y, Tensor w, float cond_max=1e3) "
         "-> (Tensor left, Tensor right)",
@@ -317,6 +323,26 @@ def sketch_accumulate_(y: Tensor, w: Tensor, a: Tensor, b: Tensor, u: Tensor, v:
     `y` (m, k_v) and `w` (n, k_u) are contiguous and float32 (float64 for float64 inputs).
     """
     torch.ops.molegrad.sketch_accumulate_(y, w, a, b, u, v)
+
+
+def sketch_accumulate_many_(
+    y: list[Tensor],
+    w: list[Tensor],
+    a: list[Tensor],
+    b: list[Tensor],
+    u: list[Tensor],
+    v: list[Tensor],
+) -> None:
+    """`sketch_accumulate_` of several layers at once: y[i] += B_iᵀ(A_i V_i), w[i] += A_iᵀ(B_i U_i).
+
+    On a GPU a few launches serve all layers in 16 bits of ranks up to 128.
+
+    Args:
+        y, w, a, b, u, v: for each layer what `sketch_accumulate_` takes. Shapes, token counts,
+            ranks and dtypes may differ from layer to layer; the device may not. A layer may appear
+            several times, with the same `y` and `w`.
+    """
+    torch.ops.molegrad.sketch_accumulate_many_(y, w, a, b, u, v)
 
 
 def tangent_factors(

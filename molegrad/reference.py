@@ -57,6 +57,19 @@ def sketch_accumulate_(y: Tensor, w: Tensor, a: Tensor, b: Tensor, u: Tensor, v:
         w.addmm_(a_t.mT, b_t @ u)
 
 
+def sketch_accumulate_many_(
+    y: list[Tensor],
+    w: list[Tensor],
+    a: list[Tensor],
+    b: list[Tensor],
+    u: list[Tensor],
+    v: list[Tensor],
+) -> None:
+    """`sketch_accumulate_` of every layer, in their order."""
+    for layer in zip(y, w, a, b, u, v, strict=True):
+        sketch_accumulate_(*layer)
+
+
 def sketch(a: Tensor, b: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Y = Bᵀ(A V) and W = Aᵀ(B U)."""
     dtype = acc_dtype(a.dtype)

@@ -82,6 +82,16 @@ def sample_inputs(name: str, requires_grad: bool = False) -> list[tuple]:
         "sketch_accumulate_": [
             (randn(13, 4), randn(11, 4), a.detach(), b.detach(), u, v),
         ],
+        "sketch_accumulate_many_": [
+            (
+                [randn(13, 4), randn(11, 3), randn(13, 2)],
+                [randn(11, 4), randn(13, 3), randn(11, 4)],
+                [a.detach(), b3, a3.bfloat16()],
+                [b.detach(), a3, b3.bfloat16()],
+                [u, v[:, :3], u],
+                [v, u[:, :3], v[:, :2]],
+            ),
+        ],
         "tangent_factors": [(u, v, randn(13, 4, seed=5), randn(11, 4, seed=6))],
         "orthonormalize": [(randn(9, 4),), (randn(3, 9, 4), 10.0)],
         "polar_factor": [(randn(9, 4),), (randn(3, 9, 4),)],

@@ -125,18 +125,19 @@ __device__ __forceinline__ void project_step(float (&sum)[kRank / 8][4], const u
 
 // The parts of these 128 tokens in their order, once all are there: true in the block that is last.
 template <int kRank>
-__device__ __forceinline__ bool add_to_parts(const ProjectHalf& half, float (&sum)[kRank / 8][4]) {
+__device__ __forceinline__ bool add_to_parts(const ProjectHalf& half, int token_tile, int part,
+                                             float (&sum)[kRank / 8][4]) {
   __shared__ int last;
   constexpr int kPart = kRank / 8 * kSketchThreads;
-  float4* tile = half.sums + int64_t{blockIdx.x} * half.parts * kPart;
-  float4* mine = tile + int64_t{blockIdx.y - half.first_part} * kPart + threadIdx.x;
+  float4* tile = half.sums + int64_t{token_tile} * half.parts * kPart;
+  float4* mine = tile + int64_t{part - half.first_part} * kPart + threadIdx.x;
 #pragma unroll
   for (int j = 0; j < kRank / 8; ++j)
     mine[j * kSketchThreads] = make_float4(sum[j][0], sum[j][1], sum[j][2], sum[j][3]);
   __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
-    unsigned* ticket = half.tickets + blockIdx.x;
+    unsigned* ticket = half.tickets + token_tile;
     last = atomicAdd(ticket, 1u) + 1 == static_cast<unsigned>(half.parts);
     if (last) *ticket = 0;
   }
@@ -146,8 +147,8 @@ __device__ __forceinline__ bool add_to_parts(const ProjectHalf& half, float (&su
 #pragma unroll
   for (int j = 0; j < kRank / 8; ++j) {
     sum[j][0] = sum[j][1] = sum[j][2] = sum[j][3] = 0;
-    for (int part = 0; part < half.parts; ++part) {
-      const float4 x = __ldcg(tile + int64_t{part} * kPart + j * kSketchThreads + threadIdx.x);
+    for (int p = 0; p < half.parts; ++p) {
+      const float4 x = __ldcg(tile + int64_t{p} * kPart + j * kSketchThreads + threadIdx.x);
       sum[j][0] += x.x;
       sum[j][1] += x.y;
       sum[j][2] += x.z;
@@ -177,17 +178,17 @@ __device__ __forceinline__ float tile_scale(const float (&sum)[kRank / 8][4]) {
 
 template <bool kFloat16, int kRank>
 __device__ __forceinline__ void store_projected(const ProjectHalf& half, int64_t tokens,
-                                                float (&sum)[kRank / 8][4]) {
+                                                int token_tile, float (&sum)[kRank / 8][4]) {
   float factor = 1;
   if constexpr (kFloat16) {
     const float scale = tile_scale<kRank>(sum);
-    if (threadIdx.x == 0) half.scale[blockIdx.x] = scale;
+    if (threadIdx.x == 0) half.scale[token_tile] = scale;
     factor = 1 / scale;
   }
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const int64_t token = int64_t{blockIdx.x} * kProjectTokens + warp * 16 + lane / 4 + i * 8;
+    const int64_t token = int64_t{token_tile} * kProjectTokens + warp * 16 + lane / 4 + i * 8;
     if (token >= tokens) continue;
     uint16_t* row = half.q + token * (kPieces * kRank) + lane % 4 * 2;
 #pragma unroll
@@ -197,41 +198,47 @@ __device__ __forceinline__ void store_projected(const ProjectHalf& half, int64_t
   }
 }
 
+// What steps `begin` to `end`, over the columns of A and then of B, hold of one half, for 128
+// tokens.
+template <bool kFloat16, int kRank>
+__device__ __forceinline__ void project_half(const ProjectHalf& half, int64_t tokens,
+                                             int token_tile, int part, int begin, int end,
+                                             uint16_t* stages) {
+  using Shape = ProjectShape<kRank>;
+  const int first = begin > half.first_step ? begin - half.first_step : 0;
+  const int past = end - half.first_step < half.steps ? end - half.first_step : half.steps;
+  const int count = past - first;
+  if (count <= 0) return;
+  const auto load = [&](int i) {
+    if (i < count)
+      load_project<kRank>(half, stages + i % Shape::kStages * Shape::kStage,
+                          int64_t{token_tile} * kProjectTokens, tokens, first + i);
+    copies_commit();
+  };
+  float sum[kRank / 8][4] = {};
+  for (int i = 0; i < Shape::kStages - 1; ++i) load(i);
+  for (int i = 0; i < count; ++i) {
+    copies_wait<Shape::kStages - 2>();
+    __syncthreads();
+    load(i + Shape::kStages - 1);
+    project_step<kFloat16, kRank>(sum, stages + i % Shape::kStages * Shape::kStage);
+  }
+  copies_wait<0>();
+  __syncthreads();  // the next half loads into what others may still read
+  wait_for_launch_before();
+  let_next_launch_start();
+  if (half.parts > 1 && !add_to_parts<kRank>(half, token_tile, part, sum)) return;
+  store_projected<kFloat16, kRank>(half, tokens, token_tile, sum);
+}
+
 // blockIdx.x: 128 tokens; blockIdx.y: a range of the steps over the columns of A and then of B.
 template <bool kFloat16, int kRank>
 __global__ void __launch_bounds__(kSketchThreads) project_kernel(ProjectArgs args) {
-  using Shape = ProjectShape<kRank>;
   MOLEGRAD_SHARED(memory);
-  uint16_t* stages = reinterpret_cast<uint16_t*>(memory);
-  const int64_t first_token = int64_t{blockIdx.x} * kProjectTokens;
   const int begin = blockIdx.y * args.steps_per_part, end = begin + args.steps_per_part;
-  for (int h = 0; h < 2; ++h) {
-    const ProjectHalf& half = args.half[h];
-    const int first = begin > half.first_step ? begin - half.first_step : 0;
-    const int past = end - half.first_step < half.steps ? end - half.first_step : half.steps;
-    const int count = past - first;
-    if (count <= 0) continue;
-    const auto load = [&](int i) {
-      if (i < count)
-        load_project<kRank>(half, stages + i % Shape::kStages * Shape::kStage, first_token,
-                            args.tokens, first + i);
-      copies_commit();
-    };
-    float sum[kRank / 8][4] = {};
-    for (int i = 0; i < Shape::kStages - 1; ++i) load(i);
-    for (int i = 0; i < count; ++i) {
-      copies_wait<Shape::kStages - 2>();
-      __syncthreads();
-      load(i + Shape::kStages - 1);
-      project_step<kFloat16, kRank>(sum, stages + i % Shape::kStages * Shape::kStage);
-    }
-    copies_wait<0>();
-    __syncthreads();  // the next half loads into what others may still read
-    wait_for_launch_before();
-    let_next_launch_start();
-    if (half.parts > 1 && !add_to_parts<kRank>(half, sum)) continue;
-    store_projected<kFloat16, kRank>(half, args.tokens, sum);
-  }
+  for (int h = 0; h < 2; ++h)
+    project_half<kFloat16, kRank>(args.half[h], args.tokens, blockIdx.x, blockIdx.y, begin, end,
+                                  reinterpret_cast<uint16_t*>(memory));
 }
 
 // ---- Bᵀ P and Aᵀ R ------------------------------------------------------------------------------
@@ -301,14 +308,14 @@ __device__ __forceinline__ void gather_step(float (&sum)[2][kRank / 8][4], const
 
 // fn(float2 in memory, the two numbers of the sum that belong there) for every such pair.
 template <int kRank, typename F>
-__device__ __forceinline__ void for_sums(const GatherHalf& half, int tile,
+__device__ __forceinline__ void for_sums(const GatherHalf& half, int tile, int split,
                                          float (&sum)[2][kRank / 8][4], const F& fn) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int column = tile * kGatherColumns + warp * 32 + i * 8 + lane / 4;
     if (column >= half.columns) continue;
-    float* row = half.sums + (int64_t{blockIdx.y} * half.columns + column) * kRank + lane % 4 * 2;
+    float* row = half.sums + (int64_t{split} * half.columns + column) * kRank + lane % 4 * 2;
 #pragma unroll
     for (int j = 0; j < kRank / 8; ++j)
       fn(reinterpret_cast<float2*>(row + j * 8), sum[i / 2][j][i % 2 * 2],
@@ -316,19 +323,15 @@ __device__ __forceinline__ void for_sums(const GatherHalf& half, int tile,
   }
 }
 
-// blockIdx.x: 256 columns of B or A; blockIdx.y: a range of tokens, last ones first, because these
-// are the likelier to be in L2 still.
+// 256 columns of B or A and a range of tokens, last ones first, because these are the likelier to
+// be in L2 still; `accumulate` to the sums of the chunks before.
 template <bool kFloat16, int kRank>
-__global__ void __launch_bounds__(kSketchThreads) gather_kernel(GatherArgs args) {
+__device__ __forceinline__ void gather_half(const GatherHalf& half, int tile, int split,
+                                            int64_t tokens, int64_t tokens_per_split,
+                                            int accumulate, uint16_t* stages) {
   using Shape = GatherShape<kRank>;
-  MOLEGRAD_SHARED(memory);
-  uint16_t* stages = reinterpret_cast<uint16_t*>(memory);
-  const int h = static_cast<int>(blockIdx.x) >= args.half[1].first_tile && args.half[1].tiles > 0;
-  const GatherHalf& half = args.half[h];
-  const int tile = blockIdx.x - half.first_tile;
-  const int64_t begin = blockIdx.y * args.tokens_per_split;
-  const int64_t end =
-      begin + args.tokens_per_split < args.tokens ? begin + args.tokens_per_split : args.tokens;
+  const int64_t begin = split * tokens_per_split;
+  const int64_t end = begin + tokens_per_split < tokens ? begin + tokens_per_split : tokens;
   const int count =
       end > begin ? static_cast<int>((end - begin + kGatherTokens - 1) / kGatherTokens) : 0;
   const auto first_token = [&](int i) { return begin + int64_t{count - 1 - i} * kGatherTokens; };
@@ -348,8 +351,8 @@ __global__ void __launch_bounds__(kSketchThreads) gather_kernel(GatherArgs args)
 
   float sum[2][kRank / 8][4] = {};
   float scale = 1;  // of the sums, float16 only
-  if (args.accumulate != 0)
-    for_sums<kRank>(half, tile, sum, [](const float2* p, float& x, float& y) {
+  if (accumulate != 0)
+    for_sums<kRank>(half, tile, split, sum, [](const float2* p, float& x, float& y) {
       const float2 before = __ldcg(p);
       x = before.x;
       y = before.y;
@@ -375,7 +378,19 @@ __global__ void __launch_bounds__(kSketchThreads) gather_kernel(GatherArgs args)
   }
   copies_wait<0>();
   if constexpr (kFloat16) rescale(1);
-  for_sums<kRank>(half, tile, sum, [](float2* p, float x, float y) { *p = make_float2(x, y); });
+  for_sums<kRank>(half, tile, split, sum,
+                  [](float2* p, float x, float y) { *p = make_float2(x, y); });
+}
+
+// blockIdx.x: 256 columns of B or A; blockIdx.y: a range of tokens.
+template <bool kFloat16, int kRank>
+__global__ void __launch_bounds__(kSketchThreads) gather_kernel(GatherArgs args) {
+  MOLEGRAD_SHARED(memory);
+  const int h = static_cast<int>(blockIdx.x) >= args.half[1].first_tile && args.half[1].tiles > 0;
+  const GatherHalf& half = args.half[h];
+  gather_half<kFloat16, kRank>(half, blockIdx.x - half.first_tile, blockIdx.y, args.tokens,
+                               args.tokens_per_split, args.accumulate,
+                               reinterpret_cast<uint16_t*>(memory));
 }
 
 }  // namespace molegrad::cuda
