@@ -108,13 +108,9 @@ struct BasisArgs {
 
 // Two columns of a row to a thread. Rows and columns that the basis does not have are zero.
 template <bool kFloat16>
-__global__ void split_bases_kernel(BasisArgs args) {
-  const int64_t thread = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-  const int64_t threads = int64_t{gridDim.x} * blockDim.x;
-  if (blockIdx.y == 0)
-    for (int64_t i = thread; i < args.ticket_count; i += threads) args.tickets[i] = 0;
-  const BasisHalf half = blockIdx.y == 0 ? args.half[0] : args.half[1];
-  const int pairs = args.rank / 2;
+__device__ __forceinline__ void split_basis(const BasisHalf& half, int rank, int64_t thread,
+                                            int64_t threads) {
+  const int pairs = rank / 2;
   for (int64_t i = thread; i < half.padded_rows * pairs; i += threads) {
     const int64_t row = i / pairs;
     const int column = static_cast<int>(i % pairs) * 2;
@@ -123,8 +119,19 @@ __global__ void split_bases_kernel(BasisArgs args) {
       if (row < half.rows && column + j < half.k)
         x[j] = read_number<float>(half.basis, half.dtype,
                                   row * half.row_stride + (column + j) * half.column_stride);
-    store_pieces<kFloat16>(half.out + row * (kPieces * args.rank) + column, args.rank, x[0], x[1]);
+    store_pieces<kFloat16>(half.out + row * (kPieces * rank) + column, rank, x[0], x[1]);
   }
+}
+
+// blockIdx.y: a half.
+template <bool kFloat16>
+__global__ void split_bases_kernel(BasisArgs args) {
+  const int64_t thread = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  const int64_t threads = int64_t{gridDim.x} * blockDim.x;
+  if (blockIdx.y == 0)
+    for (int64_t i = thread; i < args.ticket_count; i += threads) args.tickets[i] = 0;
+  const BasisHalf half = blockIdx.y == 0 ? args.half[0] : args.half[1];
+  split_basis<kFloat16>(half, args.rank, thread, threads);
 }
 
 // P and R from what cuBLASLt makes of bases in pieces.
