@@ -21,23 +21,6 @@ namespace {
 
 constexpr const char* kPathVariable = "MOLEGRAD_SKETCH_PATH";
 
-SketchPath wanted_path() {
-  static const std::optional<SketchPath> wanted = parse_sketch_path(std::getenv(kPathVariable));
-  require(wanted.has_value(), "sketch", kPathVariable,
-          " must be auto, own, cublaslt or fused, got ", std::getenv(kPathVariable));
-  return *wanted;
-}
-
-struct Gpu {
-  int device, multiprocessors = 0, shared_memory = 0, l2 = 0;
-
-  explicit Gpu(const Tensor& x) : device(x.get_device_index()) {
-    cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-    cudaDeviceGetAttribute(&shared_memory, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
-    cudaDeviceGetAttribute(&l2, cudaDevAttrL2CacheSize, device);
-  }
-};
-
 Tensor in_dtype(const Tensor& x, ScalarType dtype) {
   if (x.scalar_type() == dtype) return x;
   Tensor copy = torch::stable::new_empty(x, x.sizes(), dtype);
@@ -69,7 +52,7 @@ class Products {
   void sketch(const Tensor* v, const Tensor* u, const Output& y, const Output& w, bool add) {
     const int64_t rank = larger(v ? v->size(1) : 0, u ? u->size(1) : 0);
     const bool narrow = a_.dtype == 2 || a_.dtype == 3;
-    const SketchPath path = choose_sketch_path(wanted_path(), a_.dtype, rank);
+    const SketchPath path = choose_sketch_path(wanted_sketch_path(), a_.dtype, rank);
     if (path == SketchPath::kFused && v && u && sketch_fused(*v, *u, y, w, add)) return;
     if (path == SketchPath::kCublasLt) {
       if (v != nullptr && half_by_library(a_, b_, *v, y, add)) v = nullptr;
@@ -220,8 +203,7 @@ std::tuple<Tensor, Tensor> sketch(Tensor a, Tensor b, Tensor u, Tensor v) {
 
 void sketch_accumulate_(Tensor y, Tensor w, Tensor a, Tensor b, Tensor u, Tensor v) {
   check_sketch_accumulate(y, w, a, b, u, v);
-  Products products("sketch_accumulate_", a, b);
-  products.sketch(&v, &u, Output(y), Output(w), true);
+  add_sketch("sketch_accumulate_", y, w, a, b, u, v);
 }
 
 struct Orthonormal {
@@ -303,6 +285,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lowrank_grad(Tensor a, Tensor b, Tens
 
 }  // namespace
 
+SketchPath wanted_sketch_path() {
+  static const std::optional<SketchPath> wanted = parse_sketch_path(std::getenv(kPathVariable));
+  require(wanted.has_value(), "sketch", kPathVariable,
+          " must be auto, own, cublaslt or fused, got ", std::getenv(kPathVariable));
+  return *wanted;
+}
+
+void add_sketch(const char* op, const Tensor& y, const Tensor& w, const Tensor& a, const Tensor& b,
+                const Tensor& u, const Tensor& v) {
+  Products products(op, a, b);
+  products.sketch(&v, &u, Output(y), Output(w), true);
+}
+
 STABLE_TORCH_LIBRARY_IMPL(molegrad, CUDA, m) {
   m.impl("sketch", TORCH_BOX(&sketch));
   m.impl("sketch_accumulate_", TORCH_BOX(&sketch_accumulate_));
@@ -313,7 +308,7 @@ STABLE_TORCH_LIBRARY_IMPL(molegrad, CUDA, m) {
 
 extern "C" int molegrad_sketch_path(int dtype, int64_t rank) {
   using namespace molegrad::cuda;
-  const SketchPath path = choose_sketch_path(wanted_path(), dtype, rank);
+  const SketchPath path = choose_sketch_path(wanted_sketch_path(), dtype, rank);
   return static_cast<int>(path == SketchPath::kCublasLt && lt_version() == 0 ? SketchPath::kOwn
                                                                              : path);
 }

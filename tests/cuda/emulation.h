@@ -339,6 +339,7 @@ inline void store_to_block(uint32_t* shared, int rank, uint32_t x) {
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch_clusters(int size, void (*kernel)(Parameters...), dim3 grid, dim3 block,
                             size_t shared, cudaStream_t, Arguments... args) {
+  ++*emulation::emulation_launches();
   if (shared > emulation::kShared - 1024) emulation::fail("more shared memory than a GPU has");
   if (size < 1 || size > emulation::kMostBlocks || grid.x % size != 0)
     emulation::fail("clusters of this size do not divide the grid");
