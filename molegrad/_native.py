@@ -48,8 +48,9 @@ def build_info() -> dict:
     Returns:
         "native" (bool) and "torch" (the running version) always. With the extension: "torch_built",
         "torch_abi_floor", "torch_abi", "compiler", "cpu_capability" (baseline, avx2 or avx512),
-        "cuda" (bool), and "paths", which says for "fp8" and "grouped" whether they are "supported"
-        and the "reason"; a CUDA build adds "cuda_built" and "cuda_found". Without it: "reason".
+        "cuda" (bool), and "paths", which says for "fp8", "grouped" (several layers at once) and
+        "cublaslt_grouped" (the library's own way, not used) whether they are "supported", and the
+        "reason"; a CUDA build adds "cuda_built" and "cuda_found". Without it: "reason".
     """
     module, reason = load()
     info = {"native": module is not None, "torch": torch.__version__}

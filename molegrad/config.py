@@ -159,6 +159,12 @@ class MoleGradConfig:
         "gradient_mode 'momentum': dtype of the momentum; int8 has a scale for each feature of the "
         "wider side",
     )
+    group_mib: int = _field(
+        0,
+        "factored mode with method 'tangent': gather the sketches of layers until their inputs and "
+        "output gradients held for it reach this many MiB, then compute all at once; 0: each "
+        "layer's at once. Fewer launches for more memory",
+    )
     energy_target: float = _field(
         0.0,
         "wanted share ||estimate|| / ||gradient|| of each layer (energy_capture, between 0 and 1), "
@@ -203,6 +209,13 @@ class MoleGradConfig:
             )
         self._check_adaptive_rank()
         self._check_sampling()
+        self._require_int("group_mib", minimum=0)
+        if self.group_mib and (self.gradient_mode, self.method) != ("factored", "tangent"):
+            raise ValueError(
+                f"group_mib={self.group_mib} needs gradient_mode='factored' and method='tangent', "
+                f"whose sketches are plain sums, got gradient_mode={self.gradient_mode!r} and "
+                f"method={self.method!r}: leave it at 0"
+            )
         object.__setattr__(self, "target_layers", _normalized_targets(self.target_layers))
         for name, check in (("rank_overrides", _check_rank), ("sample_overrides", _check_share)):
             entries = _normalized_overrides(name, getattr(self, name), check)

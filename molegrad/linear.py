@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from molegrad import bases
 from molegrad.autograd import STATS
 from molegrad.config import MoleGradConfig, explored_directions
+from molegrad.grouping import SketchGroup, grouped_linear
 from molegrad.reference import acc_dtype
 
 # Parameters that a layer works with and that are in no state_dict of the model.
@@ -44,6 +45,8 @@ class MoleLinear(nn.Linear):
         config: the estimator; `config.target_layers` has no meaning here.
         name: the layer's name in its model; with `config.seed` it seeds the layer's bases, and
             `config.rank_overrides` go by it.
+        group: what `config.group_mib` gathers sketches in; `convert` gives the layers of a model
+            one to share. None makes one for this layer alone.
 
     Raises:
         ValueError: the rank does not fit the layer.
@@ -59,23 +62,30 @@ class MoleLinear(nn.Linear):
         *,
         config: MoleGradConfig | None = None,
         name: str = "",
+        group: SketchGroup | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
-        self._equip(config or MoleGradConfig(), name)
+        self._equip(config or MoleGradConfig(), name, group)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, config: MoleGradConfig, name: str = "") -> MoleLinear:
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        config: MoleGradConfig,
+        name: str = "",
+        group: SketchGroup | None = None,
+    ) -> MoleLinear:
         """A MoleLinear that takes over the very parameters, hooks and mode of `linear`."""
         layer = cls.__new__(cls)
         layer.__dict__.update(_own_containers(linear))
-        layer._equip(config, name)
+        layer._equip(config, name, group)
         return layer
 
     def to_linear(self) -> nn.Linear:
         """The nn.Linear with this layer's parameters, hooks and mode; gradients are not kept."""
         linear = nn.Linear.__new__(nn.Linear)
         linear.__dict__.update(_own_containers(self))
-        for attribute in ("config", "name", "_seed", "share", "_guard"):
+        for attribute in ("config", "name", "_seed", "share", "_guard", "group"):
             linear.__dict__.pop(attribute, None)
         for key in _WORKING_STATE:
             linear._buffers.pop(key, None)
@@ -84,7 +94,7 @@ class MoleLinear(nn.Linear):
         linear.weight.requires_grad_(self.trains)
         return linear
 
-    def _equip(self, config: MoleGradConfig, name: str) -> None:
+    def _equip(self, config: MoleGradConfig, name: str, group: SketchGroup | None = None) -> None:
         smallest = min(self.in_features, self.out_features)
         k = config.rank_of(self.out_features, self.in_features, name)
         needed = config.needed_features(k)
@@ -95,6 +105,7 @@ class MoleLinear(nn.Linear):
                 f"{self.in_features} -> {self.out_features}: lower rank_k or leave the layer dense"
             )
         self.config, self.name = config, name
+        self.group = (group or SketchGroup(config.group_mib)) if config.group_mib else None
         # The share of the products that method "sampled" takes; 1 for the other methods.
         self.share = config.share_of(name) if config.method == "sampled" else 1.0
         self._seed = (config.seed * 1_000_003 + zlib.crc32(name.encode())) % 2**62
@@ -196,6 +207,10 @@ class MoleLinear(nn.Linear):
                 c.trust_max if c.trust_scaling else 0.0,
                 explored_directions(self.rank, c.warm_start_decay), self._seed, c.cond_max,
             )  # fmt: skip
+        if self.group is not None:
+            return grouped_linear(
+                self.group, input, self.weight, self.bias, *saved, self.basis_u, self.basis_v
+            )
         return torch.ops.molegrad.linear_factored(
             input, self.weight, self.bias, *saved, self.basis_u, self.basis_v, self.stats,
             c.method, self.rank, c.power_iters, c.cond_max,
