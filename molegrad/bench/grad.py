@@ -4,7 +4,8 @@
     python -m scripts.bench_grad --shapes=256x1024 --tokens=512,2048 --ranks=8,16 --markdown
 
 For every in×out shape, token count and rank: the dense gradient BᵀA by torch.mm, and the sketch
-(tangent) and the power estimate, each in plain torch (molegrad/reference.py) and native. The
+(tangent) and the power estimate, each in plain torch (molegrad/reference.py) and native; and the
+sketches of 12 layers that share the tokens among them, in one call and one by one. The
 variants are timed in interleaved rounds, so that another program's load falls on all of them, and
 ratios are medians of the rounds' own ratios. The sampled product is timed by share and block on
 operands as relu² makes them, four fifths of the wider one zero, against torch's product added to a
@@ -43,7 +44,7 @@ SMALL_OPS = (
     "quantize_rows",
     "add_quantized_",
 )
-MANY = 12  # weights that `lowrank_update_many_` takes at once
+MANY = 12  # layers that `lowrank_update_many_` and `sketch_accumulate_many_` take at once
 SHARES, BLOCKS = (0.25, 0.125), (1, 2, 4, 16)
 ZEROS = 0.8  # of the wider operand, as relu² has them
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
@@ -162,6 +163,7 @@ def bench_gradients(
         variants["sketch", "native"] = lambda: ops.sketch(a, b, u, v)
         variants["sketch_accumulate_", "native"] = lambda: ops.sketch_accumulate_(*sums, a, b, u, v)
         variants["power", "native"] = lambda: ops.lowrank_grad(a, b, v)
+        variants |= _many_layers(a, b, u, v)
     seconds = time_interleaved(variants, repeats, device)
 
     limit = n * m / (2 * k * (n + m))
@@ -186,6 +188,25 @@ def bench_gradients(
         )
         rows.append(row)
     return rows
+
+
+def _many_layers(a, b, u, v) -> dict[tuple[str, str], Callable]:
+    """The sketches of up to MANY layers that have these tokens among them, in one call and in one
+    for each."""
+    lists = [[], [], list(a.tensor_split(MANY)), list(b.tensor_split(MANY)), [u] * MANY, [v] * MANY]
+    for sums, basis, rows in ((lists[0], v, b.shape[1]), (lists[1], u, a.shape[1])):
+        acc = reference.acc_dtype(a.dtype)
+        sums += [torch.zeros(rows, basis.shape[1], device=a.device, dtype=acc) for _ in range(MANY)]
+
+    def one_by_one() -> None:
+        for layer in zip(*lists, strict=True):
+            ops.sketch_accumulate_(*layer)
+
+    name = "sketch_accumulate_many_"
+    return {
+        (name, "native"): lambda: ops.sketch_accumulate_many_(*lists),
+        (name, "one by one"): one_by_one,
+    }
 
 
 def bench_sampled(

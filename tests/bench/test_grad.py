@@ -17,7 +17,7 @@ def test_the_command_prints_tables_and_then_one_json_object(capsys):
     assert lines[0].startswith("torch ") and "vs dense" in lines[2]
     result = json.loads(lines[-1])
     hows = 2 if result["native"] else 1
-    assert len(result["gradients"]) == 2 * 2 * 2 * (6 if result["native"] else 3)
+    assert len(result["gradients"]) == 2 * 2 * 2 * (8 if result["native"] else 3)
     native = [name for name in grad.SMALL_OPS if grad.has_native(name, torch.device("cpu"))]
     assert len(result["small"]) == 2 * 2 * (len(grad.SMALL_OPS) + len(native))
     assert len(result["layers"]) == 2 * 2 * 2 * (1 + 4 + 3)
