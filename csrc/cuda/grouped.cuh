@@ -5,10 +5,9 @@
 // A chunk is what stays in L2 of A and B, as for one layer, but of as many layers as fit. Alone, a
 // layer of T = 1024, n = 768, m = 3072 and rank 32 in bfloat16 has 7.9 MB: 2.6 us from memory on an
 // H100 in four launches, whose starts and ends cost as much again and whose 8 tiles of tokens fill
-// 264 blocks only in many parts. Three layers and a half make a chunk of 28 MB, so that 24 of them
-// take 7 chunks and 22 launches instead of 96. The sums of a chunk's splits are added to Y and W
-// before the next chunk, while they are in L2, so that scratch memory does not grow with the
-// layers.
+// 264 blocks only in many parts. Three layers make a chunk (28 MB may), so that 24 of them take 25
+// launches instead of 96. The sums of a chunk's splits are added to Y and W before the next chunk,
+// while they are in L2, so that scratch memory, 24 MB here, hardly grows with the layers.
 #pragma once
 
 #include "grouped_plan.h"
