@@ -281,7 +281,8 @@ __device__ __forceinline__ void project_half(const ProjectArgs& args, const Proj
 
 // blockIdx.x: 128 tokens; blockIdx.y: a range of the steps over the columns of A and then of B.
 template <bool kFloat16, int kRank, bool kFloat8>
-__global__ void __launch_bounds__(kSketchThreads) project_kernel(ProjectArgs args) {
+__global__ void __launch_bounds__(kSketchThreads, kRank <= 64 ? 2 : 1)
+    project_kernel(ProjectArgs args) {
   MOLEGRAD_SHARED(memory);
   uint16_t* stages = reinterpret_cast<uint16_t*>(memory);
   const int begin = blockIdx.y * args.steps_per_part, end = begin + args.steps_per_part;
@@ -463,7 +464,8 @@ __device__ __forceinline__ void gather_half(const GatherArgs& args, const Gather
 // blockIdx.x: 256 columns of B or A; blockIdx.y: a range of tokens, last ones first, because these
 // are the likelier to be in L2 still.
 template <bool kFloat16, int kRank, bool kFloat8>
-__global__ void __launch_bounds__(kSketchThreads) gather_kernel(GatherArgs args) {
+__global__ void __launch_bounds__(kSketchThreads, kRank <= 64 ? 2 : 1)
+    gather_kernel(GatherArgs args) {
   MOLEGRAD_SHARED(memory);
   uint16_t* stages = reinterpret_cast<uint16_t*>(memory);
   const int h = static_cast<int>(blockIdx.x) >= args.half[1].first_tile && args.half[1].tiles > 0;
