@@ -464,7 +464,7 @@ __device__ __forceinline__ void gather_half(const GatherArgs& args, const Gather
 // blockIdx.x: 256 columns of B or A; blockIdx.y: a range of tokens, last ones first, because these
 // are the likelier to be in L2 still.
 template <bool kFloat16, int kRank, bool kFloat8>
-__global__ void __launch_bounds__(kSketchThreads, kRank <= 64 ? 2 : 1)
+__global__ void __launch_bounds__(kSketchThreads, kRank <= (kFloat16 && kFloat8 ? 32 : 64) ? 2 : 1)
     gather_kernel(GatherArgs args) {
   MOLEGRAD_SHARED(memory);
   uint16_t* stages = reinterpret_cast<uint16_t*>(memory);
