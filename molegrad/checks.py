@@ -12,7 +12,6 @@ from torch import Tensor
 from molegrad.reference import FLOAT8
 
 
-
 def _shape(x: Tensor) -> str:
     return "(" + ", ".join(str(s) for s in x.shape) + ")"
 

@@ -129,8 +129,7 @@ OPS: dict[str, Op] = {
         autograd.sketch_setup,
     ),
     "sketch_accumulate_": Op(
-        "(Tensor(a!) y, Tensor(b!) w, Tensor a, Tensor b, Tensor u, Tensor v, "
-        f"{_SCALES}) -> ()",
+        f"(Tensor(a!) y, Tensor(b!) w, Tensor a, Tensor b, Tensor u, Tensor v, {_SCALES}) -> ()",
         reference.sketch_accumulate_,
         checks.sketch_accumulate_,
         _nothing,
@@ -317,9 +316,7 @@ def lowrank_grad(
 
     Source: Halko, Martinsson, Tropp (2011), algorithm 4.4; Meyer et al. (2021) for the norm.
     """
-    return torch.ops.molegrad.lowrank_grad(
-        a, b, v, power_iters, probes, cond_max, a_scale, b_scale
-    )
+    return torch.ops.molegrad.lowrank_grad(a, b, v, power_iters, probes, cond_max, a_scale, b_scale)
 
 
 def sketch(

@@ -1,7 +1,6 @@
 """Products of float8 operands: what they compute, what float8 costs in accuracy, and the layers."""
 
 import copy
-import math
 
 import pytest
 import torch
@@ -81,7 +80,10 @@ B8, B_SCALE = reference.quantize_rows(B, True)
         ((A8, B8, U, V, None, B_SCALE), "a of torch.float8_e4m3fn needs a_scale"),
         ((A, B8, U, V, A_SCALE, B_SCALE), "a_scale belongs to a float8 a, got a of torch.float32"),
         ((A8, B8, U, V, A_SCALE[:3], B_SCALE), r"expected a_scale in torch.float32, .*got \(3\)"),
-        ((A8, B8, U, V, A_SCALE[:, None], B_SCALE), r"one for each token of a \(9, 6\), got \(9, 1"),
+        (
+            (A8, B8, U, V, A_SCALE[:, None], B_SCALE),
+            r"each token of a \(9, 6\), got \(9, 1",
+        ),
         ((A8, B8, U, V, A_SCALE, B_SCALE.double()), r"b_scale in torch.float32.*torch.float64"),
         ((A8, B8, U, V.to(E4M3), A_SCALE, B_SCALE), "v must be floating point of 16 bits or more"),
         ((A8.view(torch.int8), B8, U, V, None, B_SCALE), "a must be floating point"),
@@ -182,9 +184,11 @@ def test_what_e4m3_and_e5m2_cost(seed, k, largest, by_row):
 
 def test_scales_of_rows_keep_small_tokens_and_one_scale_does_not():
     x = randn(4, 64) * torch.tensor([[1.0], [1e-3], [1e-6], [1e-12]])
-    for e5m2, kept in ((False, 2), (True, 3)):
-        of_rows = [error(y, z) for y, z in zip(narrowed(x, PAIRS[e5m2][1])[2], x.double())]
-        of_all = [error(y, z) for y, z in zip(narrowed(x, PAIRS[e5m2][1], False)[2], x.double())]
+    for dtype, kept in ((E4M3, 2), (E5M2, 3)):
+        of_rows, of_all = (
+            [error(narrowed(x, dtype, by_row)[2][t], x[t].double()) for t in range(4)]
+            for by_row in (True, False)
+        )
         assert max(of_rows) < 0.07 and max(of_all[:kept]) < 0.2 and of_all[-1] == 1
 
 
@@ -305,17 +309,14 @@ def test_the_configuration():
 
 @pytest.mark.parametrize(("mode", "method"), [("dense", "power"), ("factored", "tangent")])
 def test_training_loses_as_it_does_in_full(mode, method):
-    """100 steps of Muon on a sequence to be learnt by heart: the two losses, from 3.9 down to
-    about 0.3, differ by at most 5% averaged over any ten steps; two seeds of the bases differ by
-    more."""
+    """100 steps of Muon on sequences to be learnt by heart, loss 3.5 down to 0.42: averaged over
+    ten steps the two curves differ by 0.6% at most (another seed of the bases: by 0.9%)."""
     curves = {}
     text = torch.randint(50, (8, 33), generator=torch.Generator().manual_seed(1))
-    for name, fields in {
-        "full": {"products": "full"}, "fp8": {}, "seed": {"products": "full", "seed": 1}
-    }.items():  # fmt: skip
+    for products in ("full", "fp8"):
         torch.manual_seed(0)
-        settings = {"min_layer_utilization": 0.0, "rank_k": 8} | fields
-        model = convert(TinyGPT(), config(mode, method, **settings))
+        settings = config(mode, method, products, rank_k=8, min_layer_utilization=0.0)
+        model = convert(TinyGPT(), settings)
         groups = matrix_param_groups(model.h)
         matrices = {id(p) for group in groups for p in group["params"]}
         rest = [p for p in model.parameters() if id(p) not in matrices and p.requires_grad]
@@ -329,8 +330,6 @@ def test_training_loses_as_it_does_in_full(mode, method):
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             losses.append(loss.item())
-        curves[name] = torch.tensor(losses).view(10, 10).mean(1)
-    assert math.isclose(curves["full"][0], 3.7, abs_tol=0.5) and curves["full"][-1] < 1.0
-    print(curves)
-    worst = (curves["fp8"] / curves["full"] - 1).abs().max()
-    assert worst < 0.05
+        curves[products] = torch.tensor(losses).view(10, 10).mean(1)
+    assert curves["full"][0] > 3.0 and curves["full"][-1] < 0.5
+    assert (curves["fp8"] / curves["full"] - 1).abs().max() < 0.015

@@ -84,7 +84,8 @@ def test_chunks_halves_and_sums(library, kinds):
     true = reference.sketch(wide_a, wide_b, u.double(), v.double())
     start = randn(m, 9), randn(n, 20)
     for chunk in (128, 256, 384):
-        for x, exact in zip(run(library, a, a_scale, b, b_scale, u, v, chunk=chunk), true):
+        got = run(library, a, a_scale, b, b_scale, u, v, chunk=chunk)
+        for x, exact in zip(got, true, strict=True):
             assert error(x, exact) < TWO_PIECES
         sums = tuple(x.clone() for x in start)
         got = run(library, a, a_scale, b, b_scale, u, v, sums, chunk)
