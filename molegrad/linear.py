@@ -14,7 +14,9 @@ backward pass, by `config.gradient_mode`:
 
 from __future__ import annotations
 
+import functools
 import math
+import warnings
 import zlib
 
 import torch
@@ -25,7 +27,7 @@ from molegrad import bases
 from molegrad.autograd import STATS
 from molegrad.config import MoleGradConfig, explored_directions
 from molegrad.grouping import SketchGroup, grouped_linear
-from molegrad.reference import acc_dtype
+from molegrad.reference import FLOAT8, acc_dtype
 
 # Parameters that a layer works with and that are in no state_dict of the model.
 WORKING_PARAMETERS = ("basis_u", "basis_v", "momentum", "momentum_scale")
@@ -194,7 +196,9 @@ class MoleLinear(nn.Linear):
         if not (torch.is_grad_enabled() and self.trains):
             return F.linear(input, self.weight, self.bias)
         c = self.config
-        saved = _float8(input) if c.saved_inputs == "fp8" else (None, None)
+        fp8 = c.products == "fp8"
+        float8 = c.saved_inputs == "fp8" and (not fp8 or float8_works(input.device.type))
+        saved = _float8(input) if float8 else (None, None)
         if c.method == "sampled":
             return torch.ops.molegrad.linear_sampled(
                 input, self.weight, self.bias, *saved, self.momentum, self.momentum_scale,
@@ -205,7 +209,7 @@ class MoleLinear(nn.Linear):
                 input, self.weight, self.bias, *saved, self.basis_u, self.basis_v, self.counter,
                 self.stats, c.method, c.power_iters, c.probes,
                 c.trust_max if c.trust_scaling else 0.0,
-                explored_directions(self.rank, c.warm_start_decay), self._seed, c.cond_max,
+                explored_directions(self.rank, c.warm_start_decay), self._seed, c.cond_max, fp8,
             )  # fmt: skip
         if self.group is not None:
             return grouped_linear(
@@ -213,7 +217,7 @@ class MoleLinear(nn.Linear):
             )
         return torch.ops.molegrad.linear_factored(
             input, self.weight, self.bias, *saved, self.basis_u, self.basis_v, self.stats,
-            c.method, self.rank, c.power_iters, c.cond_max,
+            c.method, self.rank, c.power_iters, c.cond_max, fp8,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
@@ -294,6 +298,28 @@ class _SinglePassGuard:
             f"the gradient, {reason}. Use method='tangent', which is exact under accumulation and "
             "data parallelism, or gradient_mode='dense'"
         )
+
+
+@torch.compiler.assume_constant_result
+def float8_works(device_type: str) -> bool:
+    """Whether tensors on such a device can be float8; where they cannot, a warning says so once."""
+    return device_type == "meta" or _float8_works(device_type)
+
+
+@functools.cache
+def _float8_works(device_type: str) -> bool:
+    try:
+        for dtype in FLOAT8:
+            torch.ones(1, device=device_type).to(dtype)
+    except (RuntimeError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        warnings.warn(
+            f"products='fp8': tensors on {device_type!r} cannot be float8 ({reason}), so products "
+            "are computed in bfloat16 and layers keep their whole inputs",
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 def _float8(x: Tensor) -> tuple[Tensor, Tensor]:

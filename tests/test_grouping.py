@@ -388,6 +388,11 @@ def test_other_modes_are_refused(fields):
         config(group_mib=1, **fields)
 
 
+def test_float8_products_are_refused():
+    with pytest.raises(ValueError, match="group_mib=1 is not for products='fp8'"):
+        config(group_mib=1, products="fp8")
+
+
 def test_the_limit_is_checked():
     with pytest.raises(ValueError, match="group_mib must be at least 0, got -1"):
         config(group_mib=-1)

@@ -31,7 +31,8 @@ int split_bases(const GroupedPlan& plan, const GroupedLayer* layers, int count, 
                         static_cast<int>(layer.kv),
                         layer.n,
                         round_up_to(layer.n, step),
-                        reinterpret_cast<uint16_t*>(scratch + plan.basis[i][0])};
+                        reinterpret_cast<uint16_t*>(scratch + plan.basis[i][0]),
+                        0};
     args.half[2 * i + 1] = {layer.u,
                             layer.u_row,
                             layer.u_column,
@@ -39,7 +40,8 @@ int split_bases(const GroupedPlan& plan, const GroupedLayer* layers, int count, 
                             static_cast<int>(layer.ku),
                             layer.m,
                             round_up_to(layer.m, step),
-                            reinterpret_cast<uint16_t*>(scratch + plan.basis[i][1])};
+                            reinterpret_cast<uint16_t*>(scratch + plan.basis[i][1]),
+                            0};
     rows = larger(rows, larger(layer.n, layer.m));
   }
   args.rank = plan.rank;

@@ -112,8 +112,12 @@ __global__ void __launch_bounds__(kSketchThreads, 2) project_many_kernel(Table a
     half.first_part = first_step / args.steps_per_part;
     first_step += half.steps;
     half.parts = (first_step - 1) / args.steps_per_part - half.first_part + 1;
-    project_half<kFloat16, kRank>(half, piece.tokens, tile, part, begin, end,
-                                  reinterpret_cast<uint16_t*>(memory));
+    const int first = begin > half.first_step ? begin - half.first_step : 0;
+    const int past = end - half.first_step < half.steps ? end - half.first_step : half.steps;
+    if (past > first)
+      project_half<kFloat16, kRank, Stored::k16Bits, false>(half, TokenScales{}, piece.tokens, tile,
+                                                            part, first, past - first,
+                                                            reinterpret_cast<uint16_t*>(memory));
   }
 }
 
@@ -138,8 +142,9 @@ __global__ void __launch_bounds__(kSketchThreads) gather_many_kernel(Table args)
   half.q = q_of<kRank>(args, piece, h);
   half.scale = scale_of(args, piece, h);
   half.sums = reinterpret_cast<float*>(args.scratch + piece.half[h].gather_sums * kUnit);
-  gather_half<kFloat16, kRank>(half, h == 0 ? tile : tile - of_b, split, piece.tokens,
-                               args.tokens_per_split, 0, reinterpret_cast<uint16_t*>(memory));
+  gather_half<kFloat16, kRank, Stored::k16Bits>(half, h == 0 ? tile : tile - of_b, split,
+                                                piece.tokens, args.tokens_per_split, 0,
+                                                reinterpret_cast<uint16_t*>(memory));
 }
 
 // Y and W, added to, in the order of the splits; blockIdx.y: a half of a piece.

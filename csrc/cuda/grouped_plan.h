@@ -23,7 +23,7 @@ struct GroupedLayer {
 };
 
 // What one table of layers holds: it has to fit the 4 KB of a kernel's parameters.
-constexpr int kGroupedLayers = 32;
+constexpr int kGroupedLayers = 31;
 
 // Tokens of one layer in a chunk, and its share of the blocks and of scratch memory.
 struct GroupedPiece {
