@@ -15,6 +15,7 @@ from tests.cuda import build
 
 SOURCES = ["ops_products.cpp", "ops_grouped.cpp"]
 SOURCES += ["grouped.cu", "sketch.cu", "sketch_fused.cu", "products.cu", "estimate.cu"]
+SOURCES += ["quantized.cu"]
 
 _CHECK = """
 import ctypes
