@@ -47,6 +47,8 @@ inline std::string dtype_name(ScalarType dtype) {
       return "torch.float16";
     case ScalarType::Float8_e4m3fn:
       return "torch.float8_e4m3fn";
+    case ScalarType::Float8_e5m2:
+      return "torch.float8_e5m2";
     case ScalarType::Long:
       return "torch.int64";
     case ScalarType::Int:
@@ -63,6 +65,16 @@ inline std::string dtype_name(ScalarType dtype) {
 
 inline ScalarType acc_dtype(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// Of the products of two operands.
+inline ScalarType acc_dtype(const Tensor& x, const Tensor& y) {
+  return acc_dtype(x) == ScalarType::Double ? ScalarType::Double : acc_dtype(y);
+}
+
+// Float8 that is read as it is, with a scale.
+inline bool is_float8(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Float8_e4m3fn || x.scalar_type() == ScalarType::Float8_e5m2;
 }
 
 inline std::string device_name(const torch::stable::Device& device) {
@@ -139,6 +151,35 @@ inline void check_tokens(const char* op, const Tensor& a, const Tensor& b, bool 
           dtype_name(b.scalar_type()));
 }
 
+// a and b of one dtype, or one or both in float8 with a scale: one number, or one for each token.
+inline void check_factors(const char* op, const Tensor& a, const Tensor& b,
+                          const std::optional<Tensor>& a_scale,
+                          const std::optional<Tensor>& b_scale) {
+  if (!is_float8(a)) check_floating(op, "a", a);
+  if (!is_float8(b)) check_floating(op, "b", b);
+  check_same_device(op, {"a", a}, {"b", b});
+  check_tokens(op, a, b, !is_float8(a) && !is_float8(b));
+  const auto check_scale = [&](const char* name, const Tensor& x,
+                               const std::optional<Tensor>& scale) {
+    const std::string dtype = dtype_name(x.scalar_type());
+    require(is_float8(x) || !scale.has_value(), op, name, "_scale belongs to a float8 ", name,
+            ", got ", name, " of ", dtype, ": multiply ", name, " by it, or leave it out");
+    if (!is_float8(x)) return;
+    require(scale.has_value(), op, name, " of ", dtype, " needs ", name,
+            "_scale, what quantize_rows or quantize_tensor returned with it");
+    bool fits = scale->dim() == 0 || scale->dim() + 1 == x.dim();
+    for (int64_t i = 0; fits && i < scale->dim(); ++i) fits = scale->size(i) == x.size(i);
+    require(fits && scale->scalar_type() == ScalarType::Float, op, "expected ", name,
+            "_scale in torch.float32, one number or one for each token of ", name, " ", shape(x),
+            ", got ", shape(*scale), " of ", dtype_name(scale->scalar_type()));
+    const auto device = x.device(), got = scale->device();
+    require(device == got, op, "expected ", name, " and ", name, "_scale on the same device, got ",
+            device_name(device), " and ", device_name(got));
+  };
+  check_scale("a", a, a_scale);
+  check_scale("b", b, b_scale);
+}
+
 inline void check_basis(const char* op, const char* name, const Tensor& x, int64_t rows,
                         int64_t rank_max = INT64_MAX) {
   check_matrix(op, name, x);
@@ -155,11 +196,13 @@ inline void check_cond(const char* op, double cond_max) {
 
 inline void check_lowrank_grad(const Tensor& a, const Tensor& b, const Tensor& v,
                                int64_t power_iters, const std::optional<Tensor>& probes,
-                               double cond_max) {
+                               double cond_max, const std::optional<Tensor>& a_scale,
+                               const std::optional<Tensor>& b_scale) {
   const char* op = "lowrank_grad";
-  check_inputs(op, {{"a", a}, {"b", b}, {"v", v}});
-  if (probes.has_value()) check_inputs(op, {{"a", a}, {"probes", *probes}});
-  check_tokens(op, a, b);
+  check_factors(op, a, b, a_scale, b_scale);
+  check_inputs(op, {{"v", v}});
+  check_same_device(op, {"a", a}, {"v", v});
+  if (probes.has_value()) check_inputs(op, {{"v", v}, {"probes", *probes}});
   const int64_t n = a.size(a.dim() - 1), m = b.size(b.dim() - 1);
   check_basis(op, "v", v, n, n < m ? n : m);
   if (probes.has_value()) check_basis(op, "probes", *probes, n);
@@ -168,9 +211,11 @@ inline void check_lowrank_grad(const Tensor& a, const Tensor& b, const Tensor& v
 }
 
 inline void check_sketch(const char* op, const Tensor& a, const Tensor& b, const Tensor& u,
-                         const Tensor& v) {
-  check_inputs(op, {{"a", a}, {"b", b}, {"u", u}, {"v", v}});
-  check_tokens(op, a, b);
+                         const Tensor& v, const std::optional<Tensor>& a_scale,
+                         const std::optional<Tensor>& b_scale) {
+  check_factors(op, a, b, a_scale, b_scale);
+  check_inputs(op, {{"u", u}, {"v", v}});
+  check_same_device(op, {"a", a}, {"u", u});
   check_basis(op, "u", u, b.size(b.dim() - 1));
   check_basis(op, "v", v, a.size(a.dim() - 1));
 }
@@ -185,12 +230,34 @@ inline void check_sum(const char* op, const char* name, const Tensor& x, int64_t
 }
 
 inline void check_sketch_accumulate(const Tensor& y, const Tensor& w, const Tensor& a,
-                                    const Tensor& b, const Tensor& u, const Tensor& v) {
-  const char* op = "sketch_accumulate_";
-  check_sketch(op, a, b, u, v);
-  check_inputs(op, {{"a", a}, {"y", y}, {"w", w}});
-  check_sum(op, "y", y, b.size(b.dim() - 1), v.size(1), acc_dtype(a));
-  check_sum(op, "w", w, a.size(a.dim() - 1), u.size(1), acc_dtype(a));
+                                    const Tensor& b, const Tensor& u, const Tensor& v,
+                                    const std::optional<Tensor>& a_scale,
+                                    const std::optional<Tensor>& b_scale,
+                                    const char* op = "sketch_accumulate_") {
+  check_sketch(op, a, b, u, v, a_scale, b_scale);
+  check_inputs(op, {{"u", u}, {"y", y}, {"w", w}});
+  check_sum(op, "y", y, b.size(b.dim() - 1), v.size(1), acc_dtype(a, b));
+  check_sum(op, "w", w, a.size(a.dim() - 1), u.size(1), acc_dtype(a, b));
+}
+
+inline void check_sketch_accumulate_many(const std::vector<Tensor>& y, const std::vector<Tensor>& w,
+                                         const std::vector<Tensor>& a, const std::vector<Tensor>& b,
+                                         const std::vector<Tensor>& u,
+                                         const std::vector<Tensor>& v) {
+  const std::string op = "sketch_accumulate_many_";
+  require(!y.empty(), op.c_str(), "expected at least one layer, got none");
+  const size_t count = y.size();
+  require(w.size() == count && a.size() == count && b.size() == count && u.size() == count &&
+              v.size() == count,
+          op.c_str(), "expected one of y, w, a, b, u and v for each layer, got ", count, ", ",
+          w.size(), ", ", a.size(), ", ", b.size(), ", ", u.size(), ", ", v.size());
+  for (size_t i = 0; i < count; ++i) {
+    const std::string layer = op + ": layer " + std::to_string(i);
+    check_sketch_accumulate(y[i], w[i], a[i], b[i], u[i], v[i], std::nullopt, std::nullopt,
+                            layer.c_str());
+    require(a[i].device() == a[0].device(), op.c_str(), "expected all layers on one device, got ",
+            device_name(a[0].device()), " and, at ", i, ", ", device_name(a[i].device()));
+  }
 }
 
 inline void check_orthonormalize(const Tensor& y, double cond_max) {
@@ -329,6 +396,8 @@ inline void check_quantize_rows(const Tensor& x) {
   require(x.dim() >= 1 && x.size(x.dim() - 1) >= 1, op, "x needs at least one feature, got ",
           shape(x));
 }
+
+inline void check_quantize_tensor(const Tensor& x) { check_inputs("quantize_tensor", {{"x", x}}); }
 
 inline void check_add_quantized(const Tensor& data, const Tensor& scale, const Tensor& x) {
   const char* op = "add_quantized_";

@@ -8,6 +8,7 @@
 #include <string>
 
 #include "cpu/kernels.h"
+#include "cuda/grouped_paths.h"
 #include "cuda/paths.h"
 #ifdef MOLEGRAD_WITH_CUDA
 #include "cuda/info.h"
@@ -29,10 +30,19 @@ py::dict path_dict(const molegrad::cuda::Path& path) {
   return entry;
 }
 
+// The sketches of several layers, as this process computes them.
+molegrad::cuda::Path grouped_path(int capability) {
+  if (capability == 0) return {false, "no CUDA device"};
+  return {true, molegrad::cuda::describe_grouped(std::getenv("MOLEGRAD_SKETCH_PATH"),
+                                                 std::getenv("MOLEGRAD_GROUPED_PATH"))};
+}
+
 py::dict cuda_paths(int capability, int cublaslt) {
   py::dict paths;
   paths["fp8"] = path_dict(molegrad::cuda::fp8_path(capability));
-  paths["grouped"] = path_dict(molegrad::cuda::grouped_path(capability, cublaslt));
+  paths["grouped"] = path_dict(grouped_path(capability));
+  paths["cublaslt_grouped"] =
+      path_dict(molegrad::cuda::cublaslt_grouped_path(capability, cublaslt));
   return paths;
 }
 
@@ -100,6 +110,7 @@ void add_cuda(py::dict& info) {
   paths["fp8"] = path_dict(none);
   paths["grouped"] = path_dict(none);
   paths["sketch"] = path_dict(none);
+  paths["cublaslt_grouped"] = path_dict(none);
   info["cuda"] = false;
   info["paths"] = paths;
 }
@@ -123,7 +134,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info,
         "Versions at build and at run time, the CPU instruction set picked, CUDA paths.");
   m.def("cuda_paths", &cuda_paths, py::arg("capability"), py::arg("cublaslt"),
-        "FP8 and grouped products for a compute capability (89, 90, 120, ...; 0 for none) and a "
+        "FP8 and products of several layers for a compute capability (89, 90, 120, ...; 0 for "
+        "none) and a "
         "cublasLtGetVersion().");
   m.def("sketch_path", &sketch_path, py::arg("dtype"), py::arg("rank"),
         "The path (own, cublaslt or fused) that a sketch on a GPU takes now, for the name of its "

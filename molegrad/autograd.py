@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 
 from molegrad import bases
-from molegrad.reference import dequantize_rows, hutch_norm_sq
+from molegrad.reference import FLOAT8, dequantize_rows, hutch_norm_sq
+
+Scales = tuple[Tensor | None, Tensor | None]
 
 # What a layer's `stats` buffer holds, in this order.
 STATS = (
@@ -45,8 +47,14 @@ def sketch_setup(ctx, inputs, output) -> None:
 
 def sketch_backward(ctx, grad_y: Tensor, grad_w: Tensor):
     """Y = Bᵀ(A V) and W = Aᵀ(B U) are linear in each argument."""
-    a, b, u, v = ctx.saved_tensors
-    need_a, need_b, need_u, need_v = ctx.needs_input_grad
+    a, b, u, v, *_ = ctx.saved_tensors
+    need_a, need_b, need_u, need_v, *_ = ctx.needs_input_grad
+    for name, x in (("a", a), ("b", b)):
+        if x.dtype in FLOAT8:
+            raise RuntimeError(
+                f"molegrad::sketch is not differentiable where {name} is {x.dtype}: call it under "
+                "torch.no_grad() or on detached tensors, or give it 16 bits or more"
+            )
     dtype = grad_y.dtype
     a_t, b_t = _tokens(a).to(dtype), _tokens(b).to(dtype)
     grad_a = grad_b = grad_u = grad_v = None
@@ -60,7 +68,7 @@ def sketch_backward(ctx, grad_y: Tensor, grad_w: Tensor):
         grad_u, grad_v = torch.ops.molegrad.sketch(a, b, grad_y, grad_w)
         grad_u = grad_u.to(u.dtype) if need_u else None
         grad_v = grad_v.to(v.dtype) if need_v else None
-    return grad_a, grad_b, grad_u, grad_v
+    return grad_a, grad_b, grad_u, grad_v, None, None
 
 
 def trust_factor(norm_sq: Tensor, captured_sq: Tensor, trust_max: float) -> Tensor:
@@ -83,21 +91,25 @@ def dense_estimate(
     explored: int,
     seed: int,
     cond_max: float,
+    scales: Scales = (None, None),
 ) -> Tensor:
     """Ĝ (m, n) in the accumulation dtype; moves bases, counter and stats on in place.
 
-    `trust_max` 0 leaves the norm of the estimate alone.
+    `trust_max` 0 leaves the norm of the estimate alone; `scales` are those of float8 `a` and `b`.
     """
     ops = torch.ops.molegrad
     n, k = basis_v.shape
     omega = bases.rademacher(n, probes, counter, seed, basis_v.dtype) if probes else None
     if method == "power":
-        left, right, norm_sq, status = ops.lowrank_grad(a, b, basis_v, power_iters, omega, cond_max)
+        left, right, norm_sq, status = ops.lowrank_grad(
+            a, b, basis_v, power_iters, omega, cond_max, *scales
+        )
+        left, right = left.to(basis_v.dtype), right.to(basis_v.dtype)
         w, y = right, None
         captured_sq = w.square().sum()
     else:
         start = basis_v if omega is None else torch.cat([basis_v, omega], dim=1)
-        y_omega, w = ops.sketch(a, b, basis_u, start)
+        y_omega, w = (x.to(basis_v.dtype) for x in ops.sketch(a, b, basis_u, start, *scales))
         y = y_omega[:, :k].contiguous()
         y_perp = y - basis_u @ (basis_u.mT @ y)
         left, right = torch.cat([basis_u, y_perp], dim=1), torch.cat([w, basis_v], dim=1)
@@ -144,37 +156,51 @@ def _saved_input(ctx, dtype: torch.dtype) -> Tensor:
     return _tokens(dequantize_rows(a, scale[0], dtype) if scale else a)
 
 
+def _operands(ctx, grad: Tensor, fp8: bool) -> tuple[Tensor, Tensor, Scales]:
+    """A, B and the scales that they have with `fp8`: B in E5M2 rows beside the saved ones of A;
+    both in bfloat16 where the forward pass had no float8."""
+    if not fp8:
+        return _saved_input(ctx, grad.dtype), _tokens(grad), (None, None)
+    _, a, *a_scale = ctx.saved_tensors
+    if not a_scale:
+        return _tokens(a).to(torch.bfloat16), _tokens(grad).to(torch.bfloat16), (None, None)
+    b, b_scale = torch.ops.molegrad.quantize_rows(_tokens(grad), True)
+    return _tokens(a), b, (a_scale[0].reshape(-1), b_scale)
+
+
 def linear_dense_backward(ctx, grad: Tensor):
     weight = ctx.saved_tensors[0]
+    *rest, fp8 = ctx.rest
     grad_x, grad_bias = _grad_x_and_bias(ctx, grad, weight)
     grad_weight = None
     if ctx.needs_input_grad[1]:
-        a = _saved_input(ctx, grad.dtype)
-        grad_weight = dense_estimate(a, _tokens(grad), *ctx.rest).to(weight.dtype)
+        a, b, scales = _operands(ctx, grad, fp8)
+        grad_weight = dense_estimate(a, b, *rest, scales).to(weight.dtype)
     return grad_x, grad_weight, grad_bias, *[None] * (len(ctx.rest) + 2)
 
 
 def linear_factored_backward(ctx, grad: Tensor):
     weight = ctx.saved_tensors[0]
-    basis_u, basis_v, stats, method, rank_k, power_iters, cond_max = ctx.rest
+    basis_u, basis_v, stats, method, rank_k, power_iters, cond_max, fp8 = ctx.rest
     basis_u, basis_v = basis_u.detach(), basis_v.detach()
     grad_x, grad_bias = _grad_x_and_bias(ctx, grad, weight)
     grad_u = grad_v = None
     if ctx.needs_input_grad[5] or ctx.needs_input_grad[6]:
-        a, b = _saved_input(ctx, grad.dtype), _tokens(grad)
+        a, b, scales = _operands(ctx, grad, fp8)
         if method == "tangent":
-            grad_u, grad_v = torch.ops.molegrad.sketch(a, b, basis_u, basis_v)
+            grad_u, grad_v = torch.ops.molegrad.sketch(a, b, basis_u, basis_v, *scales)
         else:
             v, probes = basis_v[:, :rank_k], basis_v[:, rank_k:]
             grad_u, grad_v, norm_sq, status = torch.ops.molegrad.lowrank_grad(
-                a, b, v, power_iters, probes if probes.shape[1] else None, cond_max
+                a, b, v, power_iters, probes if probes.shape[1] else None, cond_max, *scales
             )
             stats[STATS.index("gradient_norm_sq")].copy_(norm_sq)
             stats[STATS.index("orth_status")].copy_(status)
             pad = basis_v.shape[1] - rank_k
             grad_u = torch.nn.functional.pad(grad_u, (0, pad))
             grad_v = torch.nn.functional.pad(grad_v, (0, pad))
-    return grad_x, None, grad_bias, None, None, grad_u, grad_v, *[None] * 5
+        grad_u, grad_v = grad_u.to(basis_u.dtype), grad_v.to(basis_v.dtype)
+    return grad_x, None, grad_bias, None, None, grad_u, grad_v, *[None] * 6
 
 
 def linear_sampled_backward(ctx, grad: Tensor):

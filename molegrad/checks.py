@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from molegrad.reference import FLOAT8
+
 
 def _shape(x: Tensor) -> str:
     return "(" + ", ".join(str(s) for s in x.shape) + ")"
@@ -19,14 +21,14 @@ def _require(condition: bool, op: str, message: str) -> None:
         raise RuntimeError(f"molegrad::{op}: {message}")
 
 
-def floating(op: str, **tensors: Tensor | None) -> None:
-    """All tensors are floating point and on one device."""
+def floating(op: str, *, float8: tuple[str, ...] = (), **tensors: Tensor | None) -> None:
+    """All tensors are floating point and on one device; those named may be float8."""
     given = {name: t for name, t in tensors.items() if t is not None}
     for name, t in given.items():
         _require(t.is_floating_point(), op, f"{name} must be floating point, got {t.dtype}")
         _require(
-            t.dtype.itemsize >= 2, op, f"{name} must be floating point of 16 bits or more, "
-            f"got {t.dtype}: convert it first",
+            t.dtype.itemsize >= 2 or (name in float8 and t.dtype in FLOAT8), op,
+            f"{name} must be floating point of 16 bits or more, got {t.dtype}: convert it first",
         )  # fmt: skip
     first_name, first = next(iter(given.items()))
     for name, t in given.items():
@@ -34,6 +36,30 @@ def floating(op: str, **tensors: Tensor | None) -> None:
             t.device == first.device, op, f"expected {first_name} and {name} on the same device, "
             f"got {first.device} and {t.device}",
         )  # fmt: skip
+
+
+def factors(op: str, a: Tensor, b: Tensor, a_scale, b_scale, **others: Tensor | None) -> None:
+    """a and b of one dtype, or one or both in float8 with a scale; all on one device."""
+    both = (("a", a, a_scale), ("b", b, b_scale))
+    floating(op, float8=("a", "b"), a=a, b=b, **others, a_scale=a_scale, b_scale=b_scale)
+    tokens(op, a, b, same_dtype=all(x.dtype not in FLOAT8 for _, x, _ in both))
+    for name, x, scale in both:
+        if x.dtype not in FLOAT8:
+            _require(
+                scale is None, op, f"{name}_scale belongs to a float8 {name}, got {name} of "
+                f"{x.dtype}: multiply {name} by it, or leave it out",
+            )  # fmt: skip
+            continue
+        _require(
+            scale is not None, op, f"{name} of {x.dtype} needs {name}_scale, what quantize_rows "
+            "or quantize_tensor returned with it",
+        )  # fmt: skip
+        _require(
+            scale.dtype == torch.float32 and (scale.dim() == 0 or scale.shape == x.shape[:-1]),
+            op,
+            f"expected {name}_scale in torch.float32, one number or one for each token of {name} "
+            f"{_shape(x)}, got {_shape(scale)} of {scale.dtype}",
+        )
 
 
 def matrix(op: str, name: str, x: Tensor) -> None:
@@ -75,10 +101,11 @@ def cond(op: str, cond_max: float) -> None:
     _require(cond_max >= 1.0, op, f"cond_max must be at least 1, got {cond_max}")
 
 
-def lowrank_grad(a, b, v, power_iters=1, probes=None, cond_max=1e3) -> None:
+def lowrank_grad(
+    a, b, v, power_iters=1, probes=None, cond_max=1e3, a_scale=None, b_scale=None
+) -> None:
     op = "lowrank_grad"
-    floating(op, a=a, b=b, v=v, probes=probes)
-    tokens(op, a, b)
+    factors(op, a, b, a_scale, b_scale, v=v, probes=probes)
     n, m = a.shape[-1], b.shape[-1]
     basis(op, "v", v, n, min(m, n))
     if probes is not None:
@@ -87,18 +114,18 @@ def lowrank_grad(a, b, v, power_iters=1, probes=None, cond_max=1e3) -> None:
     cond(op, cond_max)
 
 
-def sketch(a, b, u, v, op: str = "sketch") -> None:
-    floating(op, a=a, b=b, u=u, v=v)
-    tokens(op, a, b)
+def sketch(a, b, u, v, a_scale=None, b_scale=None, op: str = "sketch") -> None:
+    factors(op, a, b, a_scale, b_scale, u=u, v=v)
     basis(op, "u", u, b.shape[-1])
     basis(op, "v", v, a.shape[-1])
 
 
-def sketch_accumulate_(y, w, a, b, u, v) -> None:
-    op = "sketch_accumulate_"
-    sketch(a, b, u, v, op)
-    floating(op, a=a, y=y, w=w)
-    dtype = torch.float64 if a.dtype == torch.float64 else torch.float32
+def sketch_accumulate_(
+    y, w, a, b, u, v, a_scale=None, b_scale=None, op: str = "sketch_accumulate_"
+) -> None:
+    sketch(a, b, u, v, a_scale, b_scale, op)
+    floating(op, float8=("a",), a=a, y=y, w=w)
+    dtype = torch.float64 if torch.float64 in (a.dtype, b.dtype) else torch.float32
     for name, x, shape in (
         ("y", y, (b.shape[-1], v.shape[1])),
         ("w", w, (a.shape[-1], u.shape[1])),
@@ -107,6 +134,22 @@ def sketch_accumulate_(y, w, a, b, u, v) -> None:
             tuple(x.shape) == shape and x.dtype == dtype and x.is_contiguous(), op,
             f"expected {name} contiguous of shape {shape} and {dtype}, "
             f"got {_shape(x)}, {x.dtype}, strides {tuple(x.stride())}",
+        )  # fmt: skip
+
+
+def sketch_accumulate_many_(y, w, a, b, u, v) -> None:
+    op = "sketch_accumulate_many_"
+    counts = [len(x) for x in (y, w, a, b, u, v)]
+    _require(counts[0] >= 1, op, "expected at least one layer, got none")
+    _require(
+        len(set(counts)) == 1, op,
+        f"expected one of y, w, a, b, u and v for each layer, got {', '.join(map(str, counts))}",
+    )  # fmt: skip
+    for i, layer in enumerate(zip(y, w, a, b, u, v, strict=True)):
+        sketch_accumulate_(*layer, op=f"{op}: layer {i}")
+        _require(
+            a[i].device == a[0].device, op, f"expected all layers on one device, got {a[0].device} "
+            f"and, at {i}, {a[i].device}",
         )  # fmt: skip
 
 
@@ -254,12 +297,16 @@ def add_quantized_(data, scale, x) -> None:
     _require(x.shape == data.shape, op, f"expected x {_shape(data)}, got {_shape(x)}")
 
 
-def quantize_rows(x) -> None:
+def quantize_rows(x, e5m2=False) -> None:
     op = "quantize_rows"
     floating(op, x=x)
     _require(
         x.dim() >= 1 and x.shape[-1] >= 1, op, f"x needs at least one feature, got {_shape(x)}"
     )
+
+
+def quantize_tensor(x, e5m2=False) -> None:
+    floating("quantize_tensor", x=x)
 
 
 def linear_sampled(

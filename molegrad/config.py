@@ -19,11 +19,13 @@ from molegrad.names import layer_role, matches
 Method = Literal["power", "tangent", "sampled"]
 GradientMode = Literal["dense", "factored", "momentum"]
 SavedInputs = Literal["full", "fp8"]
+Products = Literal["full", "fp8"]
 MomentumDtype = Literal["float32", "bfloat16", "int8"]
 
 METHODS = ("power", "tangent", "sampled")
 GRADIENT_MODES = ("dense", "factored", "momentum")
 SAVED_INPUTS = ("full", "fp8")
+PRODUCTS = ("full", "fp8")
 MOMENTUM_DTYPES = ("float32", "bfloat16", "int8")
 TARGET_GROUPS = ("ffn_only", "attention_only", "all")
 
@@ -115,6 +117,12 @@ class MoleGradConfig:
         "what a layer keeps of its input for the backward pass: 'full', or 'fp8', float8 rows with "
         "a scale each",
     )
+    products: Products = _field(
+        "full",
+        "methods 'power' and 'tangent': what their products read, 'full' or 'fp8', inputs in E4M3 "
+        "(implies saved_inputs='fp8') and output gradients in E5M2, rows with a scale each, sums "
+        "in float32; where a device has no float8 it is bfloat16, with a warning",
+    )
     target_layers: str | tuple[str, ...] = _field(
         "ffn_only",
         "layers to convert: 'ffn_only', 'attention_only', 'all' (every linear layer but the output "
@@ -159,6 +167,12 @@ class MoleGradConfig:
         "gradient_mode 'momentum': dtype of the momentum; int8 has a scale for each feature of the "
         "wider side",
     )
+    group_mib: int = _field(
+        0,
+        "factored mode with method 'tangent': gather the sketches of layers until their inputs and "
+        "output gradients held for it reach this many MiB, then compute all at once; 0: each "
+        "layer's at once. Fewer launches for more memory",
+    )
     energy_target: float = _field(
         0.0,
         "wanted share ||estimate|| / ||gradient|| of each layer (energy_capture, between 0 and 1), "
@@ -202,7 +216,20 @@ class MoleGradConfig:
                 f"choice), got probes={self.probes}"
             )
         self._check_adaptive_rank()
+        self._check_products()
         self._check_sampling()
+        self._require_int("group_mib", minimum=0)
+        if self.group_mib and (self.gradient_mode, self.method) != ("factored", "tangent"):
+            raise ValueError(
+                f"group_mib={self.group_mib} needs gradient_mode='factored' and method='tangent', "
+                f"whose sketches are plain sums, got gradient_mode={self.gradient_mode!r} and "
+                f"method={self.method!r}: leave it at 0"
+            )
+        if self.group_mib and self.products == "fp8":
+            raise ValueError(
+                f"group_mib={self.group_mib} is not for products='fp8', which each layer computes "
+                "at once: leave it at 0, or products at 'full'"
+            )
         object.__setattr__(self, "target_layers", _normalized_targets(self.target_layers))
         for name, check in (("rank_overrides", _check_rank), ("sample_overrides", _check_share)):
             entries = _normalized_overrides(name, getattr(self, name), check)
@@ -267,8 +294,18 @@ class MoleGradConfig:
         if self.method != "sampled" and self.rank_k is None:
             object.__setattr__(self, "rank_k", DEFAULT_RANK)
 
-    def _check_sampling(self) -> None:
+    def _check_products(self) -> None:
         self._require_choice("saved_inputs", SAVED_INPUTS)
+        self._require_choice("products", PRODUCTS)
+        if self.products == "fp8" and self.method == "sampled":
+            raise ValueError(
+                "products='fp8' has no meaning for method='sampled', which reads the output "
+                "gradients as they are: choose method='power' or 'tangent', or saved_inputs='fp8'"
+            )
+        if self.products == "fp8":
+            object.__setattr__(self, "saved_inputs", "fp8")
+
+    def _check_sampling(self) -> None:
         self._require_choice("momentum_dtype", MOMENTUM_DTYPES)
         self._require_int("sample_block", minimum=1)
         _check_share("sample_share", self.sample_share)

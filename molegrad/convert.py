@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from molegrad.config import TARGET_GROUPS, MoleGradConfig
+from molegrad.grouping import SketchGroup
 from molegrad.linear import MoleLinear
 from molegrad.names import ROLES, layer_role, matches
 
@@ -167,11 +168,12 @@ def convert(model: nn.Module, config: MoleGradConfig | None = None, **changes) -
     if not conversion.taken:
         raise ValueError(f"no layer to convert:\n{conversion}")
     logger.info("%s", conversion)
+    group = SketchGroup(config.group_mib) if config.group_mib else None
     return _replace(
         model,
         {
             id(model.get_submodule(layer.name)): MoleLinear.from_linear(
-                model.get_submodule(layer.name), config, layer.name
+                model.get_submodule(layer.name), config, layer.name, group
             )
             for layer in conversion.taken
         },

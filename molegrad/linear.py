@@ -14,7 +14,9 @@ backward pass, by `config.gradient_mode`:
 
 from __future__ import annotations
 
+import functools
 import math
+import warnings
 import zlib
 
 import torch
@@ -24,7 +26,8 @@ from torch import Tensor, nn
 from molegrad import bases
 from molegrad.autograd import STATS
 from molegrad.config import MoleGradConfig, explored_directions
-from molegrad.reference import acc_dtype
+from molegrad.grouping import SketchGroup, grouped_linear
+from molegrad.reference import FLOAT8, acc_dtype
 
 # Parameters that a layer works with and that are in no state_dict of the model.
 WORKING_PARAMETERS = ("basis_u", "basis_v", "momentum", "momentum_scale")
@@ -45,6 +48,8 @@ class MoleLinear(nn.Linear):
         config: the estimator; `config.target_layers` has no meaning here.
         name: the layer's name in its model; with `config.seed` it seeds the layer's bases, and
             `config.rank_overrides` go by it.
+        group: what `config.group_mib` gathers sketches in; `convert` gives the layers of a model
+            one to share. None makes one for this layer alone.
 
     Raises:
         ValueError: the rank does not fit the layer.
@@ -60,23 +65,30 @@ class MoleLinear(nn.Linear):
         *,
         config: MoleGradConfig | None = None,
         name: str = "",
+        group: SketchGroup | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
-        self._equip(config or MoleGradConfig(), name)
+        self._equip(config or MoleGradConfig(), name, group)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, config: MoleGradConfig, name: str = "") -> MoleLinear:
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        config: MoleGradConfig,
+        name: str = "",
+        group: SketchGroup | None = None,
+    ) -> MoleLinear:
         """A MoleLinear that takes over the very parameters, hooks and mode of `linear`."""
         layer = cls.__new__(cls)
         layer.__dict__.update(_own_containers(linear))
-        layer._equip(config, name)
+        layer._equip(config, name, group)
         return layer
 
     def to_linear(self) -> nn.Linear:
         """The nn.Linear with this layer's parameters, hooks and mode; gradients are not kept."""
         linear = nn.Linear.__new__(nn.Linear)
         linear.__dict__.update(_own_containers(self))
-        for attribute in ("config", "name", "_seed", "share", "_guard"):
+        for attribute in ("config", "name", "_seed", "share", "_guard", "group"):
             linear.__dict__.pop(attribute, None)
         for key in _WORKING_STATE:
             linear._buffers.pop(key, None)
@@ -85,7 +97,7 @@ class MoleLinear(nn.Linear):
         linear.weight.requires_grad_(self.trains)
         return linear
 
-    def _equip(self, config: MoleGradConfig, name: str) -> None:
+    def _equip(self, config: MoleGradConfig, name: str, group: SketchGroup | None = None) -> None:
         smallest = min(self.in_features, self.out_features)
         k = config.rank_of(self.out_features, self.in_features, name)
         needed = config.needed_features(k)
@@ -96,6 +108,7 @@ class MoleLinear(nn.Linear):
                 f"{self.in_features} -> {self.out_features}: lower rank_k or leave the layer dense"
             )
         self.config, self.name = config, name
+        self.group = (group or SketchGroup(config.group_mib)) if config.group_mib else None
         # The share of the products that method "sampled" takes; 1 for the other methods.
         self.share = config.share_of(name) if config.method == "sampled" else 1.0
         self._seed = (config.seed * 1_000_003 + zlib.crc32(name.encode())) % 2**62
@@ -206,7 +219,9 @@ class MoleLinear(nn.Linear):
         if not (torch.is_grad_enabled() and self.trains):
             return F.linear(input, self.weight, self.bias)
         c = self.config
-        saved = _float8(input) if c.saved_inputs == "fp8" else (None, None)
+        fp8 = c.products == "fp8"
+        float8 = c.saved_inputs == "fp8" and (not fp8 or float8_works(input.device.type))
+        saved = _float8(input) if float8 else (None, None)
         if c.method == "sampled":
             return torch.ops.molegrad.linear_sampled(
                 input, self.weight, self.bias, *saved, self.momentum, self.momentum_scale,
@@ -217,11 +232,15 @@ class MoleLinear(nn.Linear):
                 input, self.weight, self.bias, *saved, self.basis_u, self.basis_v, self.counter,
                 self.stats, c.method, c.power_iters, c.probes,
                 c.trust_max if c.trust_scaling else 0.0,
-                explored_directions(self.rank, c.warm_start_decay), self._seed, c.cond_max,
+                explored_directions(self.rank, c.warm_start_decay), self._seed, c.cond_max, fp8,
             )  # fmt: skip
+        if self.group is not None:
+            return grouped_linear(
+                self.group, input, self.weight, self.bias, *saved, self.basis_u, self.basis_v
+            )
         return torch.ops.molegrad.linear_factored(
             input, self.weight, self.bias, *saved, self.basis_u, self.basis_v, self.stats,
-            c.method, self.rank, c.power_iters, c.cond_max,
+            c.method, self.rank, c.power_iters, c.cond_max, fp8,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
@@ -302,6 +321,28 @@ class _SinglePassGuard:
             f"the gradient, {reason}. Use method='tangent', which is exact under accumulation and "
             "data parallelism, or gradient_mode='dense'"
         )
+
+
+@torch.compiler.assume_constant_result
+def float8_works(device_type: str) -> bool:
+    """Whether tensors on such a device can be float8; where they cannot, a warning says so once."""
+    return device_type == "meta" or _float8_works(device_type)
+
+
+@functools.cache
+def _float8_works(device_type: str) -> bool:
+    try:
+        for dtype in FLOAT8:
+            torch.ones(1, device=device_type).to(dtype)
+    except (RuntimeError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        warnings.warn(
+            f"products='fp8': tensors on {device_type!r} cannot be float8 ({reason}), so products "
+            "are computed in bfloat16 and layers keep their whole inputs",
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 def _float8(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,8 @@ from molegrad.reference import acc_dtype
 
 # data and scale are x in float8, to be kept for the backward pass in place of x, or None.
 _LINEAR = "Tensor x, Tensor weight, Tensor? bias, Tensor? data, Tensor? scale, "
+# Of float8 operands.
+_SCALES = "Tensor? a_scale=None, Tensor? b_scale=None"
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,10 @@ class Op:
     setup: Callable | None = None
 
 
-def _fake_lowrank_grad(a, b, v, power_iters=1, probes=None, cond_max=1e3):
-    dtype = acc_dtype(a.dtype)
+def _fake_lowrank_grad(
+    a, b, v, power_iters=1, probes=None, cond_max=1e3, a_scale=None, b_scale=None
+):
+    dtype = acc_dtype(a.dtype, b.dtype)
     k = v.shape[1]
     return (
         a.new_empty((b.shape[-1], k), dtype=dtype),
@@ -46,8 +50,8 @@ def _fake_lowrank_grad(a, b, v, power_iters=1, probes=None, cond_max=1e3):
     )
 
 
-def _fake_sketch(a, b, u, v):
-    dtype = acc_dtype(a.dtype)
+def _fake_sketch(a, b, u, v, a_scale=None, b_scale=None):
+    dtype = acc_dtype(a.dtype, b.dtype)
     return (
         a.new_empty((b.shape[-1], v.shape[1]), dtype=dtype),
         a.new_empty((a.shape[-1], u.shape[1]), dtype=dtype),
@@ -73,9 +77,14 @@ def _fake_sampled_grad_(grad, a, b, a_scale, counter, share, block=2, alpha=1.0,
     return b.new_empty((len(reference.SAMPLING),), dtype=torch.float32)
 
 
-def _fake_quantize_rows(x):
-    data = x.new_empty(x.shape, dtype=torch.float8_e4m3fn)
+def _fake_quantize_rows(x, e5m2=False):
+    data = x.new_empty(x.shape, dtype=reference.float8_dtype(e5m2))
     return data, x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+def _fake_quantize_tensor(x, e5m2=False):
+    data = x.new_empty(x.shape, dtype=reference.float8_dtype(e5m2))
+    return data, x.new_empty((), dtype=torch.float32)
 
 
 def _linear(x, weight, bias, *rest):
@@ -105,14 +114,14 @@ def _nothing(*args):
 OPS: dict[str, Op] = {
     "lowrank_grad": Op(
         "(Tensor a, Tensor b, Tensor v, int power_iters=1, Tensor? probes=None, "
-        "float cond_max=1e3) -> (Tensor u, Tensor w, Tensor norm_sq, Tensor status)",
+        f"float cond_max=1e3, {_SCALES}) -> (Tensor u, Tensor w, Tensor norm_sq, Tensor status)",
         reference.lowrank_grad,
         checks.lowrank_grad,
         _fake_lowrank_grad,
         autograd.refuse("lowrank_grad"),
     ),
     "sketch": Op(
-        "(Tensor a, Tensor b, Tensor u, Tensor v) -> (Tensor y, Tensor w)",
+        f"(Tensor a, Tensor b, Tensor u, Tensor v, {_SCALES}) -> (Tensor y, Tensor w)",
         reference.sketch,
         checks.sketch,
         _fake_sketch,
@@ -120,9 +129,15 @@ OPS: dict[str, Op] = {
         autograd.sketch_setup,
     ),
     "sketch_accumulate_": Op(
-        "(Tensor(a!) y, Tensor(b!) w, Tensor a, Tensor b, Tensor u, Tensor v) -> ()",
+        f"(Tensor(a!) y, Tensor(b!) w, Tensor a, Tensor b, Tensor u, Tensor v, {_SCALES}) -> ()",
         reference.sketch_accumulate_,
         checks.sketch_accumulate_,
+        _nothing,
+    ),
+    "sketch_accumulate_many_": Op(
+        "(Tensor(a!)[] y, Tensor(b!)[] w, Tensor[] a, Tensor[] b, Tensor[] u, Tensor[] v) -> ()",
+        reference.sketch_accumulate_many_,
+        checks.sketch_accumulate_many_,
         _nothing,
     ),
     "tangent_factors": Op(
@@ -174,11 +189,18 @@ OPS: dict[str, Op] = {
         lambda rows, cols, counter, seed=0: counter.new_empty((rows, cols), dtype=torch.float32),
     ),
     "quantize_rows": Op(
-        "(Tensor x) -> (Tensor data, Tensor scale)",
+        "(Tensor x, bool e5m2=False) -> (Tensor data, Tensor scale)",
         reference.quantize_rows,
         checks.quantize_rows,
         _fake_quantize_rows,
         autograd.refuse("quantize_rows"),
+    ),
+    "quantize_tensor": Op(
+        "(Tensor x, bool e5m2=False) -> (Tensor data, Tensor scale)",
+        reference.quantize_tensor,
+        checks.quantize_tensor,
+        _fake_quantize_tensor,
+        autograd.refuse("quantize_tensor"),
     ),
     "add_quantized_": Op(
         "(Tensor(a!) data, Tensor(b!) scale, Tensor x) -> ()",
@@ -188,8 +210,8 @@ OPS: dict[str, Op] = {
     ),
     "linear_dense": Op(
         f"({_LINEAR} Tensor basis_u, Tensor basis_v, Tensor counter, Tensor stats, str method, "
-        "int power_iters, int probes, float trust_max, int explored, int seed, float cond_max) "
-        "-> Tensor",
+        "int power_iters, int probes, float trust_max, int explored, int seed, float cond_max, "
+        "bool fp8=False) -> Tensor",
         _linear,
         _check_linear_dense,
         _fake_linear,
@@ -198,7 +220,7 @@ OPS: dict[str, Op] = {
     ),
     "linear_factored": Op(
         f"({_LINEAR} Tensor basis_u, Tensor basis_v, Tensor stats, str method, int rank_k, "
-        "int power_iters, float cond_max) -> Tensor",
+        "int power_iters, float cond_max, bool fp8=False) -> Tensor",
         _linear,
         _check_linear_factored,
         _fake_linear,
@@ -270,17 +292,24 @@ def lowrank_grad(
     power_iters: int = 1,
     probes: Tensor | None = None,
     cond_max: float = 1e3,
+    a_scale: Tensor | None = None,
+    b_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Top-k modes of G = BᵀA by the warm-started block power method, without forming G.
 
     Args:
-        a: activations A, (…, T, n), float16, bfloat16, float32 or float64.
-        b: output gradients B, (…, T, m), dtype and leading dimensions of `a`.
+        a: activations A, (…, T, n), float16, bfloat16, float32 or float64; or float8_e4m3fn or
+            float8_e5m2, read as they are.
+        b: output gradients B, (…, T, m), leading dimensions of `a`, and its dtype; a float8
+            operand goes with any dtype of the other, another float8 too.
         v: right basis V, (n, k) with orthonormal columns, any floating dtype; k <= min(m, n).
         power_iters: iterations Y = G V, U = orth(Y), W = GᵀU, V = orth(W). 0 makes one pass over A
             and B only and projects on the given basis: U Wᵀ = G V Vᵀ.
         probes: Rademacher columns Ω, (n, r), appended to the first product for the norm estimate.
         cond_max: see `orthonormalize`.
+        a_scale, b_scale: float32, the factor of a float8 `a` or `b`: of all of it (scalar tensor,
+            from `quantize_tensor`) or of each token (…, T) (from `quantize_rows`). What is computed
+            are the products of `a` · a_scale and `b` · b_scale, as if they were float32.
 
     Returns:
         `u` (m, k) with orthonormal columns; `w` (n, k), equal to GᵀU for power_iters >= 1, so that
@@ -293,30 +322,67 @@ def lowrank_grad(
 
     Source: Halko, Martinsson, Tropp (2011), algorithm 4.4; Meyer et al. (2021) for the norm.
     """
-    return torch.ops.molegrad.lowrank_grad(a, b, v, power_iters, probes, cond_max)
+    return torch.ops.molegrad.lowrank_grad(a, b, v, power_iters, probes, cond_max, a_scale, b_scale)
 
 
-def sketch(a: Tensor, b: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def sketch(
+    a: Tensor,
+    b: Tensor,
+    u: Tensor,
+    v: Tensor,
+    a_scale: Tensor | None = None,
+    b_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Y = Bᵀ(A V) (m, k_v) and W = Aᵀ(B U) (n, k_u) in one pass over A and B.
 
     Args:
-        a, b: as in `lowrank_grad`. u: (m, k_u). v: (n, k_v), any floating dtype.
+        a, b, a_scale, b_scale: as in `lowrank_grad`. u: (m, k_u). v: (n, k_v), any floating dtype.
 
     Returns:
-        y, w in float32, or float64 for float64 inputs. Differentiable in all four arguments.
+        y, w in float32, or float64 for float64 inputs. Differentiable in a, b, u and v, unless a or
+        b is float8.
 
     Raises:
         RuntimeError: shapes, dtypes or devices do not fit.
     """
-    return torch.ops.molegrad.sketch(a, b, u, v)
+    return torch.ops.molegrad.sketch(a, b, u, v, a_scale, b_scale)
 
 
-def sketch_accumulate_(y: Tensor, w: Tensor, a: Tensor, b: Tensor, u: Tensor, v: Tensor) -> None:
+def sketch_accumulate_(
+    y: Tensor,
+    w: Tensor,
+    a: Tensor,
+    b: Tensor,
+    u: Tensor,
+    v: Tensor,
+    a_scale: Tensor | None = None,
+    b_scale: Tensor | None = None,
+) -> None:
     """Y += Bᵀ(A V) and W += Aᵀ(B U) in place: call it per token chunk, the sum is exact.
 
     `y` (m, k_v) and `w` (n, k_u) are contiguous and float32 (float64 for float64 inputs).
     """
-    torch.ops.molegrad.sketch_accumulate_(y, w, a, b, u, v)
+    torch.ops.molegrad.sketch_accumulate_(y, w, a, b, u, v, a_scale, b_scale)
+
+
+def sketch_accumulate_many_(
+    y: list[Tensor],
+    w: list[Tensor],
+    a: list[Tensor],
+    b: list[Tensor],
+    u: list[Tensor],
+    v: list[Tensor],
+) -> None:
+    """`sketch_accumulate_` of several layers at once: y[i] += B_iᵀ(A_i V_i), w[i] += A_iᵀ(B_i U_i).
+
+    On a GPU a few launches serve all layers in 16 bits of ranks up to 128.
+
+    Args:
+        y, w, a, b, u, v: for each layer what `sketch_accumulate_` takes. Shapes, token counts,
+            ranks and dtypes may differ from layer to layer; the device may not. A layer may appear
+            several times, with the same `y` and `w`.
+    """
+    torch.ops.molegrad.sketch_accumulate_many_(y, w, a, b, u, v)
 
 
 def tangent_factors(
@@ -419,20 +485,31 @@ def sampled_grad_(
     return torch.ops.molegrad.sampled_grad_(grad, a, b, a_scale, counter, share, block, alpha, seed)
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of x in float8, each with a scale of its own, its largest magnitude over 448.
+def quantize_rows(x: Tensor, e5m2: bool = False) -> tuple[Tensor, Tensor]:
+    """Rows of x in float8, each with a scale of its own, its largest magnitude over float8's.
 
     Args:
         x: (…, T, n), float16, bfloat16, float32 or float64.
+        e5m2: float8_e5m2 with its wider range, for output gradients, instead of float8_e4m3fn.
 
     Returns:
-        data (…, T, n) float8_e4m3fn and scale (…, T) float32 with x ≈ data · scale: relative
-        rounding of 2⁻⁴ down to 2⁻¹⁵ of the row's largest magnitude. NaN stays NaN; a row
-        whose magnitudes are all below 448 · 2⁻¹²⁶ becomes zeros.
+        data (…, T, n) float8 and scale (…, T) float32 with x ≈ data · scale. E4M3, largest number
+        448: relative rounding of 2⁻⁴ down to 2⁻¹⁵ of the row's largest magnitude; E5M2, largest
+        57344: of 2⁻³ down to 2⁻³⁰. A row with NaN or infinity has NaN; one whose magnitudes are
+        all below 448 · 2⁻¹²⁶ (57344 · 2⁻¹²⁶) becomes zeros.
 
     Source: Micikevicius et al., FP8 formats for deep learning (2022).
     """
-    return torch.ops.molegrad.quantize_rows(x)
+    return torch.ops.molegrad.quantize_rows(x, e5m2)
+
+
+def quantize_tensor(x: Tensor, e5m2: bool = False) -> tuple[Tensor, Tensor]:
+    """`quantize_rows` with one scale, a scalar tensor, for all of x, of any shape.
+
+    Of rows much smaller than the largest less is left; where one number is infinite, only zeros
+    and NaN are.
+    """
+    return torch.ops.molegrad.quantize_tensor(x, e5m2)
 
 
 def add_quantized_(data: Tensor, scale: Tensor, x: Tensor) -> None:

@@ -24,45 +24,88 @@ TOKEN_CHUNK = 8192
 ROW_CHUNK = 1024
 
 
-def acc_dtype(dtype: torch.dtype) -> torch.dtype:
-    """dtype of sums and results: float64 for float64, float32 for everything narrower."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+# Read as they are, with scales, by the ops that say so.
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+def acc_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """dtype of sums and results: float64 where one is float64, float32 for everything narrower."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def _tokens(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _chunks(a: Tensor, b: Tensor):
+def _scaled_tokens(x: Tensor, scale: Tensor | None, dtype: torch.dtype):
+    """Token chunks of X in `dtype`; a float8 one times its scale, of all X or of each token."""
+    x = _tokens(x)
+    if scale is None:
+        return (chunk.to(dtype) for chunk in x.split(TOKEN_CHUNK))
+    scale = scale.to(dtype).reshape(-1, 1).expand(x.shape[0], 1)
+    pairs = zip(x.split(TOKEN_CHUNK), scale.split(TOKEN_CHUNK), strict=True)
+    return (chunk.to(dtype) * factor for chunk, factor in pairs)
+
+
+def _chunks(a: Tensor, b: Tensor, a_scale: Tensor | None = None, b_scale: Tensor | None = None):
     """Token chunks of A and B in the accumulation dtype, so that a conversion stays small."""
-    dtype = acc_dtype(a.dtype)
-    pairs = zip(_tokens(a).split(TOKEN_CHUNK), _tokens(b).split(TOKEN_CHUNK), strict=True)
-    for a_chunk, b_chunk in pairs:
-        yield a_chunk.to(dtype), b_chunk.to(dtype)
+    dtype = acc_dtype(a.dtype, b.dtype)
+    return zip(_scaled_tokens(a, a_scale, dtype), _scaled_tokens(b, b_scale, dtype), strict=True)
 
 
-def _left_product(a: Tensor, b: Tensor, v: Tensor) -> Tensor:
+def _left_product(
+    a: Tensor, b: Tensor, v: Tensor, a_scale: Tensor | None = None, b_scale: Tensor | None = None
+) -> Tensor:
     """Y = Bᵀ(A V)."""
     y = v.new_zeros(b.shape[-1], v.shape[1])
-    for a_t, b_t in _chunks(a, b):
+    for a_t, b_t in _chunks(a, b, a_scale, b_scale):
         y.addmm_(b_t.mT, a_t @ v)
     return y
 
 
-def sketch_accumulate_(y: Tensor, w: Tensor, a: Tensor, b: Tensor, u: Tensor, v: Tensor) -> None:
+def sketch_accumulate_(
+    y: Tensor,
+    w: Tensor,
+    a: Tensor,
+    b: Tensor,
+    u: Tensor,
+    v: Tensor,
+    a_scale: Tensor | None = None,
+    b_scale: Tensor | None = None,
+) -> None:
     """Y += Bᵀ(A V), W += Aᵀ(B U), reading A and B once."""
     u, v = u.to(y.dtype), v.to(y.dtype)
-    for a_t, b_t in _chunks(a, b):
+    for a_t, b_t in _chunks(a, b, a_scale, b_scale):
         y.addmm_(b_t.mT, a_t @ v)
         w.addmm_(a_t.mT, b_t @ u)
 
 
-def sketch(a: Tensor, b: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def sketch_accumulate_many_(
+    y: list[Tensor],
+    w: list[Tensor],
+    a: list[Tensor],
+    b: list[Tensor],
+    u: list[Tensor],
+    v: list[Tensor],
+) -> None:
+    """`sketch_accumulate_` of every layer, in their order."""
+    for layer in zip(y, w, a, b, u, v, strict=True):
+        sketch_accumulate_(*layer)
+
+
+def sketch(
+    a: Tensor,
+    b: Tensor,
+    u: Tensor,
+    v: Tensor,
+    a_scale: Tensor | None = None,
+    b_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Y = Bᵀ(A V) and W = Aᵀ(B U)."""
-    dtype = acc_dtype(a.dtype)
+    dtype = acc_dtype(a.dtype, b.dtype)
     y = torch.zeros(b.shape[-1], v.shape[1], dtype=dtype, device=a.device)
     w = torch.zeros(a.shape[-1], u.shape[1], dtype=dtype, device=a.device)
-    sketch_accumulate_(y, w, a, b, u, v)
+    sketch_accumulate_(y, w, a, b, u, v, a_scale, b_scale)
     return y, w
 
 
@@ -73,12 +116,15 @@ def lowrank_grad(
     power_iters: int = 1,
     probes: Tensor | None = None,
     cond_max: float = 1e3,
+    a_scale: Tensor | None = None,
+    b_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Block power method: U with orthonormal columns and W = GᵀU, so that Ĝ = U Wᵀ."""
-    v = v.to(acc_dtype(a.dtype))
+    v = v.to(acc_dtype(a.dtype, b.dtype))
     k = v.shape[1]
     start = v if probes is None else torch.cat([v, probes.to(v.dtype)], dim=1)
-    y, g_probes = _left_product(a, b, start).split([k, start.shape[1] - k], dim=1)
+    product = _left_product(a, b, start, a_scale, b_scale)
+    y, g_probes = product.split([k, start.shape[1] - k], dim=1)
 
     norm_sq = None
     if probes is not None:
@@ -88,9 +134,9 @@ def lowrank_grad(
     if power_iters == 0:
         w = v @ r.mT
     for i in range(power_iters):
-        w = _left_product(b, a, u)  # Aᵀ(B U)
+        w = _left_product(b, a, u, b_scale, a_scale)  # Aᵀ(B U)
         if i + 1 < power_iters:
-            y = _left_product(a, b, orthonormalize(w, cond_max)[0])
+            y = _left_product(a, b, orthonormalize(w, cond_max)[0], a_scale, b_scale)
             u, _, new_status = orthonormalize(y, cond_max)
             status = torch.maximum(status, new_status)
     if norm_sq is None:
@@ -265,7 +311,6 @@ def rademacher(rows: int, cols: int, counter: Tensor, seed: int = 0) -> Tensor:
     return (1 - 2 * (_random_bits(index, counter, seed) & 1)).to(torch.float32).view(rows, cols)
 
 
-FLOAT8_MAX = torch.finfo(torch.float8_e4m3fn).max
 THRESHOLD_TOKENS, THRESHOLD_STEPS = 512, 8
 # What `sampled_grad_` tells of its sample: see `ops.sampled_grad_`.
 SAMPLING = ("sampled_share", "sampling_noise")
@@ -337,13 +382,31 @@ def add_quantized_(data: Tensor, scale: Tensor, x: Tensor) -> None:
     data.copy_((value / scale).round_())
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """float8_e4m3fn rows and their scales: x ≈ data · scale."""
-    x = x.to(torch.float32)
-    scale = x.abs().amax(-1) / FLOAT8_MAX
+def float8_dtype(e5m2: bool) -> torch.dtype:
+    """float8_e5m2, which has more exponents, or float8_e4m3fn, which has more digits."""
+    return torch.float8_e5m2 if e5m2 else torch.float8_e4m3fn
+
+
+def _float8_scale(peak: Tensor, dtype: torch.dtype) -> Tensor:
+    """The factor by which the largest number of `dtype` becomes `peak`."""
+    scale = peak / torch.finfo(dtype).max
     # A subnormal scale is too coarse: by it, the largest would not fit.
-    scale = torch.where(scale >= torch.finfo(torch.float32).tiny, scale, 1.0)
-    return (x / scale.unsqueeze(-1)).to(torch.float8_e4m3fn), scale
+    return torch.where(scale >= torch.finfo(torch.float32).tiny, scale, 1.0)
+
+
+def quantize_rows(x: Tensor, e5m2: bool = False) -> tuple[Tensor, Tensor]:
+    """float8 rows and their scales: x ≈ data · scale."""
+    x, dtype = x.to(torch.float32), float8_dtype(e5m2)
+    scale = _float8_scale(x.abs().amax(-1), dtype)
+    return (x / scale.unsqueeze(-1)).to(dtype), scale
+
+
+def quantize_tensor(x: Tensor, e5m2: bool = False) -> tuple[Tensor, Tensor]:
+    """float8 numbers and one scale for all of them: x ≈ data · scale."""
+    x, dtype = x.to(torch.float32), float8_dtype(e5m2)
+    peak = x.abs().amax() if x.numel() > 0 else x.new_zeros(())
+    scale = _float8_scale(peak, dtype)
+    return (x / scale).to(dtype), scale
 
 
 def dequantize_rows(data: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

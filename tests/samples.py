@@ -72,15 +72,32 @@ def sample_inputs(name: str, requires_grad: bool = False) -> list[tuple]:
     x = randn(2, 5, 11).requires_grad_(requires_grad)
     linear = (x, weight, bias)
     float8 = torch.ops.molegrad.quantize_rows(x.detach())
+    a8, a8_scale = torch.ops.molegrad.quantize_tensor(a.detach())
+    b8, b8_scale = torch.ops.molegrad.quantize_rows(b.detach(), True)
     return {
         "lowrank_grad": [
             (a.detach(), b.detach(), v),
             (a3, b3, v, 2, torch.ops.molegrad.rademacher(11, 3, counter, 1)),
             (a3.to(torch.bfloat16), b3.to(torch.bfloat16), v, 0),
+            (a8, b8, v, 1, None, 1e3, a8_scale, b8_scale),
         ],
-        "sketch": [(a, b, u, v), (a3, b3, u[:, :2], v)],
+        "sketch": [
+            (a, b, u, v), (a3, b3, u[:, :2], v), (a8, b8, u, v, a8_scale, b8_scale),
+            (a3.to(torch.bfloat16), b8.view(1, 19, 13), u, v, None, b8_scale.view(1, 19)),
+        ],
         "sketch_accumulate_": [
             (randn(13, 4), randn(11, 4), a.detach(), b.detach(), u, v),
+            (randn(13, 4), randn(11, 4), a8, b8, u, v, a8_scale, b8_scale),
+        ],
+        "sketch_accumulate_many_": [
+            (
+                [randn(13, 4), randn(11, 3), randn(13, 2)],
+                [randn(11, 4), randn(13, 3), randn(11, 4)],
+                [a.detach(), b3, a3.bfloat16()],
+                [b.detach(), a3, b3.bfloat16()],
+                [u, v[:, :3], u],
+                [v, u[:, :3], v[:, :2]],
+            ),
         ],
         "tangent_factors": [(u, v, randn(13, 4, seed=5), randn(11, 4, seed=6))],
         "orthonormalize": [(randn(9, 4),), (randn(3, 9, 4), 10.0)],
@@ -104,21 +121,25 @@ def sample_inputs(name: str, requires_grad: bool = False) -> list[tuple]:
             (torch.zeros(13, 11, dtype=torch.int8), torch.ones(13, 1), randn(13, 11)),
             (torch.ones(13, 11, dtype=torch.int8), torch.ones(1, 11), randn(13, 11).bfloat16()),
         ],
-        "quantize_rows": [(randn(2, 5, 11),), (randn(7, 3).bfloat16(),)],
+        "quantize_rows": [(randn(2, 5, 11),), (randn(7, 3).bfloat16(), True)],
+        "quantize_tensor": [(randn(2, 5, 11),), (randn(7, 3).bfloat16(), True)],
         "linear_dense": [
             (*linear, *saved, u, v, counter, stats, method, 1, probes, trust, 1, 3, 1e3)
             for method, probes, trust, saved in (
                 ("power", 2, 0.0, float8), ("tangent", 0, 0.0, (None, None)),
                 ("tangent", 3, 2.0, (None, None)),
             )
-        ],
+        ] + [(*linear, *float8, u, v, counter, stats, "power", 1, 0, 0.0, 1, 3, 1e3, True)],
         "linear_sampled": [
             (*linear, None, None, None, None, counter, stats, 0.5, 2, 3),
             (*linear, *float8, torch.zeros(13, 11), None, counter, stats, 1.0, 4, 0),
         ],
         "linear_factored": [
-            (*linear, *saved, u_, v_, stats, method, 3, 1, 1e3)
-            for method, saved in (("tangent", (None, None)), ("power", float8))
+            (*linear, *saved, u_, v_, stats, method, 3, 1, 1e3, fp8)
+            for method, saved, fp8 in (
+                ("tangent", (None, None), False), ("power", float8, False),
+                ("tangent", float8, True), ("power", (None, None), True),
+            )
             for u_, v_ in ((u.clone().requires_grad_(requires_grad),
                             v.clone().requires_grad_(requires_grad)),)
         ],

@@ -268,7 +268,7 @@ def test_build_info():
     info = _native.build_info()
     assert info["native"] and info["torch"] == torch.__version__
     assert info["cpu_capability"] in ("baseline", "avx2", "avx512")
-    assert set(info["paths"]) == {"fp8", "grouped", "sketch"}
+    assert set(info["paths"]) == {"fp8", "grouped", "cublaslt_grouped", "sketch"}
     assert all(set(path) >= {"supported", "reason"} for path in info["paths"].values())
     if not info["cuda"]:
         none = {"supported": False, "reason": "this build has the CPU ops only"}
@@ -313,15 +313,36 @@ def test_which_sketches_the_fused_launch_takes():
 
 def test_cuda_paths_follow_capability_and_library():
     def supported(capability, cublaslt):
-        return {n: p["supported"] for n, p in MODULE.cuda_paths(capability, cublaslt).items()}
+        paths = MODULE.cuda_paths(capability, cublaslt)
+        return [paths[name]["supported"] for name in ("fp8", "grouped", "cublaslt_grouped")]
 
-    assert supported(0, 130400) == {"fp8": False, "grouped": False}
-    assert supported(80, 130400) == {"fp8": False, "grouped": False}
-    assert supported(89, 130400) == {"fp8": True, "grouped": False}
-    assert supported(90, 130300) == {"fp8": True, "grouped": False}
-    assert supported(90, 130400) == {"fp8": True, "grouped": True}
-    assert supported(100, 130200) == {"fp8": True, "grouped": True}
-    assert supported(120, 130500) == {"fp8": True, "grouped": False}
+    assert supported(0, 130400) == [False, False, False]
+    assert supported(80, 130400) == [False, True, False]
+    assert supported(89, 130400) == [True, True, False]
+    assert supported(90, 130300) == [True, True, False]
+    assert supported(90, 130400) == [True, True, True]
+    assert supported(100, 130200) == [True, True, True]
+    assert supported(120, 130500) == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    "sketch, grouped, words",
+    [
+        (
+            "auto",
+            "auto",
+            "kernels of ours for layers of bfloat16 and float16 that fit L2 and ranks",
+        ),
+        ("own", "together", "for layers of bfloat16 and float16 and ranks up to 128, the others"),
+        ("cublaslt", "auto", "kernels of ours for layers of float16 that fit L2"),
+        ("auto", "single", "one layer at a time (MOLEGRAD_GROUPED_PATH=single)"),
+        ("auto", "none", "MOLEGRAD_GROUPED_PATH is none"),
+    ],
+)
+def test_how_layers_are_grouped_is_told(monkeypatch, sketch, grouped, words):
+    monkeypatch.setenv("MOLEGRAD_SKETCH_PATH", sketch)
+    monkeypatch.setenv("MOLEGRAD_GROUPED_PATH", grouped)
+    assert words in MODULE.cuda_paths(90, 130000)["grouped"]["reason"]
 
 
 @pytest.mark.parametrize("dtype", [F32, F64, BF16, F16])

@@ -20,6 +20,9 @@ struct Float16 {
 struct Float8 {  // e4m3fn: four bits of exponent, three of mantissa, no infinity
   uint8_t bits;
 };
+struct Float8E5M2 {  // the upper half of a Float16
+  uint8_t bits;
+};
 
 inline float from_bits(uint32_t bits) {
   float value;
@@ -53,6 +56,14 @@ inline float widen(Float8 x) {
   const uint32_t magnitude = x.bits & 0x7fu;
   const uint32_t nan = static_cast<uint32_t>(-static_cast<int32_t>(magnitude == 0x7fu));
   const uint32_t bits = to_bits(from_bits(magnitude << 20) * 0x1p120f) | (nan & 0x7fc00000u);
+  return from_bits(bits | static_cast<uint32_t>(x.bits & 0x80u) << 24);
+}
+
+inline float widen(Float8E5M2 x) {
+  // As above, by 2^112; infinity and NaN keep their fraction and get a whole exponent.
+  const uint32_t magnitude = x.bits & 0x7fu;
+  const uint32_t special = static_cast<uint32_t>(-static_cast<int32_t>(magnitude >= 0x7cu));
+  const uint32_t bits = to_bits(from_bits(magnitude << 21) * 0x1p112f) | (special & 0x7f800000u);
   return from_bits(bits | static_cast<uint32_t>(x.bits & 0x80u) << 24);
 }
 
@@ -115,7 +126,8 @@ inline void with_elements(const void* data, DType dtype, int64_t offset, const F
     case DType::kFloat16:
       return fn(static_cast<const Float16*>(data) + offset);
     case DType::kFloat8:
-      return;  // never written: `with_inputs`
+    case DType::kFloat8E5M2:
+      return;  // never written: `with_inputs`, `with_factors`
   }
 }
 
@@ -124,6 +136,13 @@ template <typename F>
 inline void with_inputs(const void* data, DType dtype, int64_t offset, const F& fn) {
   if (dtype == DType::kFloat8) return fn(static_cast<const Float8*>(data) + offset);
   with_elements(data, dtype, offset, fn);
+}
+
+// The same for what is only read by products, which take e5m2 too.
+template <typename F>
+inline void with_factors(const void* data, DType dtype, int64_t offset, const F& fn) {
+  if (dtype == DType::kFloat8E5M2) return fn(static_cast<const Float8E5M2*>(data) + offset);
+  with_inputs(data, dtype, offset, fn);
 }
 
 template <typename T>

@@ -54,8 +54,8 @@ void times_transposed(const View& v, const Buffer<C>& r, const MutableView& out)
 
 template <typename C>
 LowrankGrad<C> lowrank_grad(const View& a, const View& b, const View& v, int64_t power_iters,
-                            const View& probes, double cond_max, const MutableView& u,
-                            const MutableView& w) {
+                            const View& probes, double cond_max, const C* token_scale,
+                            const MutableView& u, const MutableView& w) {
   const int64_t n = a.cols, m = b.cols, k = v.cols, r = probes.cols;
   Buffer<C> start(n * (k + r)), product(m * (k + r)), triangle(k * k);
   const MutableView start_view = view_of(start.data(), n, k + r);
@@ -65,7 +65,7 @@ LowrankGrad<C> lowrank_grad(const View& a, const View& b, const View& v, int64_t
 
   const MutableView all = view_of(product.data(), m, k + r);
   const MutableView y = columns_of<C>(all, 0, k), g_probes = columns_of<C>(all, k, r);
-  sketch_left<C>(a, b, read(start_view), all);
+  sketch_left<C>(a, b, read(start_view), token_scale, all);
 
   double norm_sq = 0;
   if (r > 0) {  // Hutch++: ‖G‖² = ‖GV‖² + E ‖G (I − VVᵀ) ω‖²
@@ -80,10 +80,10 @@ LowrankGrad<C> lowrank_grad(const View& a, const View& b, const View& v, int64_t
   OrthStatus status = orthonormalize<C>(read(y), cond_max, u, triangle_view);
   if (power_iters == 0) times_transposed<C>(read(basis), triangle, w);
   for (int64_t i = 0; i < power_iters; ++i) {
-    sketch_left<C>(b, a, read(u), w);  // Aᵀ(B U)
+    sketch_left<C>(b, a, read(u), token_scale, w);  // Aᵀ(B U)
     if (i + 1 == power_iters) break;
     orthonormalize<C>(read(w), cond_max, basis, triangle_view);
-    sketch_left<C>(a, b, read(basis), y);
+    sketch_left<C>(a, b, read(basis), token_scale, y);
     status = std::max(status, orthonormalize<C>(read(y), cond_max, u, triangle_view));
   }
   if (r == 0) norm_sq = sum_of_squares<C>(w);
@@ -104,7 +104,7 @@ void tangent_factors(const View& u, const View& v, const View& y, const View& w,
 
 #define MOLEGRAD_INSTANTIATE(C)                                                                \
   template LowrankGrad<C> lowrank_grad<C>(const View&, const View&, const View&, int64_t,      \
-                                          const View&, double, const MutableView&,             \
+                                          const View&, double, const C*, const MutableView&,   \
                                           const MutableView&);                                 \
   template void tangent_factors<C>(const View&, const View&, const View&, const View&, double, \
                                    const MutableView&, const MutableView&);

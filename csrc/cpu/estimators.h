@@ -15,11 +15,11 @@ struct LowrankGrad {
 };
 
 // U (m, k) and W = GᵀU (n, k) by `power_iters` power iterations from V; `probes` (n, r) has no
-// columns where no norm estimate is wanted.
+// columns where no norm estimate is wanted; `token_scale` as in products.h.
 template <typename C>
 LowrankGrad<C> lowrank_grad(const View& a, const View& b, const View& v, int64_t power_iters,
-                            const View& probes, double cond_max, const MutableView& u,
-                            const MutableView& w);
+                            const View& probes, double cond_max, const C* token_scale,
+                            const MutableView& u, const MutableView& w);
 
 // left (m, 2k) = [U, Q] and right (n, 2k) = [W, V Rᵀ] with Q R = (I − UUᵀ) Y.
 template <typename C>

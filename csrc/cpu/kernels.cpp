@@ -96,7 +96,7 @@ template <typename C>
 void load_block(const View& src, int64_t row, int64_t rows, int64_t padded_rows, int64_t column,
                 int64_t columns, C* dst) {
   const int64_t padded = round_up(columns, kRowUnit);
-  with_inputs(src.data, src.dtype, row * src.ld + column, [&](const auto* from) {
+  with_factors(src.data, src.dtype, row * src.ld + column, [&](const auto* from) {
     for (int64_t r = 0; r < rows; ++r) {
       C* to = dst + r * kBlockColumns;
       if (columns == kBlockColumns) {
@@ -159,6 +159,17 @@ void pack_transposed(const View& src, int64_t begin, int64_t end, C* dst) {
 
 int64_t blocks(int64_t columns) { return (columns + kBlockColumns - 1) / kBlockColumns; }
 
+// Row r of panels of k columns, times scale[r].
+template <typename C>
+void scale_rows(const Panels& panels, const C* scale, int64_t rows, C* p) {
+  for (int64_t q = 0; q < panels.count(); ++q) {
+    const int64_t width = panels.panel_vectors(q) * panels.lanes;
+    C* to = p + panels.offset(q);
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t c = 0; c < width; ++c) to[r * width + c] *= scale[r];
+  }
+}
+
 template <typename C>
 int64_t sketch_scratch(const SketchJob<C>& job) {
   constexpr int64_t kLanes = Simd<C>::kLanes;
@@ -205,6 +216,7 @@ void sketch(const SketchJob<C>& job, int64_t begin, int64_t end, C* y, C* w, C* 
                       p + p_panels.offset(q));
         }
       }
+      if (job.token_scale != nullptr) scale_rows<C>(p_panels, job.token_scale + first, rows, p);
     }
     if (two_sided)
       for (int64_t i = 0; i < r_panels.size(); ++i) r[i] = 0;
@@ -225,6 +237,8 @@ void sketch(const SketchJob<C>& job, int64_t begin, int64_t end, C* y, C* w, C* 
                   y + y_panels.offset(q) + c * nv * kLanes);
       }
     }
+    if (two_sided && job.token_scale != nullptr)
+      scale_rows<C>(r_panels, job.token_scale + first, rows, r);
     if (two_sided)
       for (int64_t c = 0; c < n; c += kBlockColumns)
         for (int64_t q = 0; q < r_panels.count(); ++q) {

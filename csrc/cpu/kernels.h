@@ -8,14 +8,14 @@
 
 namespace molegrad::cpu {
 
-// kFloat8 is e4m3fn, and only ever read.
-enum class DType : int { kFloat32, kFloat64, kBFloat16, kFloat16, kFloat8 };
+// kFloat8 is e4m3fn; it and e5m2 are only ever read.
+enum class DType : int { kFloat32, kFloat64, kBFloat16, kFloat16, kFloat8, kFloat8E5M2 };
 
 // In bytes.
 constexpr int64_t element_size(DType dtype) {
   return dtype == DType::kFloat64   ? 8
          : dtype == DType::kFloat32 ? 4
-         : dtype == DType::kFloat8  ? 1
+         : dtype >= DType::kFloat8  ? 1
                                     : 2;
 }
 
@@ -53,12 +53,13 @@ struct Panels {
 
 // One pass over tokens [begin, end):
 //   y += bᵀ P with P = a v          and, when `u` is set,   w += aᵀ R with R = b u;
-// with `v` null, P is `p` itself (columns kv): y += bᵀ p.
+// with `v` null, P is `p` itself (columns kv): y += bᵀ p. Row t of a v and of b u is multiplied by
+// token_scale[t], where that is set: the scales of float8 operands.
 // v, u, y, w are panel storage of the compute type; `scratch` holds scratch_size() elements.
 template <typename C>
 struct SketchJob {
   View a, b, p;
-  const C *v = nullptr, *u = nullptr;
+  const C *v = nullptr, *u = nullptr, *token_scale = nullptr;
   int64_t kv = 0, ku = 0;
   int64_t chunk = 0;  // tokens per chunk, a multiple of kRowUnit
 };
@@ -175,10 +176,16 @@ struct SampledKernels {
 
 // Rows in float8, and sums in int8; `scratch` holds a row of float32.
 struct QuantizedKernels {
-  // Rows [begin, end): data = float8(x / scale) with scale = max |x| / 448, or 1 if that is
-  // subnormal.
-  void (*rows)(const View& x, int64_t begin, int64_t end, uint8_t* data, float* scales,
+  // Rows [begin, end): data = float8(x / scale) with scale = max |x| / the largest float8 number,
+  // or 1 if that is subnormal.
+  void (*rows)(const View& x, int64_t begin, int64_t end, bool e5m2, uint8_t* data, float* scales,
                float* scratch);
+  // The same with one scale: bits of the largest magnitude in rows [begin, end), the scale that
+  // follows, and the numbers under it.
+  uint32_t (*peak)(const View& x, int64_t begin, int64_t end, float* scratch);
+  float (*scale)(uint32_t peak, bool e5m2);
+  void (*scaled)(const View& x, int64_t begin, int64_t end, bool e5m2, float scale, uint8_t* data,
+                 float* scratch);
   // Rows [begin, end): data · scale += x, with a new scale for each row.
   void (*add_by_row)(int8_t* data, float* scales, const View& x, int64_t begin, int64_t end,
                      float* scratch);

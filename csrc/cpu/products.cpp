@@ -74,10 +74,10 @@ void run_sketch(const KernelSet<C>& set, const SketchJob<C>& job, const MutableV
 }  // namespace
 
 template <typename C>
-void sketch(const View& a, const View& b, const View& v, const View& u, const MutableView& y,
-            const MutableView& w, bool add) {
+void sketch(const View& a, const View& b, const View& v, const View& u, const C* token_scale,
+            const MutableView& y, const MutableView& w, bool add) {
   // The narrower of A and B is the one whose chunk is kept for the second product.
-  if (a.cols > b.cols) return sketch<C>(b, a, u, v, w, y, add);
+  if (a.cols > b.cols) return sketch<C>(b, a, u, v, token_scale, w, y, add);
   const KernelSet<C>& set = kernel_set<C>();
   const Buffer<C> v_packed = pack_panels(set, v), u_packed = pack_panels(set, u);
   SketchJob<C> job;
@@ -85,6 +85,7 @@ void sketch(const View& a, const View& b, const View& v, const View& u, const Mu
   job.b = b;
   job.v = v_packed.data();
   job.u = u_packed.data();
+  job.token_scale = token_scale;
   job.kv = v.cols;
   job.ku = u.cols;
   job.chunk = chunk_tokens<C>(a.cols);
@@ -92,13 +93,15 @@ void sketch(const View& a, const View& b, const View& v, const View& u, const Mu
 }
 
 template <typename C>
-void sketch_left(const View& a, const View& b, const View& v, const MutableView& y) {
+void sketch_left(const View& a, const View& b, const View& v, const C* token_scale,
+                 const MutableView& y) {
   const KernelSet<C>& set = kernel_set<C>();
   const Buffer<C> v_packed = pack_panels(set, v);
   SketchJob<C> job;
   job.a = a;
   job.b = b;
   job.v = v_packed.data();
+  job.token_scale = token_scale;
   job.kv = v.cols;
   job.chunk = kMaxChunk;
   run_sketch<C>(set, job, y, nullptr, false);
@@ -160,12 +163,13 @@ void rank_update(const MutableView& weight, const View& u, const View& w, double
   });
 }
 
-#define MOLEGRAD_INSTANTIATE(C)                                                                   \
-  template void sketch<C>(const View&, const View&, const View&, const View&, const MutableView&, \
-                          const MutableView&, bool);                                              \
-  template void sketch_left<C>(const View&, const View&, const View&, const MutableView&);        \
-  template void product_tn<C>(const View&, const View&, const MutableView&);                      \
-  template void product_nn<C>(const View&, const View&, const MutableView&, bool);                \
+#define MOLEGRAD_INSTANTIATE(C)                                                         \
+  template void sketch<C>(const View&, const View&, const View&, const View&, const C*, \
+                          const MutableView&, const MutableView&, bool);                \
+  template void sketch_left<C>(const View&, const View&, const View&, const C*,         \
+                               const MutableView&);                                     \
+  template void product_tn<C>(const View&, const View&, const MutableView&);            \
+  template void product_nn<C>(const View&, const View&, const MutableView&, bool);      \
   template void rank_update<C>(const MutableView&, const View&, const View&, double, double);
 MOLEGRAD_INSTANTIATE(float)
 MOLEGRAD_INSTANTIATE(double)

@@ -12,14 +12,16 @@
 namespace molegrad::cpu {
 
 // y (m, kv) = Bᵀ (A V) and w (n, ku) = Aᵀ (B U), added to y and w when `add`. A (T, n) and
-// B (T, m) are read once. y and w have dtype C.
+// B (T, m) are read once. y and w have dtype C. `token_scale` (T), unless null, is what the rows of
+// float8 A and B are to be multiplied by, both factors in one.
 template <typename C>
-void sketch(const View& a, const View& b, const View& v, const View& u, const MutableView& y,
-            const MutableView& w, bool add);
+void sketch(const View& a, const View& b, const View& v, const View& u, const C* token_scale,
+            const MutableView& y, const MutableView& w, bool add);
 
 // y (m, k) = Bᵀ (A V): one side of the sketch.
 template <typename C>
-void sketch_left(const View& a, const View& b, const View& v, const MutableView& y);
+void sketch_left(const View& a, const View& b, const View& v, const C* token_scale,
+                 const MutableView& y);
 
 // g (m, k) = bᵀ p.
 template <typename C>

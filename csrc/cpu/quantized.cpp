@@ -26,14 +26,30 @@ struct Parts {
 
 }  // namespace
 
-void quantize_rows(const View& x, void* data, float* scale) {
+void quantize_rows(const View& x, bool e5m2, void* data, float* scale) {
   const Parts parts(x);
   Buffer<float> scratch(parts.count * parts.scratch);
   const auto kernel = kernels().quantized.rows;
   parts.each([&](int64_t part, int64_t begin, int64_t end) {
-    kernel(x, begin, end, static_cast<uint8_t*>(data), scale,
+    kernel(x, begin, end, e5m2, static_cast<uint8_t*>(data), scale,
            scratch.data() + part * parts.scratch);
   });
+}
+
+float quantize_tensor(const View& x, bool e5m2, void* data) {
+  const Parts parts(x);
+  const QuantizedKernels& set = kernels().quantized;
+  Buffer<float> scratch(parts.count * parts.scratch);
+  Buffer<uint32_t> peaks(parts.count);
+  parts.each([&](int64_t part, int64_t begin, int64_t end) {
+    peaks.data()[part] = set.peak(x, begin, end, scratch.data() + part * parts.scratch);
+  });
+  const float scale = set.scale(*std::max_element(peaks.data(), peaks.data() + parts.count), e5m2);
+  parts.each([&](int64_t part, int64_t begin, int64_t end) {
+    set.scaled(x, begin, end, e5m2, scale, static_cast<uint8_t*>(data),
+               scratch.data() + part * parts.scratch);
+  });
+  return scale;
 }
 
 void add_quantized(int8_t* data, float* scale, const View& x, bool by_column) {

@@ -5,8 +5,11 @@
 
 namespace molegrad::cpu {
 
-// data (rows, cols), contiguous, float8_e4m3fn, and scale (rows) with x ≈ data · scale.
-void quantize_rows(const View& x, void* data, float* scale);
+// data (rows, cols), contiguous, float8_e4m3fn or e5m2, and scale (rows) with x ≈ data · scale.
+void quantize_rows(const View& x, bool e5m2, void* data, float* scale);
+
+// The same with one scale, which is returned.
+float quantize_tensor(const View& x, bool e5m2, void* data);
 
 // data · scale += x with new scales: one for each row, or with `by_column` one for each column.
 // data (rows, cols) and scale are contiguous.

@@ -184,6 +184,8 @@ __device__ __forceinline__ uint32_t e4m3_to_f16(uint16_t x) {
   asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(bits) : "h"(x));
   return bits;
 }
+// The same of e5m2, which is the upper half of float16.
+__device__ __forceinline__ uint32_t e5m2_to_f16(uint16_t x) { return __byte_perm(x, 0, 0x1404); }
 
 __device__ __forceinline__ float from_bits(uint32_t bits) { return __uint_as_float(bits); }
 __device__ __forceinline__ uint32_t to_bits(float x) { return __float_as_uint(x); }

@@ -14,6 +14,9 @@ struct Float16 {
 struct Float8 {  // e4m3fn: four bits of exponent, three of mantissa, no infinity
   uint8_t bits;
 };
+struct Float8E5M2 {  // the upper half of a Float16
+  uint8_t bits;
+};
 
 __device__ __forceinline__ float widen(float x) { return x; }
 __device__ __forceinline__ double widen(double x) { return x; }
@@ -21,6 +24,9 @@ __device__ __forceinline__ float widen(BFloat16 x) { return bf16_to_float(x.bits
 __device__ __forceinline__ float widen(Float16 x) { return f16_to_float(x.bits); }
 __device__ __forceinline__ float widen(Float8 x) {
   return f16_to_float(static_cast<uint16_t>(e4m3_to_f16(x.bits)));
+}
+__device__ __forceinline__ float widen(Float8E5M2 x) {
+  return f16_to_float(static_cast<uint16_t>(e5m2_to_f16(x.bits)));
 }
 
 // To nearest, ties to even; float8 is only read.

@@ -4,13 +4,16 @@
 
 #include <array>
 #include <cstdlib>
+#include <mutex>
 #include <optional>
+#include <string>
 #include <tuple>
 
 #include "cublaslt.h"
 #include "estimate.h"
 #include "product_paths.h"
 #include "products.h"
+#include "quantized.h"
 #include "sketch.h"
 #include "sketch_fused.h"
 #include "sketch_plan.h"
@@ -20,24 +23,6 @@ namespace molegrad::cuda {
 namespace {
 
 constexpr const char* kPathVariable = "MOLEGRAD_SKETCH_PATH";
-
-// Read at every call, so that a benchmark can time one path after the other.
-SketchPath wanted_path() {
-  const std::optional<SketchPath> wanted = parse_sketch_path(std::getenv(kPathVariable));
-  require(wanted.has_value(), "sketch", kPathVariable,
-          " must be auto, own, cublaslt or fused, got ", std::getenv(kPathVariable));
-  return *wanted;
-}
-
-struct Gpu {
-  int device, multiprocessors = 0, shared_memory = 0, l2 = 0;
-
-  explicit Gpu(const Tensor& x) : device(x.get_device_index()) {
-    cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-    cudaDeviceGetAttribute(&shared_memory, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
-    cudaDeviceGetAttribute(&l2, cudaDevAttrL2CacheSize, device);
-  }
-};
 
 Tensor in_dtype(const Tensor& x, ScalarType dtype) {
   if (x.scalar_type() == dtype) return x;
@@ -57,11 +42,38 @@ struct Output {
         ld(x.size(1)) {}
 };
 
+// The scale of a float8 operand as kernels read it: one number, or one for each token.
+struct Scale {
+  std::optional<Tensor> tensor;
+  const float* data = nullptr;
+  int stride = 0;
+
+  explicit Scale(const std::optional<Tensor>& x) {
+    if (!x.has_value()) return;
+    tensor = torch::stable::contiguous(*x);
+    data = static_cast<const float*>(tensor->const_data_ptr());
+    stride = x->dim() > 0 ? 1 : 0;
+  }
+};
+
 // Products of A (T, n) and B (T, m) on one stream.
 class Products {
  public:
-  Products(const char* op, const Tensor& a, const Tensor& b)
-      : op_(op), place_(a), gpu_(a), like_(a), a_(a), b_(b), dtype_(acc_dtype(a)) {}
+  Products(const char* op, const Tensor& a, const Tensor& b, const std::optional<Tensor>& a_scale,
+           const std::optional<Tensor>& b_scale)
+      : op_(op),
+        place_(a),
+        gpu_(a),
+        like_(a),
+        a_(a),
+        b_(b),
+        a_scale_(a_scale),
+        b_scale_(b_scale),
+        dtype_(acc_dtype(a, b)) {
+    // Float8 beside more than 16 bits has no kernel of its own.
+    if (is_float8(a) && wide(b_)) a_ = widened(a_, a_scale_);
+    if (is_float8(b) && wide(a_)) b_ = widened(b_, b_scale_);
+  }
 
   cudaStream_t stream() const { return place_.stream(); }
   const Gpu& gpu() const { return gpu_; }
@@ -69,8 +81,10 @@ class Products {
   // Y = or += Bᵀ(A V) and W = or += Aᵀ(B U); without V or U that half is left out.
   void sketch(const Tensor* v, const Tensor* u, const Output& y, const Output& w, bool add) {
     const int64_t rank = larger(v ? v->size(1) : 0, u ? u->size(1) : 0);
-    const bool narrow = a_.dtype == 2 || a_.dtype == 3;
-    const SketchPath path = choose_sketch_path(wanted_path(), a_.dtype, rank);
+    const bool narrow = !wide(a_);
+    // A float8 dtype where there is one: they have the larger codes.
+    const SketchPath path =
+        choose_sketch_path(wanted_sketch_path(), a_.dtype < b_.dtype ? b_.dtype : a_.dtype, rank);
     if (path == SketchPath::kFused && v && u && sketch_fused(*v, *u, y, w, add)) return;
     if (path == SketchPath::kCublasLt) {
       if (v != nullptr && half_by_library(a_, b_, *v, y, add)) v = nullptr;
@@ -97,6 +111,25 @@ class Products {
   void check(int status) const { check_launch(op_, status); }
 
  private:
+  static bool wide(const Matrix& x) { return x.dtype == 0 || x.dtype == 1; }
+
+  // A float8 operand times its scale in float32 or float64, exactly; the scale is used up.
+  Matrix widened(const Matrix& x, Scale& scale) {
+    static std::once_flag said;
+    std::call_once(said, [&] {
+      const std::string message =
+          std::string("molegrad::") + op_ + ": a float8 operand beside one of " +
+          dtype_name(dtype_) + " is converted to that first, which takes the memory and time " +
+          "that float8 saves: give the other one 16 bits or float8 (said once)";
+      aoti_torch_warn(op_, __FILE__, __LINE__, message.c_str());
+    });
+    const Tensor out = new_tensor(like_, {x.rows, x.cols}, dtype_);
+    check(molegrad_dequantize(x.dtype, x.data, x.rows, x.cols, x.ld, scale.data, scale.stride,
+                              dtype_code(dtype_), out.mutable_data_ptr(), stream()));
+    scale = Scale(std::nullopt);
+    return Matrix(out);
+  }
+
   void sketch_narrow(const Tensor* v, const Tensor* u, const Output& y, const Output& w, bool add) {
     struct Basis {
       int dtype = 0;
@@ -114,17 +147,19 @@ class Products {
     const Basis right(v), left(u);
     const int64_t tokens = a_.rows, n = a_.cols, m = b_.cols;
     // One half alone reads nothing twice.
+    const auto bytes = [](const Matrix& x) { return x.cols * (x.dtype > 3 ? 1 : 2); };
     const int64_t chunk = v != nullptr && u != nullptr
-                              ? molegrad_sketch_chunk(tokens, n, m, gpu_.l2)
+                              ? chunk_tokens(tokens, bytes(a_) + bytes(b_), gpu_.l2)
                               : round_up_to(tokens, kProjectTokens);
     const Tensor scratch =
         new_scratch(like_, molegrad_sketch_scratch(tokens, n, m, right.k, left.k, chunk,
                                                    gpu_.multiprocessors, gpu_.shared_memory));
-    check(molegrad_sketch(a_.dtype, a_.data, a_.ld, b_.data, b_.ld, tokens, n, m, right.dtype,
-                          right.data, right.row, right.column, right.k, left.dtype, left.data,
-                          left.row, left.column, left.k, static_cast<float*>(y.data), y.ld,
-                          static_cast<float*>(w.data), w.ld, add, chunk, gpu_.multiprocessors,
-                          gpu_.shared_memory, scratch.mutable_data_ptr(), stream()));
+    check(molegrad_sketch_scaled(
+        a_.dtype, a_.data, a_.ld, a_scale_.data, a_scale_.stride, b_.dtype, b_.data, b_.ld,
+        b_scale_.data, b_scale_.stride, tokens, n, m, right.dtype, right.data, right.row,
+        right.column, right.k, left.dtype, left.data, left.row, left.column, left.k,
+        static_cast<float*>(y.data), y.ld, static_cast<float*>(w.data), w.ld, add, chunk,
+        gpu_.multiprocessors, gpu_.shared_memory, scratch.mutable_data_ptr(), stream()));
   }
 
   // False where the columns do not fit.
@@ -206,22 +241,25 @@ class Products {
   Gpu gpu_;
   Tensor like_;
   Matrix a_, b_;
+  Scale a_scale_, b_scale_;
   ScalarType dtype_;
 };
 
-std::tuple<Tensor, Tensor> sketch(Tensor a, Tensor b, Tensor u, Tensor v) {
-  check_sketch("sketch", a, b, u, v);
-  Products products("sketch", a, b);
-  const ScalarType dtype = acc_dtype(a);
+std::tuple<Tensor, Tensor> sketch(Tensor a, Tensor b, Tensor u, Tensor v,
+                                  std::optional<Tensor> a_scale, std::optional<Tensor> b_scale) {
+  check_sketch("sketch", a, b, u, v, a_scale, b_scale);
+  Products products("sketch", a, b, a_scale, b_scale);
+  const ScalarType dtype = acc_dtype(a, b);
   Tensor y = new_tensor(a, {u.size(0), v.size(1)}, dtype);
   Tensor w = new_tensor(a, {v.size(0), u.size(1)}, dtype);
   products.sketch(&v, &u, Output(y), Output(w), false);
   return {y, w};
 }
 
-void sketch_accumulate_(Tensor y, Tensor w, Tensor a, Tensor b, Tensor u, Tensor v) {
-  check_sketch_accumulate(y, w, a, b, u, v);
-  Products products("sketch_accumulate_", a, b);
+void sketch_accumulate_(Tensor y, Tensor w, Tensor a, Tensor b, Tensor u, Tensor v,
+                        std::optional<Tensor> a_scale, std::optional<Tensor> b_scale) {
+  check_sketch_accumulate(y, w, a, b, u, v, a_scale, b_scale);
+  Products products("sketch_accumulate_", a, b, a_scale, b_scale);
   products.sketch(&v, &u, Output(y), Output(w), true);
 }
 
@@ -238,13 +276,12 @@ Orthonormal orthonormalize(const Tensor& y, double cond_max) {
           torch::stable::detail::to<Tensor>(stack[2])};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> lowrank_grad(Tensor a, Tensor b, Tensor v,
-                                                        int64_t power_iters,
-                                                        std::optional<Tensor> probes,
-                                                        double cond_max) {
-  check_lowrank_grad(a, b, v, power_iters, probes, cond_max);
-  Products products("lowrank_grad", a, b);
-  const ScalarType dtype = acc_dtype(a);
+std::tuple<Tensor, Tensor, Tensor, Tensor> lowrank_grad(
+    Tensor a, Tensor b, Tensor v, int64_t power_iters, std::optional<Tensor> probes,
+    double cond_max, std::optional<Tensor> a_scale, std::optional<Tensor> b_scale) {
+  check_lowrank_grad(a, b, v, power_iters, probes, cond_max, a_scale, b_scale);
+  Products products("lowrank_grad", a, b, a_scale, b_scale);
+  const ScalarType dtype = acc_dtype(a, b);
   const int code = dtype_code(dtype);
   const int64_t n = v.size(0), m = b.size(b.dim() - 1), k = v.size(1);
   const int64_t r = probes.has_value() ? probes->size(1) : 0, width = k + r;
@@ -304,6 +341,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lowrank_grad(Tensor a, Tensor b, Tens
 
 }  // namespace
 
+// Read at every call, so that a benchmark can time one path after the other.
+SketchPath wanted_sketch_path() {
+  const std::optional<SketchPath> wanted = parse_sketch_path(std::getenv(kPathVariable));
+  require(wanted.has_value(), "sketch", kPathVariable,
+          " must be auto, own, cublaslt or fused, got ", std::getenv(kPathVariable));
+  return *wanted;
+}
+
+void add_sketch(const char* op, const Tensor& y, const Tensor& w, const Tensor& a, const Tensor& b,
+                const Tensor& u, const Tensor& v) {
+  Products products(op, a, b, std::nullopt, std::nullopt);
+  products.sketch(&v, &u, Output(y), Output(w), true);
+}
+
 STABLE_TORCH_LIBRARY_IMPL(molegrad, CUDA, m) {
   m.impl("sketch", TORCH_BOX(&sketch));
   m.impl("sketch_accumulate_", TORCH_BOX(&sketch_accumulate_));
@@ -314,7 +365,7 @@ STABLE_TORCH_LIBRARY_IMPL(molegrad, CUDA, m) {
 
 extern "C" int molegrad_sketch_path(int dtype, int64_t rank) {
   using namespace molegrad::cuda;
-  const SketchPath path = choose_sketch_path(wanted_path(), dtype, rank);
+  const SketchPath path = choose_sketch_path(wanted_sketch_path(), dtype, rank);
   return static_cast<int>(path == SketchPath::kCublasLt && lt_version() == 0 ? SketchPath::kOwn
                                                                              : path);
 }

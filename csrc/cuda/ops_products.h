@@ -1,7 +1,31 @@
-// What the products of a sketch on the GPU tell of themselves, for Python.
+// What the ops of a sketch on the GPU share, and what they tell of themselves, for Python.
 #pragma once
 
 #include <cstdint>
+
+#include "product_paths.h"
+#include "tensors.h"
+
+namespace molegrad::cuda {
+
+struct Gpu {
+  int device, multiprocessors = 0, shared_memory = 0, l2 = 0;
+
+  explicit Gpu(const Tensor& x) : device(x.get_device_index()) {
+    cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    cudaDeviceGetAttribute(&shared_memory, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+    cudaDeviceGetAttribute(&l2, cudaDevAttrL2CacheSize, device);
+  }
+};
+
+// MOLEGRAD_SKETCH_PATH; an error where it is none of them.
+SketchPath wanted_sketch_path();
+
+// sketch_accumulate_ in the name of `op`, arguments checked.
+void add_sketch(const char* op, const Tensor& y, const Tensor& w, const Tensor& a, const Tensor& b,
+                const Tensor& u, const Tensor& v);
+
+}  // namespace molegrad::cuda
 
 extern "C" {
 

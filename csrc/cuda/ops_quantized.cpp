@@ -7,17 +7,35 @@
 namespace molegrad::cuda {
 namespace {
 
-std::tuple<Tensor, Tensor> quantize_rows(Tensor x) {
+ScalarType float8_dtype(bool e5m2) {
+  return e5m2 ? ScalarType::Float8_e5m2 : ScalarType::Float8_e4m3fn;
+}
+
+std::tuple<Tensor, Tensor> quantize_rows(Tensor x, bool e5m2) {
   check_quantize_rows(x);
   const Place place(x);
   const Matrix from(x);  // one dimension is one row
   const std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
-  Tensor data = new_tensor(x, sizes, ScalarType::Float8_e4m3fn);
+  Tensor data = new_tensor(x, sizes, float8_dtype(e5m2));
   Tensor scale = new_tensor(x, {sizes.begin(), sizes.end() - 1}, ScalarType::Float);
-  check_launch("quantize_rows",
-               molegrad_quantize_rows(
-                   from.dtype, from.data, from.rows, from.cols, from.ld, data.mutable_data_ptr(),
-                   static_cast<float*>(scale.mutable_data_ptr()), place.stream()));
+  check_launch("quantize_rows", molegrad_quantize_rows(
+                                    from.dtype, from.data, from.rows, from.cols, from.ld, e5m2,
+                                    data.mutable_data_ptr(),
+                                    static_cast<float*>(scale.mutable_data_ptr()), place.stream()));
+  return {data, scale};
+}
+
+std::tuple<Tensor, Tensor> quantize_tensor(Tensor x, bool e5m2) {
+  check_quantize_tensor(x);
+  const Place place(x);
+  const Matrix from(x.dim() > 0 ? x : torch::stable::reshape(x, std::vector<int64_t>{1}));
+  Tensor data = new_tensor(x, {x.sizes().begin(), x.sizes().end()}, float8_dtype(e5m2));
+  Tensor scale = new_tensor(x, {}, ScalarType::Float), scratch = new_scratch(x, 4);
+  check_launch("quantize_tensor",
+               molegrad_quantize_tensor(from.dtype, from.data, from.rows, from.cols, from.ld, e5m2,
+                                        data.mutable_data_ptr(),
+                                        static_cast<float*>(scale.mutable_data_ptr()),
+                                        scratch.mutable_data_ptr(), place.stream()));
   return {data, scale};
 }
 
@@ -41,6 +59,7 @@ void add_quantized_(Tensor data, Tensor scale, Tensor x) {
 
 STABLE_TORCH_LIBRARY_IMPL(molegrad, CUDA, m) {
   m.impl("quantize_rows", TORCH_BOX(&quantize_rows));
+  m.impl("quantize_tensor", TORCH_BOX(&quantize_tensor));
   m.impl("add_quantized_", TORCH_BOX(&add_quantized_));
 }
 

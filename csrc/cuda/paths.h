@@ -23,8 +23,9 @@ inline Path fp8_path(int capability) {
   return {true, any_layout ? "all layouts" : "TN layout only, tensorwide scales"};
 }
 
-// cuBLASLt's grouped products. `cublaslt` is cublasLtGetVersion(), e.g. 130200 for 13.2.0.
-inline Path grouped_path(int capability, int cublaslt) {
+// cuBLASLt's own grouped products, which nothing here uses: grouped_paths.h says what does.
+// `cublaslt` is cublasLtGetVersion(), e.g. 130200 for 13.2.0.
+inline Path cublaslt_grouped_path(int capability, int cublaslt) {
   if (capability == 0) return {false, "no CUDA device"};
   const bool hopper = capability == 90;
   const bool blackwell_server = capability >= 100 && capability < 120;

@@ -32,14 +32,15 @@ inline std::optional<SketchPath> parse_sketch_path(const char* text) {
 //   float16             ours: P and R need a power of two for each tile, which a library's product
 //                       has no place for
 //   float32, float64    cuBLASLt: ours are plain multiply-adds (products.cuh)
+//   float8              ours, whatever is wanted: only they read it
 //   bfloat16            ours, which read A and B from memory once; above rank 128 they take several
 //                       passes, cuBLASLt two. Fused only on request until it has been measured:
 //                       by arithmetic it wins from about 4000 tokens on
 // `dtype` is a DType code, `rank` the larger number of columns of U and V.
 inline SketchPath choose_sketch_path(SketchPath wanted, int dtype, int64_t rank) {
-  constexpr int kFloat16 = 3, kBFloat16 = 2;
+  constexpr int kFloat16 = 3, kBFloat16 = 2;  // float8 ones follow
   constexpr int64_t kOnePass = 128;
-  if (dtype == kFloat16) return SketchPath::kOwn;
+  if (dtype >= kFloat16) return SketchPath::kOwn;
   if (wanted == SketchPath::kFused && dtype != kBFloat16) wanted = SketchPath::kAuto;
   if (wanted != SketchPath::kAuto) return wanted;
   return dtype == kBFloat16 && rank <= kOnePass ? SketchPath::kOwn : SketchPath::kCublasLt;

@@ -15,6 +15,13 @@ cudaError_t launch_rows(void (*by_warp)(Parameters...), void (*by_block)(Paramet
                 dim3(kQuantizedThreads), 0, stream, args...);
 }
 
+// Blocks for work of which each thread takes a share in turn.
+unsigned blocks_for(int64_t count) {
+  constexpr int64_t kMostBlocks = 1 << 11;
+  const int64_t blocks = ceil_div(count, kQuantizedThreads);
+  return static_cast<unsigned>(blocks < 1 ? 1 : blocks < kMostBlocks ? blocks : kMostBlocks);
+}
+
 // fn(count) with the elements of a pack as a constant: 16 bytes, or one where rows lie otherwise.
 template <typename T, typename F>
 cudaError_t with_packs(const void* x, const void* data, int64_t cols, int64_t ld, const F& fn) {
@@ -27,18 +34,64 @@ cudaError_t with_packs(const void* x, const void* data, int64_t cols, int64_t ld
 }  // namespace
 
 extern "C" int molegrad_quantize_rows(int dtype, const void* x, int64_t rows, int64_t cols,
-                                      int64_t ld, void* data, float* scales, cudaStream_t stream) {
+                                      int64_t ld, int e5m2, void* data, float* scales,
+                                      cudaStream_t stream) {
   if (rows == 0) return cudaSuccess;
   return with_dtype(dtype, [&](auto type) {
     using T = typename decltype(type)::Element;
     return with_packs<T>(x, data, cols, ld, [&](auto width) {
       constexpr int kCount = decltype(width)::value;
-      return launch_rows(quantize_rows_kernel<T, kCount, 32>,
-                         quantize_rows_kernel<T, kCount, kQuantizedThreads>,
-                         cols <= 32 * kCount * kHeldPacks, rows, stream, static_cast<const T*>(x),
-                         rows, cols, ld, static_cast<uint8_t*>(data), scales);
+      const auto run = [&](auto by_warp, auto by_block) {
+        return launch_rows(by_warp, by_block, cols <= 32 * kCount * kHeldPacks, rows, stream,
+                           static_cast<const T*>(x), rows, cols, ld, static_cast<uint8_t*>(data),
+                           scales);
+      };
+      return e5m2 != 0 ? run(quantize_rows_kernel<true, T, kCount, 32>,
+                             quantize_rows_kernel<true, T, kCount, kQuantizedThreads>)
+                       : run(quantize_rows_kernel<false, T, kCount, 32>,
+                             quantize_rows_kernel<false, T, kCount, kQuantizedThreads>);
     });
   });
+}
+
+extern "C" int molegrad_quantize_tensor(int dtype, const void* x, int64_t rows, int64_t cols,
+                                        int64_t ld, int e5m2, void* data, float* scale,
+                                        void* scratch, cudaStream_t stream) {
+  if (ld == cols) cols *= rows, ld = cols, rows = 1;
+  auto* peak = static_cast<uint32_t*>(scratch);
+  cudaError_t status = cudaMemsetAsync(peak, 0, sizeof(uint32_t), stream);
+  if (status != cudaSuccess) return status;
+  return with_dtype(dtype, [&](auto type) {
+    using T = typename decltype(type)::Element;
+    const auto* from = static_cast<const T*>(x);
+    return with_packs<T>(x, data, cols, ld, [&](auto width) {
+      constexpr int kCount = decltype(width)::value;
+      const dim3 grid(blocks_for(rows * cols / kCount)), block(kQuantizedThreads);
+      status = launch(peak_kernel<T, kCount>, grid, block, 0, stream, from, rows, cols, ld, peak);
+      if (status != cudaSuccess) return status;
+      return launch(e5m2 != 0 ? quantize_tensor_kernel<true, T, kCount>
+                              : quantize_tensor_kernel<false, T, kCount>,
+                    grid, block, 0, stream, from, rows, cols, ld, peak, static_cast<uint8_t*>(data),
+                    scale);
+    });
+  });
+}
+
+extern "C" int molegrad_dequantize(int dtype, const void* x, int64_t rows, int64_t cols, int64_t ld,
+                                   const float* scales, int64_t stride, int out_dtype, void* out,
+                                   cudaStream_t stream) {
+  if (rows == 0 || cols == 0) return cudaSuccess;
+  const auto run = [&](auto type, auto out_type) {
+    using T = typename decltype(type)::Element;
+    using Out = typename decltype(out_type)::Element;
+    return launch(dequantize_kernel<T, Out>, dim3(blocks_for(rows * cols)), dim3(kQuantizedThreads),
+                  0, stream, static_cast<const T*>(x), rows, cols, ld, scales, stride,
+                  static_cast<Out*>(out));
+  };
+  const auto run_to = [&](auto type) {
+    return out_dtype == 1 ? run(type, Type<double>()) : run(type, Type<float>());
+  };
+  return dtype == 5 ? run_to(Type<Float8E5M2>()) : run_to(Type<Float8>());
 }
 
 extern "C" int molegrad_add_quantized(int dtype, const void* x, int64_t rows, int64_t cols,

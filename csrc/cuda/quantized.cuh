@@ -14,7 +14,7 @@ namespace molegrad::cuda {
 constexpr int kQuantizedThreads = 256, kColumnRows = 64;
 // Packs that a thread holds; two rows and their sum take more registers.
 constexpr int kHeldPacks = 8, kHeldSums = 4;
-constexpr float kFloat8Max = 448.0f, kInt8Max = 127.0f;
+constexpr float kE4M3Max = 448.0f, kE5M2Max = 57344.0f, kInt8Max = 127.0f;
 
 __device__ __forceinline__ uint32_t magnitude(float x) { return to_bits(x) & 0x7fffffffu; }
 
@@ -61,7 +61,39 @@ struct Row {
 
 // ---- float8 rows --------------------------------------------------------------------------------
 
-template <typename T, int kCount, int kThreads>
+template <bool kE5M2>
+__device__ __forceinline__ float float8_scale(uint32_t peak) {
+  const float scale = __fdiv_rn(from_bits(peak), kE5M2 ? kE5M2Max : kE4M3Max);
+  return scale >= 0x1p-126f ? scale : 1.0f;  // subnormal ones are too coarse; NaN too
+}
+
+template <bool kE5M2, typename T, int kCount>
+__device__ __forceinline__ Pack<uint8_t, kCount> to_float8(const Pack<T, kCount>& pack,
+                                                           float scale) {
+  Pack<uint8_t, kCount> codes;
+  const auto value = [&](int i) {
+    return i < kCount ? __fdiv_rn(static_cast<float>(widen(pack.at[i])), scale) : 0.0f;
+  };
+#pragma unroll
+  for (int i = 0; i < kCount; i += 2) {
+    const uint16_t pair =
+        kE5M2 ? pack_e5m2(value(i), value(i + 1)) : pack_e4m3(value(i), value(i + 1));
+    codes.at[i] = static_cast<uint8_t>(pair);
+    if (i + 1 < kCount) codes.at[i + 1] = static_cast<uint8_t>(pair >> 8);
+  }
+  return codes;
+}
+
+template <typename T, int kCount>
+__device__ __forceinline__ uint32_t peak_of(const Pack<T, kCount>& pack) {
+  uint32_t peak = 0;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i)
+    peak = max(peak, magnitude(static_cast<float>(widen(pack.at[i]))));
+  return peak;
+}
+
+template <bool kE5M2, typename T, int kCount, int kThreads>
 __global__ void __launch_bounds__(kQuantizedThreads)
     quantize_rows_kernel(const T* x, int64_t rows, int64_t cols, int64_t ld, uint8_t* data,
                          float* scales) {
@@ -71,29 +103,62 @@ __global__ void __launch_bounds__(kQuantizedThreads)
   const int thread = threadIdx.x % kThreads;
   const Row<T, kCount, kThreads, kHeldPacks> from(x + row * ld, cols / kCount, thread);
   uint32_t peak = 0;
-  from.each([&](int64_t, const Pack<T, kCount>& pack) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i)
-      peak = max(peak, magnitude(static_cast<float>(widen(pack.at[i]))));
-  });
+  from.each([&](int64_t, const Pack<T, kCount>& pack) { peak = max(peak, peak_of(pack)); });
   peak = largest<kThreads>(peak);
-  float scale = __fdiv_rn(from_bits(peak), kFloat8Max);
-  scale = scale >= 0x1p-126f ? scale : 1.0f;  // subnormal ones are too coarse; NaN too
+  const float scale = float8_scale<kE5M2>(peak);
   if (thread == 0) scales[row] = scale;
   uint8_t* to = data + row * cols;
   from.each([&](int64_t p, const Pack<T, kCount>& pack) {
-    Pack<uint8_t, kCount> codes;
-    const auto value = [&](int i) {
-      return i < kCount ? __fdiv_rn(static_cast<float>(widen(pack.at[i])), scale) : 0.0f;
-    };
-#pragma unroll
-    for (int i = 0; i < kCount; i += 2) {
-      const uint16_t pair = pack_e4m3(value(i), value(i + 1));
-      codes.at[i] = static_cast<uint8_t>(pair);
-      if (i + 1 < kCount) codes.at[i + 1] = static_cast<uint8_t>(pair >> 8);
-    }
-    store_pack(to + p * kCount, codes);
+    store_pack(to + p * kCount, to_float8<kE5M2>(pack, scale));
   });
+}
+
+// ---- float8 with one scale: a kernel for the peak, which is the same in whatever order blocks
+// come, and one that rounds, from L2 where x fits it.
+
+// Where pack `i` of all rows lies; a division less where there is one.
+template <int kCount>
+__device__ __forceinline__ int64_t pack_at(int64_t i, int64_t rows, int64_t of_row, int64_t ld) {
+  return rows == 1 ? i * kCount : i / of_row * ld + i % of_row * kCount;
+}
+
+template <typename T, int kCount>
+__global__ void __launch_bounds__(kQuantizedThreads)
+    peak_kernel(const T* x, int64_t rows, int64_t cols, int64_t ld, uint32_t* peak) {
+  const int64_t of_row = cols / kCount, packs = rows * of_row;
+  uint32_t mine = 0;
+  for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < packs;
+       i += int64_t{gridDim.x} * blockDim.x)
+    mine = max(mine, peak_of(load_pack<kCount>(x + pack_at<kCount>(i, rows, of_row, ld))));
+  mine = largest<kQuantizedThreads>(mine);
+  if (threadIdx.x == 0) atomicMax(peak, mine);
+}
+
+template <bool kE5M2, typename T, int kCount>
+__global__ void __launch_bounds__(kQuantizedThreads)
+    quantize_tensor_kernel(const T* x, int64_t rows, int64_t cols, int64_t ld, const uint32_t* peak,
+                           uint8_t* data, float* scale_out) {
+  const int64_t of_row = cols / kCount, packs = rows * of_row;
+  const float scale = float8_scale<kE5M2>(*peak);
+  if (blockIdx.x == 0 && threadIdx.x == 0) *scale_out = scale;
+  for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < packs;
+       i += int64_t{gridDim.x} * blockDim.x)
+    store_pack(
+        data + i * kCount,
+        to_float8<kE5M2>(load_pack<kCount>(x + pack_at<kCount>(i, rows, of_row, ld)), scale));
+}
+
+// out (rows, cols) = x times the scale of its row (stride 1) or of all (stride 0).
+template <typename T, typename Out>
+__global__ void __launch_bounds__(kQuantizedThreads)
+    dequantize_kernel(const T* x, int64_t rows, int64_t cols, int64_t ld, const float* scales,
+                      int64_t stride, Out* out) {
+  for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < rows * cols;
+       i += int64_t{gridDim.x} * blockDim.x) {
+    const int64_t row = i / cols;
+    out[i] =
+        static_cast<Out>(widen(x[row * ld + i % cols])) * static_cast<Out>(scales[row * stride]);
+  }
 }
 
 // ---- int8 sums ----------------------------------------------------------------------------------

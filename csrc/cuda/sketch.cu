@@ -21,6 +21,7 @@ struct Basis {
 struct Half {
   const void* x;
   const void* z;
+  Stored x_stored, z_stored;
   int64_t x_ld, z_ld, x_columns, z_columns;
   Basis basis;
   float* out;
@@ -30,16 +31,27 @@ struct Half {
 struct Sketch {
   int64_t tokens;
   Half half[2];
+  TokenScales token_scales;
   int add;
   char* scratch;
   cudaStream_t stream;
 };
 
-ProjectHalf project_half(const Sketch& s, const Half& half, const HalfPlan& plan) {
+bool aligned(Stored stored, const void* data, int64_t columns, int64_t ld) {
+  return stored == Stored::k16Bits ? in_packs<BFloat16>(data, columns, ld)
+                                   : in_packs<Float8>(data, columns, ld);
+}
+
+const void* row_of(const void* data, Stored stored, int64_t row, int64_t ld) {
+  return static_cast<const char*>(data) + row * ld * (stored == Stored::k16Bits ? 2 : 1);
+}
+
+ProjectHalf project_of(const Sketch& s, const Half& half, const HalfPlan& plan) {
   ProjectHalf p = {};
   p.ld = half.x_ld;
+  p.stored = half.x_stored;
   p.columns = static_cast<int>(half.x_columns);
-  p.aligned = in_packs<BFloat16>(half.x, half.x_columns, half.x_ld);
+  p.aligned = aligned(half.x_stored, half.x, half.x_columns, half.x_ld);
   p.basis = reinterpret_cast<uint16_t*>(s.scratch + plan.basis);
   p.q = reinterpret_cast<uint16_t*>(s.scratch + plan.q);
   p.scale = reinterpret_cast<float*>(s.scratch + plan.scale);
@@ -52,11 +64,12 @@ ProjectHalf project_half(const Sketch& s, const Half& half, const HalfPlan& plan
   return p;
 }
 
-GatherHalf gather_half(const Sketch& s, const Half& half, const HalfPlan& plan) {
+GatherHalf gather_of(const Sketch& s, const Half& half, const HalfPlan& plan) {
   GatherHalf g = {};
   g.ld = half.z_ld;
+  g.stored = half.z_stored;
   g.columns = static_cast<int>(half.z_columns);
-  g.aligned = in_packs<BFloat16>(half.z, half.z_columns, half.z_ld);
+  g.aligned = aligned(half.z_stored, half.z, half.z_columns, half.z_ld);
   g.q = reinterpret_cast<uint16_t*>(s.scratch + plan.q);
   g.scale = reinterpret_cast<float*>(s.scratch + plan.scale);
   g.sums = reinterpret_cast<float*>(s.scratch + plan.gather_sums);
@@ -65,7 +78,7 @@ GatherHalf gather_half(const Sketch& s, const Half& half, const HalfPlan& plan) 
   return g;
 }
 
-template <bool kFloat16, int kRank>
+template <bool kFloat16, int kRank, bool kFloat8>
 int sketch_of_rank(const Sketch& s, const SketchPlan& plan) {
   BasisArgs bases = {};
   ProjectArgs projected = {};
@@ -74,8 +87,8 @@ int sketch_of_rank(const Sketch& s, const SketchPlan& plan) {
   for (int h = 0; h < 2; ++h) {
     const Half& half = s.half[h];
     const HalfPlan& where = plan.half[h];
-    projected.half[h] = project_half(s, half, where);
-    gathered.half[h] = gather_half(s, half, where);
+    projected.half[h] = project_of(s, half, where);
+    gathered.half[h] = gather_of(s, half, where);
     bases.half[h] = {half.basis.data,
                      half.basis.row,
                      half.basis.column,
@@ -83,7 +96,8 @@ int sketch_of_rank(const Sketch& s, const SketchPlan& plan) {
                      where.k,
                      half.x_columns,
                      int64_t{where.steps} * project_columns(kRank),
-                     reinterpret_cast<uint16_t*>(s.scratch + where.basis)};
+                     reinterpret_cast<uint16_t*>(s.scratch + where.basis),
+                     half.x_stored != Stored::k16Bits};
     sums.half[h] = {gathered.half[h].sums, half.z_columns * kRank, kRank,  half.out,
                     half.out_ld,           half.z_columns,         where.k};
   }
@@ -106,36 +120,45 @@ int sketch_of_rank(const Sketch& s, const SketchPlan& plan) {
     gathered.accumulate = first > 0;
     for (int h = 0; h < 2; ++h) {
       const Half& half = s.half[h];
-      projected.half[h].x = static_cast<const uint16_t*>(half.x) + first * half.x_ld;
-      gathered.half[h].z = static_cast<const uint16_t*>(half.z) + first * half.z_ld;
+      projected.half[h].x = row_of(half.x, half.x_stored, first, half.x_ld);
+      gathered.half[h].z = row_of(half.z, half.z_stored, first, half.z_ld);
+      projected.token_scales = s.token_scales;
     }
+    for (int i = 0; i < 2; ++i)
+      if (s.token_scales.of[i] != nullptr)
+        projected.token_scales.of[i] += first * s.token_scales.stride[i];
     // A launch waits for the one before it only where it needs that: see the kernels. The first
     // reads the bases at once.
     const dim3 tiles(static_cast<unsigned>(divide_up(tokens, kProjectTokens)), plan.project_parts);
     const auto start = [&](auto... args) {
       return first == 0 ? launch(args...) : launch_early(args...);
     };
-    MOLEGRAD_TRY(start(project_kernel<kFloat16, kRank>, tiles, dim3(kSketchThreads),
+    // Where one of A and B is float8, its stages fit into those of the other, or of 16 bits.
+    MOLEGRAD_TRY(start(project_kernel<kFloat16, kRank, kFloat8>, tiles, dim3(kSketchThreads),
                        ProjectShape<kRank>::kBytes, s.stream, projected));
-    MOLEGRAD_TRY(launch_early(gather_kernel<kFloat16, kRank>, dim3(plan.gather_tiles, plan.splits),
-                              dim3(kSketchThreads), GatherShape<kRank>::kBytes, s.stream,
-                              gathered));
+    MOLEGRAD_TRY(launch_early(gather_kernel<kFloat16, kRank, kFloat8>,
+                              dim3(plan.gather_tiles, plan.splits), dim3(kSketchThreads),
+                              GatherShape<kRank>::kBytes, s.stream, gathered));
   }
   return add_sums<float>(sums, s.stream);
 }
 
-template <bool kFloat16>
+template <bool kFloat16, bool kFloat8>
 int sketch_of_dtype(const Sketch& s, const SketchPlan& plan) {
   switch (plan.rank) {
     case 16:
-      return sketch_of_rank<kFloat16, 16>(s, plan);
+      return sketch_of_rank<kFloat16, 16, kFloat8>(s, plan);
     case 32:
-      return sketch_of_rank<kFloat16, 32>(s, plan);
+      return sketch_of_rank<kFloat16, 32, kFloat8>(s, plan);
     case 64:
-      return sketch_of_rank<kFloat16, 64>(s, plan);
+      return sketch_of_rank<kFloat16, 64, kFloat8>(s, plan);
     default:
-      return sketch_of_rank<kFloat16, 128>(s, plan);
+      return sketch_of_rank<kFloat16, 128, kFloat8>(s, plan);
   }
+}
+
+Stored stored_as(int dtype) {
+  return dtype == 4 ? Stored::kE4M3 : dtype == 5 ? Stored::kE5M2 : Stored::k16Bits;
 }
 
 // fn(first column, columns of V, columns of U) for what one pass takes.
@@ -182,12 +205,31 @@ extern "C" int molegrad_sketch(int dtype, const void* a, int64_t lda, const void
                                int64_t ldy, float* w, int64_t ldw, int add, int64_t chunk,
                                int multiprocessors, int64_t shared_memory, void* scratch,
                                cudaStream_t stream) {
+  return molegrad_sketch_scaled(dtype, a, lda, nullptr, 0, dtype, b, ldb, nullptr, 0, tokens, n, m,
+                                v_dtype, v, v_row, v_column, kv, u_dtype, u, u_row, u_column, ku, y,
+                                ldy, w, ldw, add, chunk, multiprocessors, shared_memory, scratch,
+                                stream);
+}
+
+extern "C" int molegrad_sketch_scaled(int a_dtype, const void* a, int64_t lda, const float* a_scale,
+                                      int a_scale_stride, int b_dtype, const void* b, int64_t ldb,
+                                      const float* b_scale, int b_scale_stride, int64_t tokens,
+                                      int64_t n, int64_t m, int v_dtype, const void* v,
+                                      int64_t v_row, int64_t v_column, int64_t kv, int u_dtype,
+                                      const void* u, int64_t u_row, int64_t u_column, int64_t ku,
+                                      float* y, int64_t ldy, float* w, int64_t ldw, int add,
+                                      int64_t chunk, int multiprocessors, int64_t shared_memory,
+                                      void* scratch, cudaStream_t stream) {
+  const Stored of_a = stored_as(a_dtype), of_b = stored_as(b_dtype);
+  const bool float16 = a_dtype == 3 || b_dtype == 3;
+  const bool float8 = of_a != Stored::k16Bits || of_b != Stored::k16Bits;
   const Half halves[2] = {
-      {a, b, lda, ldb, n, m, {v_dtype, v, v_row, v_column, kv}, y, ldy},
-      {b, a, ldb, lda, m, n, {u_dtype, u, u_row, u_column, ku}, w, ldw},
+      {a, b, of_a, of_b, lda, ldb, n, m, {v_dtype, v, v_row, v_column, kv}, y, ldy},
+      {b, a, of_b, of_a, ldb, lda, m, n, {u_dtype, u, u_row, u_column, ku}, w, ldw},
   };
+  const TokenScales scales = {{a_scale, b_scale}, {a_scale_stride, b_scale_stride}};
   return for_passes(kv, ku, [&](int64_t first, int64_t now_v, int64_t now_u) {
-    Sketch s = {tokens, {halves[0], halves[1]}, add, static_cast<char*>(scratch), stream};
+    Sketch s = {tokens, {halves[0], halves[1]}, scales, add, static_cast<char*>(scratch), stream};
     const int64_t k[2] = {now_v, now_u};
     for (int h = 0; h < 2; ++h) {
       if (k[h] == 0) continue;
@@ -196,6 +238,8 @@ extern "C" int molegrad_sketch(int dtype, const void* a, int64_t lda, const void
     }
     const SketchPlan plan =
         plan_pass(tokens, n, m, now_v, now_u, chunk, multiprocessors, shared_memory);
-    return dtype == 3 ? sketch_of_dtype<true>(s, plan) : sketch_of_dtype<false>(s, plan);
+    if (float8)
+      return float16 ? sketch_of_dtype<true, true>(s, plan) : sketch_of_dtype<false, true>(s, plan);
+    return float16 ? sketch_of_dtype<true, false>(s, plan) : sketch_of_dtype<false, false>(s, plan);
   });
 }

@@ -18,6 +18,15 @@
 // Float16 has too few exponents for P and R: each 128 tokens of them have a power of two of their
 // own.
 //
+// A and B, or one of them, may be float8, half the bytes: 16-bit numbers hold all of theirs, which
+// they become between shared memory and the tensor cores (two words of four a lane and 16 x 16
+// numbers, ten instructions each in bfloat16, beside the eight mma of rank 32: tensor cores take
+// longer), and the scales, one for each token, are multiplied into the rows of P and R in float32.
+// So FP8 is what memory and L2 see: 52 MB and 26 MB, about 17 and 14 us; the products keep the
+// accuracy of 16 bits. cuBLASLt's FP8 contracts along rows only (TN) on compute capability 8.9, 9.0
+// and 12.x: Bᵀ P and Aᵀ R would need copies of A and B with tokens contiguous, 105 MB to read and
+// write, twice what reading A and B takes, and P and R in 8 bits with errors of 2^-4.
+//
 // Every sum has one owner and a fixed order: the parts of a row of P are added by the block that
 // comes last, those of Y and W by `add_parts_kernel`.
 #pragma once
@@ -31,8 +40,9 @@ constexpr int kSketchThreads = 256, kSketchWarps = 8;
 constexpr int kSkew = 8;  // numbers after each row of shared memory: rows start in other banks
 
 struct ProjectHalf {
-  const uint16_t* x;  // (tokens, columns)
-  int64_t ld;         // numbers from row to row
+  const void* x;  // (tokens, columns)
+  int64_t ld;     // numbers from row to row
+  Stored stored;
   int columns;
   int aligned;            // rows start at multiples of 16 bytes and hold whole 16 bytes
   const uint16_t* basis;  // (steps * project_columns, kPieces * rank)
@@ -43,15 +53,23 @@ struct ProjectHalf {
   int first_step, steps, first_part, parts;
 };
 
+// Of float8 A and B: factors of their rows, of all of them where the stride is 0.
+struct TokenScales {
+  const float* of[2];
+  int stride[2];
+};
+
 struct ProjectArgs {
   ProjectHalf half[2];
+  TokenScales token_scales;
   int64_t tokens;
   int steps_per_part;
 };
 
 struct GatherHalf {
-  const uint16_t* z;  // (tokens, columns)
+  const void* z;  // (tokens, columns)
   int64_t ld;
+  Stored stored;
   int columns;
   int aligned;
   const uint16_t* q;
@@ -69,28 +87,33 @@ struct GatherArgs {
 // ---- P = A V and R = B U
 // -------------------------------------------------------------------------
 
-template <int kRank>
+template <int kRank, Stored kStored = Stored::k16Bits>
 struct ProjectShape {
+  using Bits = typename StoredAs<kStored>::Bits;
   static constexpr int kColumns = project_columns(kRank), kStages = kRank <= 32   ? 3
                                                                     : kRank <= 64 ? 4
                                                                                   : 3;
-  static constexpr int kXRow = kColumns + kSkew, kBasisRow = kPieces * kRank + kSkew;
+  static constexpr int kPack = 16 / sizeof(Bits);  // numbers in 16 bytes
+  // Of 16-bit units, whatever is stored.
+  static constexpr int kXRow = kColumns * sizeof(Bits) / 2 + kSkew;
+  static constexpr int kBasisRow = kPieces * kRank + kSkew;
   static constexpr int kX = kProjectTokens * kXRow, kStage = kX + kColumns * kBasisRow;
   static constexpr int kBytes = kStages * kStage * 2;
 };
 
-template <int kRank>
+template <int kRank, Stored kStored>
 __device__ __forceinline__ void load_project(const ProjectHalf& half, uint16_t* stage,
                                              int64_t first_token, int64_t tokens, int step) {
-  using Shape = ProjectShape<kRank>;
-  constexpr int kOfX = Shape::kColumns / 8, kOfBasis = kPieces * kRank / 8;
+  using Shape = ProjectShape<kRank, kStored>;
+  constexpr int kOfX = Shape::kColumns / Shape::kPack, kOfBasis = kPieces * kRank / 8;
+  const auto* x = static_cast<const typename Shape::Bits*>(half.x);
 #pragma unroll
   for (int i = threadIdx.x; i < kProjectTokens * kOfX; i += kSketchThreads) {
-    const int row = i / kOfX, column = i % kOfX * 8;
+    const int row = i / kOfX, pack = i % kOfX;
     const bool valid = first_token + row < tokens;
-    load_eight(stage + row * Shape::kXRow + column,
-               half.x + (valid ? first_token + row : 0) * half.ld, step * Shape::kColumns + column,
-               half.columns, valid, half.aligned);
+    load_pack_of_row(
+        stage + row * Shape::kXRow + pack * 8, x + (valid ? first_token + row : 0) * half.ld,
+        step * Shape::kColumns + pack * Shape::kPack, half.columns, valid, half.aligned);
   }
   const uint16_t* basis = half.basis + int64_t{step} * Shape::kColumns * (kPieces * kRank);
 #pragma unroll
@@ -101,16 +124,26 @@ __device__ __forceinline__ void load_project(const ProjectHalf& half, uint16_t* 
   }
 }
 
-template <bool kFloat16, int kRank>
+template <bool kFloat16, int kRank, Stored kStored>
 __device__ __forceinline__ void project_step(float (&sum)[kRank / 8][4], const uint16_t* stage) {
-  using Shape = ProjectShape<kRank>;
+  using Shape = ProjectShape<kRank, kStored>;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const uint16_t* x = stage + (warp * 16 + lane % 16) * Shape::kXRow + lane / 16 * 8;
   const uint16_t* basis = stage + Shape::kX + lane % 16 * Shape::kBasisRow + lane / 16 * 8;
+  uint32_t words[4];  // of float8: rows 0 to 7 and 8 to 15 of 16 columns, then of the next 16
 #pragma unroll
   for (int c = 0; c < Shape::kColumns; c += 16) {
     uint32_t a[4];
-    load_matrices(a, x + c);
+    if constexpr (kStored == Stored::k16Bits) {
+      load_matrices(a, x + c);
+    } else {
+      if (c % 32 == 0) load_matrices(words, x + c / 2);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        a[i] = two_of<kFloat16, kStored, 0, 1>(words[c % 32 / 8 + i]);
+        a[i + 2] = two_of<kFloat16, kStored, 2, 3>(words[c % 32 / 8 + i]);
+      }
+    }
 #pragma unroll
     for (int piece = 0; piece < kPieces; ++piece)
 #pragma unroll
@@ -125,18 +158,19 @@ __device__ __forceinline__ void project_step(float (&sum)[kRank / 8][4], const u
 
 // The parts of these 128 tokens in their order, once all are there: true in the block that is last.
 template <int kRank>
-__device__ __forceinline__ bool add_to_parts(const ProjectHalf& half, float (&sum)[kRank / 8][4]) {
+__device__ __forceinline__ bool add_to_parts(const ProjectHalf& half, int token_tile, int part,
+                                             float (&sum)[kRank / 8][4]) {
   __shared__ int last;
   constexpr int kPart = kRank / 8 * kSketchThreads;
-  float4* tile = half.sums + int64_t{blockIdx.x} * half.parts * kPart;
-  float4* mine = tile + int64_t{blockIdx.y - half.first_part} * kPart + threadIdx.x;
+  float4* tile = half.sums + int64_t{token_tile} * half.parts * kPart;
+  float4* mine = tile + int64_t{part - half.first_part} * kPart + threadIdx.x;
 #pragma unroll
   for (int j = 0; j < kRank / 8; ++j)
     mine[j * kSketchThreads] = make_float4(sum[j][0], sum[j][1], sum[j][2], sum[j][3]);
   __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
-    unsigned* ticket = half.tickets + blockIdx.x;
+    unsigned* ticket = half.tickets + token_tile;
     last = atomicAdd(ticket, 1u) + 1 == static_cast<unsigned>(half.parts);
     if (last) *ticket = 0;
   }
@@ -146,8 +180,8 @@ __device__ __forceinline__ bool add_to_parts(const ProjectHalf& half, float (&su
 #pragma unroll
   for (int j = 0; j < kRank / 8; ++j) {
     sum[j][0] = sum[j][1] = sum[j][2] = sum[j][3] = 0;
-    for (int part = 0; part < half.parts; ++part) {
-      const float4 x = __ldcg(tile + int64_t{part} * kPart + j * kSketchThreads + threadIdx.x);
+    for (int p = 0; p < half.parts; ++p) {
+      const float4 x = __ldcg(tile + int64_t{p} * kPart + j * kSketchThreads + threadIdx.x);
       sum[j][0] += x.x;
       sum[j][1] += x.y;
       sum[j][2] += x.z;
@@ -177,17 +211,17 @@ __device__ __forceinline__ float tile_scale(const float (&sum)[kRank / 8][4]) {
 
 template <bool kFloat16, int kRank>
 __device__ __forceinline__ void store_projected(const ProjectHalf& half, int64_t tokens,
-                                                float (&sum)[kRank / 8][4]) {
+                                                int token_tile, float (&sum)[kRank / 8][4]) {
   float factor = 1;
   if constexpr (kFloat16) {
     const float scale = tile_scale<kRank>(sum);
-    if (threadIdx.x == 0) half.scale[blockIdx.x] = scale;
+    if (threadIdx.x == 0) half.scale[token_tile] = scale;
     factor = 1 / scale;
   }
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const int64_t token = int64_t{blockIdx.x} * kProjectTokens + warp * 16 + lane / 4 + i * 8;
+    const int64_t token = int64_t{token_tile} * kProjectTokens + warp * 16 + lane / 4 + i * 8;
     if (token >= tokens) continue;
     uint16_t* row = half.q + token * (kPieces * kRank) + lane % 4 * 2;
 #pragma unroll
@@ -197,72 +231,118 @@ __device__ __forceinline__ void store_projected(const ProjectHalf& half, int64_t
   }
 }
 
+// Rows of P or R times the scales of their tokens.
+template <int kRank>
+__device__ __forceinline__ void scale_tokens(const TokenScales& scales, int64_t tokens,
+                                             int token_tile, float (&sum)[kRank / 8][4]) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int64_t token = int64_t{token_tile} * kProjectTokens + warp * 16 + lane / 4 + i * 8;
+    float factor = 1;
+    for (int s = 0; s < 2; ++s)
+      if (scales.of[s] != nullptr && token < tokens)
+        factor *= __ldg(scales.of[s] + token * scales.stride[s]);
+#pragma unroll
+    for (int j = 0; j < kRank / 8; ++j) {
+      sum[j][2 * i] *= factor;
+      sum[j][2 * i + 1] *= factor;
+    }
+  }
+}
+
+// `steps` from `first` on of one half, which are its part `part`, for 128 tokens.
+template <bool kFloat16, int kRank, Stored kStored, bool kScaled>
+__device__ __forceinline__ void project_half(const ProjectHalf& half, const TokenScales& scales,
+                                             int64_t tokens, int token_tile, int part, int first,
+                                             int steps, uint16_t* stages) {
+  using Shape = ProjectShape<kRank, kStored>;
+  const int64_t first_token = int64_t{token_tile} * kProjectTokens;
+  const auto load = [&](int i) {
+    if (i < steps)
+      load_project<kRank, kStored>(half, stages + i % Shape::kStages * Shape::kStage, first_token,
+                                   tokens, first + i);
+    copies_commit();
+  };
+  float sum[kRank / 8][4] = {};
+  for (int i = 0; i < Shape::kStages - 1; ++i) load(i);
+  for (int i = 0; i < steps; ++i) {
+    copies_wait<Shape::kStages - 2>();
+    __syncthreads();
+    load(i + Shape::kStages - 1);
+    project_step<kFloat16, kRank, kStored>(sum, stages + i % Shape::kStages * Shape::kStage);
+  }
+  copies_wait<0>();
+  __syncthreads();  // the next half loads into what others may still read
+  wait_for_launch_before();
+  let_next_launch_start();
+  if (half.parts > 1 && !add_to_parts<kRank>(half, token_tile, part, sum)) return;
+  if constexpr (kScaled) scale_tokens<kRank>(scales, tokens, token_tile, sum);
+  store_projected<kFloat16, kRank>(half, tokens, token_tile, sum);
+}
+
 // blockIdx.x: 128 tokens; blockIdx.y: a range of the steps over the columns of A and then of B.
-template <bool kFloat16, int kRank>
-__global__ void __launch_bounds__(kSketchThreads) project_kernel(ProjectArgs args) {
-  using Shape = ProjectShape<kRank>;
+template <bool kFloat16, int kRank, bool kFloat8>
+__global__ void __launch_bounds__(kSketchThreads, kRank <= 64 ? 2 : 1)
+    project_kernel(ProjectArgs args) {
   MOLEGRAD_SHARED(memory);
   uint16_t* stages = reinterpret_cast<uint16_t*>(memory);
-  const int64_t first_token = int64_t{blockIdx.x} * kProjectTokens;
   const int begin = blockIdx.y * args.steps_per_part, end = begin + args.steps_per_part;
   for (int h = 0; h < 2; ++h) {
     const ProjectHalf& half = args.half[h];
     const int first = begin > half.first_step ? begin - half.first_step : 0;
     const int past = end - half.first_step < half.steps ? end - half.first_step : half.steps;
-    const int count = past - first;
-    if (count <= 0) continue;
-    const auto load = [&](int i) {
-      if (i < count)
-        load_project<kRank>(half, stages + i % Shape::kStages * Shape::kStage, first_token,
-                            args.tokens, first + i);
-      copies_commit();
-    };
-    float sum[kRank / 8][4] = {};
-    for (int i = 0; i < Shape::kStages - 1; ++i) load(i);
-    for (int i = 0; i < count; ++i) {
-      copies_wait<Shape::kStages - 2>();
-      __syncthreads();
-      load(i + Shape::kStages - 1);
-      project_step<kFloat16, kRank>(sum, stages + i % Shape::kStages * Shape::kStage);
+    const int steps = past - first;
+    if (steps <= 0) continue;
+    const TokenScales& scales = args.token_scales;
+    const int tile = blockIdx.x, part = blockIdx.y;
+    if (!kFloat8 || half.stored == Stored::k16Bits)
+      project_half<kFloat16, kRank, Stored::k16Bits, kFloat8>(half, scales, args.tokens, tile, part,
+                                                              first, steps, stages);
+    else if constexpr (kFloat8) {
+      if (half.stored == Stored::kE4M3)
+        project_half<kFloat16, kRank, Stored::kE4M3, true>(half, scales, args.tokens, tile, part,
+                                                           first, steps, stages);
+      else
+        project_half<kFloat16, kRank, Stored::kE5M2, true>(half, scales, args.tokens, tile, part,
+                                                           first, steps, stages);
     }
-    copies_wait<0>();
-    __syncthreads();  // the next half loads into what others may still read
-    wait_for_launch_before();
-    let_next_launch_start();
-    if (half.parts > 1 && !add_to_parts<kRank>(half, sum)) continue;
-    store_projected<kFloat16, kRank>(half, args.tokens, sum);
   }
 }
 
 // ---- Bᵀ P and Aᵀ R ------------------------------------------------------------------------------
 
-template <int kRank>
+template <int kRank, Stored kStored = Stored::k16Bits>
 struct GatherShape {
-  static constexpr int kStages = kRank <= 32 ? 4 : 3;
-  static constexpr int kZRow = kGatherColumns + kSkew, kQRow = kPieces * kRank + kSkew;
+  using Bits = typename StoredAs<kStored>::Bits;
+  static constexpr int kStages = kRank <= 32 ? 4 : 3, kPack = 16 / sizeof(Bits);
+  // Of 16-bit units, whatever is stored.
+  static constexpr int kZRow = kGatherColumns * sizeof(Bits) / 2 + kSkew;
+  static constexpr int kQRow = kPieces * kRank + kSkew;
   static constexpr int kZ = kGatherTokens * kZRow, kStage = kZ + kGatherTokens * kQRow;
   static constexpr int kBytes = kStages * kStage * 2;
 };
 
-template <int kRank>
+template <int kRank, Stored kStored>
 __device__ __forceinline__ void load_z(const GatherHalf& half, uint16_t* stage, int tile,
                                        int64_t first_token, int64_t tokens) {
-  using Shape = GatherShape<kRank>;
-  constexpr int kOfZ = kGatherColumns / 8;
+  using Shape = GatherShape<kRank, kStored>;
+  constexpr int kOfZ = kGatherColumns / Shape::kPack;
+  const auto* z = static_cast<const typename Shape::Bits*>(half.z);
 #pragma unroll
   for (int i = threadIdx.x; i < kGatherTokens * kOfZ; i += kSketchThreads) {
-    const int row = i / kOfZ, column = i % kOfZ * 8;
+    const int row = i / kOfZ, pack = i % kOfZ;
     const bool valid = first_token + row < tokens;
-    load_eight(stage + row * Shape::kZRow + column,
-               half.z + (valid ? first_token + row : 0) * half.ld, tile * kGatherColumns + column,
-               half.columns, valid, half.aligned);
+    load_pack_of_row(
+        stage + row * Shape::kZRow + pack * 8, z + (valid ? first_token + row : 0) * half.ld,
+        tile * kGatherColumns + pack * Shape::kPack, half.columns, valid, half.aligned);
   }
 }
 
-template <int kRank>
+template <int kRank, Stored kStored>
 __device__ __forceinline__ void load_q(const GatherHalf& half, uint16_t* stage, int64_t first_token,
                                        int64_t tokens) {
-  using Shape = GatherShape<kRank>;
+  using Shape = GatherShape<kRank, kStored>;
   constexpr int kOfQ = kPieces * kRank / 8;
 #pragma unroll
   for (int i = threadIdx.x; i < kGatherTokens * kOfQ; i += kSketchThreads) {
@@ -273,19 +353,31 @@ __device__ __forceinline__ void load_q(const GatherHalf& half, uint16_t* stage, 
   }
 }
 
-// A warp has 32 of the tile's columns.
-template <bool kFloat16, int kRank>
+// A warp has 32 of the tile's columns. Of float8 a lane gets words of two columns and two tokens:
+// even columns are rows 0 to 7 of a product, odd ones 8 to 15.
+template <bool kFloat16, int kRank, Stored kStored>
 __device__ __forceinline__ void gather_step(float (&sum)[2][kRank / 8][4], const uint16_t* stage) {
-  using Shape = GatherShape<kRank>;
+  using Shape = GatherShape<kRank, kStored>;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const uint16_t* z =
-      stage + (lane / 16 * 8 + lane % 8) * Shape::kZRow + warp * 32 + lane / 8 % 2 * 8;
+  const uint16_t* z = stage + (lane / 16 * 8 + lane % 8) * Shape::kZRow +
+                      warp * 32 * static_cast<int>(sizeof(typename Shape::Bits)) / 2 +
+                      lane / 8 % 2 * 8;
   const uint16_t* q = stage + Shape::kZ + lane % 16 * Shape::kQRow + lane / 16 * 8;
 #pragma unroll
   for (int t = 0; t < kGatherTokens; t += 16) {
     uint32_t a[2][4];
-    load_matrices_transposed(a[0], z + t * Shape::kZRow);
-    load_matrices_transposed(a[1], z + t * Shape::kZRow + 16);
+    if constexpr (kStored == Stored::k16Bits) {
+      load_matrices_transposed(a[0], z + t * Shape::kZRow);
+      load_matrices_transposed(a[1], z + t * Shape::kZRow + 16);
+    } else {
+      uint32_t words[4];  // tokens 0 to 7 of 16 columns and of the next 16, then tokens 8 to 15
+      load_matrices_transposed(words, z + t * Shape::kZRow);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        a[i % 2][i / 2 * 2] = two_of<kFloat16, kStored, 0, 2>(words[i]);
+        a[i % 2][i / 2 * 2 + 1] = two_of<kFloat16, kStored, 1, 3>(words[i]);
+      }
+    }
 #pragma unroll
     for (int j = 0; j < kPieces * kRank; j += 16) {
       uint32_t b[4];
@@ -300,15 +392,17 @@ __device__ __forceinline__ void gather_step(float (&sum)[2][kRank / 8][4], const
 }
 
 // fn(float2 in memory, the two numbers of the sum that belong there) for every such pair.
-template <int kRank, typename F>
-__device__ __forceinline__ void for_sums(const GatherHalf& half, int tile,
+template <int kRank, Stored kStored, typename F>
+__device__ __forceinline__ void for_sums(const GatherHalf& half, int tile, int split,
                                          float (&sum)[2][kRank / 8][4], const F& fn) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const int column = tile * kGatherColumns + warp * 32 + i * 8 + lane / 4;
+    const int in_warp =
+        kStored == Stored::k16Bits ? i * 8 + lane / 4 : i / 2 * 16 + lane / 4 * 2 + i % 2;
+    const int column = tile * kGatherColumns + warp * 32 + in_warp;
     if (column >= half.columns) continue;
-    float* row = half.sums + (int64_t{blockIdx.y} * half.columns + column) * kRank + lane % 4 * 2;
+    float* row = half.sums + (int64_t{split} * half.columns + column) * kRank + lane % 4 * 2;
 #pragma unroll
     for (int j = 0; j < kRank / 8; ++j)
       fn(reinterpret_cast<float2*>(row + j * 8), sum[i / 2][j][i % 2 * 2],
@@ -316,28 +410,24 @@ __device__ __forceinline__ void for_sums(const GatherHalf& half, int tile,
   }
 }
 
-// blockIdx.x: 256 columns of B or A; blockIdx.y: a range of tokens, last ones first, because these
-// are the likelier to be in L2 still.
-template <bool kFloat16, int kRank>
-__global__ void __launch_bounds__(kSketchThreads) gather_kernel(GatherArgs args) {
-  using Shape = GatherShape<kRank>;
-  MOLEGRAD_SHARED(memory);
-  uint16_t* stages = reinterpret_cast<uint16_t*>(memory);
-  const int h = static_cast<int>(blockIdx.x) >= args.half[1].first_tile && args.half[1].tiles > 0;
-  const GatherHalf& half = args.half[h];
-  const int tile = blockIdx.x - half.first_tile;
-  const int64_t begin = blockIdx.y * args.tokens_per_split;
-  const int64_t end =
-      begin + args.tokens_per_split < args.tokens ? begin + args.tokens_per_split : args.tokens;
+// 256 columns of B or A and a range of tokens, last ones first, because these are the likelier to
+// be in L2 still; `accumulate` to the sums of the chunks before.
+template <bool kFloat16, int kRank, Stored kStored>
+__device__ __forceinline__ void gather_half(const GatherHalf& half, int tile, int split,
+                                            int64_t tokens, int64_t tokens_per_split,
+                                            int accumulate, uint16_t* stages) {
+  using Shape = GatherShape<kRank, kStored>;
+  const int64_t begin = split * tokens_per_split;
+  const int64_t end = begin + tokens_per_split < tokens ? begin + tokens_per_split : tokens;
   const int count =
       end > begin ? static_cast<int>((end - begin + kGatherTokens - 1) / kGatherTokens) : 0;
   const auto first_token = [&](int i) { return begin + int64_t{count - 1 - i} * kGatherTokens; };
   const auto stage = [&](int i) { return stages + i % Shape::kStages * Shape::kStage; };
   const auto load_wide = [&](int i) {
-    if (i < count) load_z<kRank>(half, stage(i), tile, first_token(i), end);
+    if (i < count) load_z<kRank, kStored>(half, stage(i), tile, first_token(i), end);
   };
   const auto load_narrow = [&](int i) {
-    if (i < count) load_q<kRank>(half, stage(i), first_token(i), end);
+    if (i < count) load_q<kRank, kStored>(half, stage(i), first_token(i), end);
     copies_commit();
   };
   // A and B are there before P and R are.
@@ -348,8 +438,8 @@ __global__ void __launch_bounds__(kSketchThreads) gather_kernel(GatherArgs args)
 
   float sum[2][kRank / 8][4] = {};
   float scale = 1;  // of the sums, float16 only
-  if (args.accumulate != 0)
-    for_sums<kRank>(half, tile, sum, [](const float2* p, float& x, float& y) {
+  if (accumulate != 0)
+    for_sums<kRank, kStored>(half, tile, split, sum, [](const float2* p, float& x, float& y) {
       const float2 before = __ldcg(p);
       x = before.x;
       y = before.y;
@@ -371,11 +461,34 @@ __global__ void __launch_bounds__(kSketchThreads) gather_kernel(GatherArgs args)
     load_wide(i + Shape::kStages - 1);
     load_narrow(i + Shape::kStages - 1);
     if constexpr (kFloat16) rescale(__ldcg(half.scale + first_token(i) / kProjectTokens));
-    gather_step<kFloat16, kRank>(sum, stage(i));
+    gather_step<kFloat16, kRank, kStored>(sum, stage(i));
   }
   copies_wait<0>();
   if constexpr (kFloat16) rescale(1);
-  for_sums<kRank>(half, tile, sum, [](float2* p, float x, float y) { *p = make_float2(x, y); });
+  for_sums<kRank, kStored>(half, tile, split, sum,
+                           [](float2* p, float x, float y) { *p = make_float2(x, y); });
+}
+
+// blockIdx.x: 256 columns of B or A; blockIdx.y: a range of tokens.
+template <bool kFloat16, int kRank, bool kFloat8>
+__global__ void __launch_bounds__(kSketchThreads, kRank <= (kFloat16 && kFloat8 ? 32 : 64) ? 2 : 1)
+    gather_kernel(GatherArgs args) {
+  MOLEGRAD_SHARED(memory);
+  uint16_t* stages = reinterpret_cast<uint16_t*>(memory);
+  const int h = static_cast<int>(blockIdx.x) >= args.half[1].first_tile && args.half[1].tiles > 0;
+  const GatherHalf& half = args.half[h];
+  const int tile = blockIdx.x - half.first_tile, split = blockIdx.y;
+  if (!kFloat8 || half.stored == Stored::k16Bits)
+    gather_half<kFloat16, kRank, Stored::k16Bits>(half, tile, split, args.tokens,
+                                                  args.tokens_per_split, args.accumulate, stages);
+  else if constexpr (kFloat8) {
+    if (half.stored == Stored::kE4M3)
+      gather_half<kFloat16, kRank, Stored::kE4M3>(half, tile, split, args.tokens,
+                                                  args.tokens_per_split, args.accumulate, stages);
+    else
+      gather_half<kFloat16, kRank, Stored::kE5M2>(half, tile, split, args.tokens,
+                                                  args.tokens_per_split, args.accumulate, stages);
+  }
 }
 
 }  // namespace molegrad::cuda

@@ -1,5 +1,5 @@
-// The products of a sketch on the GPU, Y = Bᵀ(A V) and W = Aᵀ(B U), for A and B in 16 bits; see
-// products.h for wider ones.
+// The products of a sketch on the GPU, Y = Bᵀ(A V) and W = Aᵀ(B U), for A and B in 16 bits or in
+// float8; see products.h for wider ones.
 #pragma once
 
 #include <cstdint>
@@ -25,4 +25,16 @@ int molegrad_sketch(int dtype, const void* a, int64_t lda, const void* b, int64_
                     int64_t u_column, int64_t ku, float* y, int64_t ldy, float* w, int64_t ldw,
                     int add, int64_t chunk, int multiprocessors, int64_t shared_memory,
                     void* scratch, cudaStream_t stream);
+
+// The same where A, B or both are float8 (dtypes 4, e4m3fn, and 5, e5m2), the other in 16 bits;
+// products of 16-bit numbers, float16 where one of the two is. a_scale and b_scale: factors of the
+// rows of A and B, one for each token (stride 1) or for all (stride 0), or null.
+int molegrad_sketch_scaled(int a_dtype, const void* a, int64_t lda, const float* a_scale,
+                           int a_scale_stride, int b_dtype, const void* b, int64_t ldb,
+                           const float* b_scale, int b_scale_stride, int64_t tokens, int64_t n,
+                           int64_t m, int v_dtype, const void* v, int64_t v_row, int64_t v_column,
+                           int64_t kv, int u_dtype, const void* u, int64_t u_row, int64_t u_column,
+                           int64_t ku, float* y, int64_t ldy, float* w, int64_t ldw, int add,
+                           int64_t chunk, int multiprocessors, int64_t shared_memory, void* scratch,
+                           cudaStream_t stream);
 }

@@ -63,6 +63,8 @@ inline int dtype_code(ScalarType dtype) {
       return 3;
     case ScalarType::Float8_e4m3fn:
       return 4;
+    case ScalarType::Float8_e5m2:
+      return 5;
     default:
       return 0;
   }

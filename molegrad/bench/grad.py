@@ -48,9 +48,12 @@ SMALL_OPS = (
     "lowrank_update_many_",
     "rademacher",
     "quantize_rows",
+    "quantize_tensor",
     "add_quantized_",
+    "sketch_accumulate_many_",
 )
-MANY = 12  # weights that `lowrank_update_many_` takes at once
+MANY = 12  # layers that `lowrank_update_many_` and `sketch_accumulate_many_` take at once
+MANY_TOKENS = 256  # of each of them
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
 DEFAULTS = {
     "cpu": {"shapes": "768x3072,1280x5120", "tokens": "8192", "ranks": "32,128",
@@ -162,11 +165,13 @@ def bench_small(
         ),
         "rademacher": (m, k, torch.zeros((), dtype=torch.int64, device=device)),
         "quantize_rows": (weight,),
+        "quantize_tensor": (weight,),
         "add_quantized_": (
             torch.zeros(m, n, dtype=torch.int8, device=device),
             torch.ones(m, 1, device=device),
             weight,
         ),
+        "sketch_accumulate_many_": _many_layers(u, v),
     }
     rows = []
     for name in SMALL_OPS:
@@ -175,6 +180,8 @@ def bench_small(
         variants = {"reference": getattr(reference, name)}
         if has_native(name, device):
             variants["native"] = getattr(ops, name)
+            if name == "sketch_accumulate_many_":
+                variants["one by one"] = _one_by_one
         runs = {how: lambda f=f, x=arguments[name]: f(*x) for how, f in variants.items()}
         timed = time_interleaved(runs, repeats, device, limit / len(SMALL_OPS))
         for how in variants:
@@ -184,6 +191,24 @@ def bench_small(
             row = {"n": n, "m": m, "k": k, "op": name, "how": "native"}
             rows.append(row | {"note": "not built"})
     return rows
+
+
+def _many_layers(u: torch.Tensor, v: torch.Tensor) -> tuple[list[torch.Tensor], ...]:
+    """Arguments of `sketch_accumulate_many_` for MANY layers with MANY_TOKENS tokens each, in
+    bfloat16 on a GPU, where the dtype decides which layers share launches."""
+    dtype = torch.bfloat16 if u.is_cuda else torch.float32
+
+    def inputs(basis: torch.Tensor) -> list[torch.Tensor]:
+        rows = torch.randn(MANY, MANY_TOKENS, basis.shape[0], device=u.device).to(dtype)
+        return list(rows.unbind())
+
+    sums = ([torch.zeros_like(basis) for _ in range(MANY)] for basis in (u, v))
+    return (*sums, inputs(v), inputs(u), [u] * MANY, [v] * MANY)
+
+
+def _one_by_one(*lists: list[torch.Tensor]) -> None:
+    for layer in zip(*lists, strict=True):
+        ops.sketch_accumulate_(*layer)
 
 
 @torch.no_grad()

@@ -40,7 +40,10 @@ class TrainFlags(HealthFields, StreamingFields):
     weight_dtype: Literal["auto", "float32", "bfloat16"] = flag(
         "auto", "dtype of the weights; auto is float32, with a bfloat16 embedding under bfloat16"
     )
-    compile: bool | None = flag(None, "torch.compile the model; None compiles on CUDA only")
+    compile: bool | None = flag(
+        None,
+        "torch.compile the model; None compiles on CUDA, but not with streaming_group_mib",
+    )
     seed: int = flag(0, "seed of the start weights and of the data order")
     threads: int = flag(0, "CPU threads of torch; 0 leaves torch's choice")
     dashboards: str = flag(
@@ -150,6 +153,11 @@ class TrainFlags(HealthFields, StreamingFields):
         parse_actions(self.health)
         self.health_thresholds()
         streaming = self.streaming_config()
+        if streaming is not None and streaming.group_mib and self.compile:
+            raise ValueError(
+                f"streaming_group_mib={streaming.group_mib} is not for compiled models: give "
+                "compile=False, or leave it at 0"
+            )
         if streaming is not None and streaming.gradient_mode == "momentum":
             for name, wanted in (("optimizer", "muon"), ("grad_clip", 0.0)):
                 if getattr(self, name) != wanted:
@@ -210,9 +218,15 @@ def resolve(config, device: torch.device, world_size: int = 1):
         values["dtype"] = "bfloat16" if gpu else "float32"
     if config.weight_dtype == "auto":
         values["weight_dtype"] = "float32"
-    if config.compile is None:
-        values["compile"] = gpu
     streaming = config.streaming_config()
+    grouped = streaming is not None and streaming.group_mib > 0
+    if grouped and world_size > 1:
+        raise ValueError(
+            f"streaming_group_mib={streaming.group_mib} is not for data parallelism, got "
+            f"{world_size} processes: leave it at 0"
+        )
+    if config.compile is None:
+        values["compile"] = gpu and not grouped
     if streaming is not None:
         values["streaming_method"] = streaming.method
         values["streaming_rank_k"] = streaming.rank_k

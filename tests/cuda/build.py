@@ -29,6 +29,7 @@ CODES = {  # DType of csrc/cuda
     torch.bfloat16: 2,
     torch.float16: 3,
     torch.float8_e4m3fn: 4,
+    torch.float8_e5m2: 5,
 }
 
 

@@ -78,6 +78,13 @@ inline float __fmul_rn(float x, float y) { return x * y; }
 inline float __fdiv_rn(float x, float y) { return x / y; }
 inline float __fsqrt_rn(float x) { return std::sqrt(x); }
 inline int __float2int_rn(float x) { return std::isnan(x) ? 0 : static_cast<int>(std::rint(x)); }
+inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
+  const uint64_t bytes = x | static_cast<uint64_t>(y) << 32;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i)
+    result |= static_cast<uint32_t>(bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+  return result;
+}
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline double rsqrt(double x) { return 1.0 / std::sqrt(x); }
 template <typename T>
@@ -176,6 +183,7 @@ inline uint32_t e4m3_to_f16(uint16_t x) {
   };
   return pack_f16(one(static_cast<uint8_t>(x)), one(static_cast<uint8_t>(x >> 8)));
 }
+inline uint32_t e5m2_to_f16(uint16_t x) { return __byte_perm(x, 0, 0x1404); }
 
 inline uint32_t to_tf32(float x) {  // ties away from zero
   const uint32_t bits = to_bits(x);
@@ -339,6 +347,7 @@ inline void store_to_block(uint32_t* shared, int rank, uint32_t x) {
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch_clusters(int size, void (*kernel)(Parameters...), dim3 grid, dim3 block,
                             size_t shared, cudaStream_t, Arguments... args) {
+  ++*emulation::emulation_launches();
   if (shared > emulation::kShared - 1024) emulation::fail("more shared memory than a GPU has");
   if (size < 1 || size > emulation::kMostBlocks || grid.x % size != 0)
     emulation::fail("clusters of this size do not divide the grid");

@@ -72,6 +72,12 @@ namespace emulation {
 constexpr int kLanes = 32;
 constexpr size_t kStack = 256 << 10, kShared = 228 << 10;
 
+// Launches so far, for tests that count them.
+extern "C" __attribute__((used, visibility("default"))) inline int64_t* emulation_launches() {
+  static int64_t count = 0;
+  return &count;
+}
+
 [[noreturn]] inline void fail(const char* what) {
   std::fprintf(stderr, "emulation: %s\n", what);
   std::abort();

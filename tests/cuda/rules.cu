@@ -1,7 +1,9 @@
-// The rules of csrc/cuda/sketch_plan.h and product_paths.h, for test_rules.py.
+// The rules of csrc/cuda/*_plan.h and *_paths.h, for test_rules.py.
 #include <thread>
 #include <vector>
 
+#include "cuda/grouped_paths.h"
+#include "cuda/grouped_plan.h"
 #include "cuda/product_paths.h"
 #include "cuda/sketch_plan.h"
 
@@ -97,4 +99,53 @@ extern "C" int64_t rule_memory(int threads, int things) {
   for (const auto& mine : seen)
     if (mine != seen[0]) return -1;
   return static_cast<int64_t>(memory.size());
+}
+
+extern "C" int64_t rule_takes_group(int wanted, int sketch, int dtype, int64_t rank, int64_t bytes,
+                                    int64_t chunk) {
+  return takes_group(static_cast<GroupedPath>(wanted), static_cast<SketchPath>(sketch), dtype, rank,
+                     bytes, chunk);
+}
+extern "C" int64_t rule_parse_grouped(int which) {
+  const char* texts[] = {nullptr, "", "auto", "together", "single", "one"};
+  const auto path = parse_grouped_path(texts[which]);
+  return path.has_value() ? static_cast<int64_t>(*path) : -1;
+}
+
+// The plan of layers with sizes (tokens, n, m, kv, ku), as numbers: for the group, for every chunk
+// and for every piece of it.
+extern "C" int64_t rule_grouped_plan(const int64_t* sizes, int count, int64_t limit,
+                                     int multiprocessors, int64_t* out) {
+  std::vector<GroupedLayer> layers(count);
+  int64_t rank = 0;
+  for (int i = 0; i < count; ++i) {
+    layers[i].tokens = sizes[5 * i];
+    layers[i].n = sizes[5 * i + 1];
+    layers[i].m = sizes[5 * i + 2];
+    layers[i].kv = sizes[5 * i + 3];
+    layers[i].ku = sizes[5 * i + 4];
+    rank = larger(rank, larger(layers[i].kv, layers[i].ku));
+  }
+  const Processors processors = processors_for(multiprocessors, 228 << 10, padded_rank(rank));
+  const GroupedPlan plan = plan_grouped(layers.data(), count, padded_rank(rank), limit, processors);
+  int64_t i = 0;
+  for (int64_t x : {int64_t{plan.rank}, int64_t{plan.chunks}, int64_t{plan.steps_per_part},
+                    plan.tokens_per_split, int64_t{plan.ticket_count}, plan.bases_end, plan.bytes})
+    out[i++] = x;
+  GroupedChunk chunk;
+  for (GroupedCursor cursor(layers.data(), count, limit); cursor.next(chunk);) {
+    lay_out(plan, layers.data(), chunk);
+    for (int64_t x : {int64_t{chunk.pieces}, chunk.tiles, int64_t{chunk.project_blocks},
+                      int64_t{chunk.gather_blocks}, chunk.q, chunk.scale, chunk.end})
+      out[i++] = x;
+    for (int p = 0; p < chunk.pieces; ++p) {
+      const GroupedPiece& piece = chunk.piece[p];
+      for (int64_t x :
+           {int64_t{piece.layer}, piece.first, piece.tokens, piece.first_tile, piece.tiles,
+            int64_t{piece.first_project}, int64_t{piece.first_gather}, piece.project_sums[0],
+            piece.project_sums[1], piece.gather_sums[0], piece.gather_sums[1]})
+        out[i++] = x;
+    }
+  }
+  return i;
 }

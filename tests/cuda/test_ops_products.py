@@ -15,6 +15,7 @@ import torch
 from tests.cuda import build
 
 SOURCES = ["ops_products.cpp", "sketch.cu", "sketch_fused.cu", "products.cu", "estimate.cu"]
+SOURCES += ["quantized.cu"]
 
 _CHECK = """
 import sys

@@ -19,11 +19,19 @@ def rows_of_every_kind(t, n, dtype):
     return x.to(dtype)
 
 
-def quantize(library, x):
+def quantize(library, x, e5m2=False):
     data = torch.zeros(x.shape, dtype=torch.uint8)
     scale = torch.zeros(x.shape[0])
-    library.molegrad_quantize_rows(x.dtype, x, *x.shape, x.stride(0), data, scale)
-    return data.view(torch.float8_e4m3fn), scale
+    library.molegrad_quantize_rows(x.dtype, x, *x.shape, x.stride(0), int(e5m2), data, scale)
+    return data.view(reference.float8_dtype(e5m2)), scale
+
+
+def saturated(ratio, e5m2):
+    """Numbers beyond the largest, which only a row that is not finite has, are the largest here;
+    in torch they are NaN or infinite."""
+    dtype = reference.float8_dtype(e5m2)
+    largest = torch.finfo(dtype).max
+    return ratio.clamp(-largest, largest).to(dtype)
 
 
 def same(data, expected):  # -0 is not 0 here, but one NaN is as good as another
@@ -35,34 +43,76 @@ def same(data, expected):  # -0 is not 0 here, but one NaN is as good as another
 @pytest.mark.parametrize(
     "t, n", [(1, 1), (11, 3), (9, 64), (12, 257), (3, 2056), (2, 2504), (1, 16640), (1, 16645)]
 )
-def test_float8_rows_bit_for_bit(emulated, t, n, dtype):
+@pytest.mark.parametrize("e5m2", [False, True])
+def test_float8_rows_bit_for_bit(emulated, t, n, dtype, e5m2):
     x = rows_of_every_kind(t, n, dtype)
-    expected_scale = reference.quantize_rows(x)[1]
-    # Numbers beyond the largest, which only a row that is not finite has, are the largest here; in
-    # some versions of torch they are NaN.
-    ratio = x.float() / expected_scale[:, None]
-    expected = ratio.clamp(-448, 448).to(torch.float8_e4m3fn)
+    expected_scale = reference.quantize_rows(x, e5m2)[1]
+    expected = saturated(x.float() / expected_scale[:, None], e5m2)
     wide = torch.zeros(t, n + 9, dtype=dtype)
     apart, shifted = wide[:, :n], wide[:, 1 : n + 1]
     for view in (x, apart, shifted):
         view.copy_(x)
-        data, scale = quantize(emulated("quantized"), view)
+        data, scale = quantize(emulated("quantized"), view, e5m2)
         assert torch.equal(scale, expected_scale)
         assert same(data, expected)
     if n > 3000:
         return
     apart = torch.zeros(t, n // 16 * 16 + 32, dtype=dtype)[:, :n]  # whole packs, rows apart
     apart.copy_(x)
-    assert same(quantize(emulated("quantized"), apart)[0], expected)
+    assert same(quantize(emulated("quantized"), apart, e5m2)[0], expected)
 
 
-def test_float8_rows_round_every_magnitude_as_torch_does(emulated):
+@pytest.mark.parametrize("e5m2", [False, True])
+def test_float8_rows_round_every_magnitude_as_torch_does(emulated, e5m2):
+    dtype = reference.float8_dtype(e5m2)
+    largest = torch.finfo(dtype).max
     bits = torch.arange(0, 2**31, 49999, dtype=torch.int64).to(torch.int32)
     x = bits.view(F32)
-    x = x[x <= 448]
-    x = torch.cat([x, -x, torch.tensor([448.0])])[None]  # the largest is 448: the scale is 1
-    data, scale = quantize(emulated("quantized"), x)
-    assert scale.item() == 1 and same(data, x.to(torch.float8_e4m3fn))
+    x = x[x <= largest]
+    x = torch.cat([x, -x, torch.tensor([largest])])[None]  # the scale is 1
+    data, scale = quantize(emulated("quantized"), x, e5m2)
+    assert scale.item() == 1 and same(data, x.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [F32, F64, BF16, F16])
+@pytest.mark.parametrize("e5m2", [False, True])
+@pytest.mark.parametrize("t, n", [(1, 1), (11, 3), (9, 64), (12, 257), (0, 5)])
+def test_float8_of_a_whole_tensor_bit_for_bit(emulated, t, n, dtype, e5m2):
+    finite = randn(t, n) * (3 * randn(t, n, seed=1)).exp()
+    for factor, bad in ((1.0, None), (0.0, None), (1e-40, None), (1.0, torch.nan), (1, torch.inf)):
+        x = (factor * finite).to(dtype)
+        if bad is not None and t > 0:
+            x[t // 2, n // 2] = bad
+        expected_scale = reference.quantize_tensor(x, e5m2)[1]
+        expected = saturated(x.float() / expected_scale, e5m2)
+        wide = torch.zeros(t, n + 9, dtype=dtype)
+        packed = torch.zeros(t, n // 16 * 16 + 32, dtype=dtype)
+        for view in (x, wide[:, :n], wide[:, 1 : n + 1], packed[:, :n]):
+            view.copy_(x)
+            data = torch.zeros(x.shape, dtype=torch.uint8)
+            scale, scratch = torch.zeros(()), torch.full((4,), 255, dtype=torch.uint8)
+            emulated("quantized").molegrad_quantize_tensor(
+                dtype, view, t, n, view.stride(0), int(e5m2), data, scale, scratch
+            )
+            assert torch.equal(scale, expected_scale)
+            assert same(data.view(expected.dtype), expected)
+
+
+@pytest.mark.parametrize("dtype", reference.FLOAT8)
+@pytest.mark.parametrize("by_row", [True, False])
+@pytest.mark.parametrize("out", [F32, F64])
+def test_dequantized(emulated, dtype, by_row, out):
+    codes = torch.arange(256, dtype=torch.uint8).repeat(3).view(dtype).view(12, 64)
+    scale = torch.rand(12) if by_row else torch.rand(1)
+    wide = torch.zeros(12, 70).to(dtype)
+    wide[:, 1:65] = codes
+    for x in (codes, wide[:, 1:65]):
+        got = torch.zeros(12, 64, dtype=out)
+        emulated("quantized").molegrad_dequantize(
+            dtype, x, 12, 64, x.stride(0), scale, int(by_row), out, got
+        )
+        expected = codes.to(out) * scale.to(out)[:, None]
+        torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", [F32, F64, BF16, F16])
@@ -108,13 +158,16 @@ def test_nothing_to_do(emulated):
     ids=lambda x: str(tuple(x.shape)),
 )
 @pytest.mark.parametrize("dtype", [F32, BF16, F64])
-def test_the_op_quantize_rows(emulated_op, x, dtype):
+@pytest.mark.parametrize("e5m2", [False, True])
+def test_the_ops_of_float8(emulated_op, x, dtype, e5m2):
     emulated_op("quantized")
     x = x.to(dtype)
-    data, scale = call_op("quantize_rows", x)
-    expected, expected_scale = reference.quantize_rows(x)
-    assert data.shape == x.shape and data.is_contiguous() and scale.shape == x.shape[:-1]
-    assert same(data, expected) and torch.equal(scale, expected_scale)
+    for name in ("quantize_rows", "quantize_tensor"):
+        data, scale = call_op(name, x, e5m2)
+        expected, expected_scale = getattr(reference, name)(x, e5m2)
+        assert data.shape == x.shape and data.is_contiguous() and data.dtype == expected.dtype
+        assert same(data, expected) and torch.equal(scale, expected_scale)
+        assert scale.shape == expected_scale.shape
 
 
 @pytest.mark.parametrize("by_column", [False, True])

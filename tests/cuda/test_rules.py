@@ -116,3 +116,90 @@ def test_an_algorithm_is_kept_by_all_it_depends_on(rules):
 
 def test_threads_agree_on_what_is_remembered(rules):
     assert rules.value("rule_memory", 8, 200) == 200
+
+
+MIB = 1 << 20
+GROUPS = {
+    "same": [(1024, 768, 3072, 32, 32)] * 24,
+    "mixed": [(512, 768, 3072, 20, 32), (4096, 300, 200, 32, 1), (1, 7, 5, 17, 3)] * 8,
+    "one wide": [(100, 64, 64, 4, 4), (9000, 1280, 5120, 16, 16), (128, 64, 64, 4, 4)],
+    "a full table": [(130, 40 + i, 50 - i, 128, 90) for i in range(31)],
+}
+
+
+def grouped_plan(rules, layers, limit, processors):
+    """The numbers of the group, and those of each chunk with its pieces."""
+    sizes = torch.tensor(layers, dtype=torch.int64)
+    out = torch.zeros(200_000, dtype=torch.int64)
+    used = rules.value("rule_grouped_plan", sizes, len(layers), limit, processors, out)
+    group, rest, chunks = out[:7].tolist(), out[7:used].tolist(), []
+    while rest:
+        chunk, rest = rest[:7], rest[7:]
+        pieces, rest = rest[: 11 * chunk[0]], rest[11 * chunk[0] :]
+        chunks.append((chunk, [pieces[i : i + 11] for i in range(0, len(pieces), 11)]))
+    return group, chunks
+
+
+@pytest.mark.parametrize("layers", GROUPS.values(), ids=GROUPS)
+@pytest.mark.parametrize("limit", [1, MIB, 28 * MIB, 1000 * MIB])
+@pytest.mark.parametrize("processors", [1, 132])
+def test_a_group_is_covered_once_and_in_order(rules, layers, limit, processors):
+    group, chunks = grouped_plan(rules, layers, limit, processors)
+    rank, count, per_part, per_split, tickets, bases_end, total = group
+    assert count == len(chunks) and rank >= max(max(layer[3:]) for layer in layers)
+    done = [0] * len(layers)
+    columns = 64 if rank <= 32 else 32
+    for (_, tiles, project, gather, q, scale, end), pieces in chunks:
+        assert 2 * tiles <= tickets and bases_end <= q <= scale <= end <= total
+        row, at = rank * 4, [0, 0, 0]
+        spans = [(q, 2 * tiles * 128 * row), (scale, 2 * tiles * 4)]
+        for layer, first, length, first_tile, its_tiles, *rest in pieces:
+            t, n, m, *_ = layers[layer]
+            assert done[layer] == first and first % 128 == 0 and length > 0
+            assert all(done[i] == layers[i][0] for i in range(layer))  # one after the other
+            done[layer] += length
+            assert [first_tile, *rest[:2]] == at and (
+                its_tiles - 1
+            ) * 128 < length <= its_tiles * 128
+            of_a, of_b = -(-n // columns), -(-m // columns)
+            splits = -(-length // per_split)
+            at[0] += its_tiles
+            at[1] += its_tiles * -(-(of_a + of_b) // per_part)
+            at[2] += splits * (-(-n // 256) + -(-m // 256))
+            for h, (begin, end_, rows) in enumerate(((0, of_a, m), (of_a, of_a + of_b, n))):
+                parts = (end_ - 1) // per_part - begin // per_part + 1
+                spans.append((rest[2 + h], parts * its_tiles * 128 * rank * 4 if parts > 1 else 0))
+                spans.append((rest[4 + h], splits * rows * rank * 4))
+        assert at == [tiles, project, gather]
+        spans = sorted(span for span in spans if span[1] > 0)
+        assert all(start % 256 == 0 for start, _ in spans)
+        ends = [start + size for start, size in spans]
+        assert all(e <= s for e, (s, _) in zip(ends, spans[1:], strict=False)) and ends[-1] <= end
+    assert done == [layer[0] for layer in layers]
+
+
+def test_chunks_of_a_group_are_as_few_as_their_size_allows(rules):
+    """24 layers of 7.9 MB, 28 MB of which stay in L2: 25 launches, 96 one by one."""
+    for limit, least, most in ((28 * MIB, 7, 8), (1000 * MIB, 1, 1), (8 * MIB, 24, 24)):
+        group, chunks = grouped_plan(rules, GROUPS["same"], limit, 132)
+        assert least <= group[1] <= most and 1 + 3 * len(chunks) <= 4 * len(chunks)
+        for (_, tiles, *_), _ in chunks:
+            assert tiles * 128 * 3840 * 2 <= limit * 1.13
+    group, chunks = grouped_plan(rules, GROUPS["same"], 28 * MIB, 132)
+    cut = [p for _, pieces in chunks for p in pieces if p[2] < 1024]
+    assert all(piece[2] * 3840 * 2 > 28 * MIB / 8 - 128 * 3840 * 2 for piece in cut)  # no slivers
+
+
+def test_what_takes_part_in_a_group(rules):
+    auto, together, single = range(3)
+    f32, f64, bf16, f16 = range(4)
+
+    def takes(wanted, dtype, sketch=0, rank=32, bytes_=10, chunk=20):
+        return rules.value("rule_takes_group", wanted, sketch, dtype, rank, bytes_, chunk)
+
+    assert [takes(auto, dtype) for dtype in range(4)] == [0, 0, 1, 1]
+    assert not takes(auto, bf16, bytes_=21) and takes(together, bf16, bytes_=21)
+    assert not takes(single, bf16) and not takes(together, bf16, rank=129)
+    assert [takes(together, bf16, sketch=path) for path in range(4)] == [1, 1, 0, 0]
+    assert all(takes(together, f16, sketch=path) for path in range(4))
+    assert [rules.value("rule_parse_grouped", i) for i in range(6)] == [0, 0, 0, 1, 2, -1]

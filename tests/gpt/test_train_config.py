@@ -54,6 +54,17 @@ def test_matrix_lr_follows_the_optimizer():
         assert rate(optimizer, **factored, matrix_lr=0.7) == 0.7
 
 
+def test_groups_of_sketches_are_not_compiled_and_not_for_several_processes():
+    values = {"enable_streaming": True, "streaming_gradient_mode": "factored"}
+    grouped = BaseTrainConfig(**values, streaming_group_mib=64)
+    assert resolve(grouped, GPU).compile is False
+    assert resolve(BaseTrainConfig(**values), GPU).compile is True
+    with pytest.raises(ValueError, match="streaming_group_mib=64 is not for compiled models"):
+        BaseTrainConfig(**values, streaming_group_mib=64, compile=True)
+    with pytest.raises(ValueError, match="not for data parallelism, got 2 processes"):
+        resolve(grouped, GPU, world_size=2)
+
+
 @pytest.mark.parametrize(
     ("values", "phrase"),
     [

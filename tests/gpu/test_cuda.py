@@ -201,6 +201,74 @@ def test_a_captured_graph_computes_what_eager_code_does_and_nothing_waits(name):
             assert torch.equal(x.float().nan_to_num(9), y.float().nan_to_num(9))
 
 
+def wide_layers(count, dtype=BF16):
+    """Arguments of sketch_accumulate_many_: layers of a small model, and three of other shapes."""
+    shapes = [(1024, 768, 3072, 32)] * count + [(0, 64, 64, 8), (77, 130, 53, 20), (5, 40, 24, 7)]
+    layers = []
+    for i, (t, n, m, k) in enumerate(shapes):
+        a, b = on_gpu((randn(t, n, seed=i, dtype=dtype), randn(t, m, seed=i + 1, dtype=dtype)))
+        u, v = orthonormal(m, k, i).to(GPU), orthonormal(n, k, i + 1).to(GPU)
+        acc = reference.acc_dtype(dtype)
+        y, w = (torch.zeros(rows, k, dtype=acc, device=GPU) for rows in (m, n))
+        layers.append((y, w, a, b, u, v))
+    return tuple(map(list, zip(*layers, strict=True)))
+
+
+@pytest.mark.parametrize("dtype", [F32, F64, BF16, F16])
+def test_a_group_of_sketches_is_that_of_each_layer(dtype):
+    y, w, a, b, u, v = wide_layers(3, dtype)
+    ops.sketch_accumulate_many_(y, w, a, b, u, v)
+    for i in range(len(a)):
+        truth = reference.sketch(a[i].double(), b[i].double(), u[i].double(), v[i].double())
+        plain = reference.sketch(a[i], b[i], u[i], v[i])
+        for x, p, true in zip((y[i], w[i]), plain, truth, strict=True):
+            assert_as_good_as_torch(x, p, true, dtype, max(len(a[i]), 1))
+
+
+def test_a_captured_group_of_sketches_adds_what_a_call_adds_and_nothing_waits():
+    eager, captured = wide_layers(24), wide_layers(24)
+    ops.sketch_accumulate_many_(*wide_layers(24))  # warm up
+    with no_waiting():
+        ops.sketch_accumulate_many_(*eager)
+        ops.sketch_accumulate_many_(*eager)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ops.sketch_accumulate_many_(*captured)
+    graph.replay()
+    graph.replay()
+    torch.cuda.synchronize()
+    for x, true in zip(flat(captured[:2]), flat(eager[:2]), strict=True):
+        assert torch.equal(x, true)
+
+
+def test_a_group_of_sketches_takes_few_launches():
+    """24 layers of 7.9 MB each, as many at a time as stay in L2; four launches each alone."""
+    if "kernels of ours" not in build_info()["paths"]["grouped"]["reason"]:
+        pytest.skip("this build has the CPU ops only, or another path was asked for")
+    arguments = tuple(x[:24] for x in wide_layers(24))
+    ops.sketch_accumulate_many_(*arguments)
+    torch.cuda.synchronize()
+
+    def launches(run):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            run()
+            torch.cuda.synchronize()
+        names = [
+            e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA
+        ]
+        return sum("kernel" in name for name in names)
+
+    def one_by_one():
+        for layer in zip(*arguments, strict=True):
+            ops.sketch_accumulate_(*layer)
+
+    l2 = torch.cuda.get_device_properties(GPU).L2_cache_size
+    bytes_ = sum(x.nbytes for x in flat(arguments[2:4]))
+    chunks = -(-bytes_ // (l2 // 2 + l2 // 16)) + 1  # no layer is cut for a few tokens
+    together = launches(lambda: ops.sketch_accumulate_many_(*arguments))
+    assert 3 <= together <= 4 * chunks < launches(one_by_one)
+
+
 def flat(values):
     """The tensors among values, in tuples and lists too."""
     if isinstance(values, torch.Tensor):
@@ -210,6 +278,7 @@ def flat(values):
 
 
 CONFIGS = {
+    "factored-grouped": MoleGradConfig(**FACTORED, method="tangent", group_mib=64),
     **{name: MoleGradConfig.preset(name) for name in PRESETS},
     "dense-power": MoleGradConfig(**{**FACTORED, "gradient_mode": "dense"}, method="power"),
     "dense-tangent": MoleGradConfig(**{**FACTORED, "gradient_mode": "dense"}, method="tangent"),
