@@ -41,6 +41,7 @@ SMALL_OPS = (
     "lowrank_update_many_",
     "rademacher",
     "quantize_rows",
+    "quantize_tensor",
     "add_quantized_",
 )
 MANY = 12  # weights that `lowrank_update_many_` takes at once
@@ -284,6 +285,7 @@ def bench_small(n: int, m: int, k: int, device: torch.device, repeats: int) -> l
         ),
         "rademacher": (m, k, torch.zeros((), dtype=torch.int64, device=device)),
         "quantize_rows": (weight,),
+        "quantize_tensor": (weight, True),
         "add_quantized_": (
             torch.zeros(m, n, dtype=torch.int8, device=device),
             torch.ones(m, 1, device=device),
