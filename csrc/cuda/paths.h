@@ -15,12 +15,11 @@ struct Path {
   std::string reason;  // why not, or which kind
 };
 
-// FP8 E4M3 products. `capability` is 10 * major + minor; 0 means no device.
+// Products of float8 operands, sketch.cuh. `capability` is 10 * major + minor; 0 means no device.
 inline Path fp8_path(int capability) {
   if (capability == 0) return {false, "no CUDA device"};
   if (capability < 89) return {false, "FP8 needs compute capability 8.9 or newer"};
-  const bool any_layout = capability >= 100 && capability < 120;
-  return {true, any_layout ? "all layouts" : "TN layout only, tensorwide scales"};
+  return {true, "kernels of ours, any layout, one scale or one for each token"};
 }
 
 // cuBLASLt's own grouped products, which nothing here uses: grouped_paths.h says what does.

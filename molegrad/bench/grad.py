@@ -165,7 +165,7 @@ def bench_small(
         ),
         "rademacher": (m, k, torch.zeros((), dtype=torch.int64, device=device)),
         "quantize_rows": (weight,),
-        "quantize_tensor": (weight,),
+        "quantize_tensor": (weight, True),
         "add_quantized_": (
             torch.zeros(m, n, dtype=torch.int8, device=device),
             torch.ones(m, 1, device=device),

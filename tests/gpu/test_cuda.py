@@ -119,6 +119,56 @@ def test_lowrank_grad(shape, dtype, power_iters):
     torch.testing.assert_close(norm_sq.double(), expected, rtol=1e-2, atol=0.0)
 
 
+def float8(x, dtype, by_row):
+    """x in float8, its scale, and what the two stand for."""
+    quantize = ops.quantize_rows if by_row else ops.quantize_tensor
+    data, scale = quantize(x, dtype == torch.float8_e5m2)
+    return data, scale, data.double() * (scale.unsqueeze(-1) if by_row else scale).double()
+
+
+@pytest.mark.parametrize("by_row", [True, False])
+@pytest.mark.parametrize("shape", [*SHAPES, (300, 72, 264, 50), (70, 48, 80, 140)], ids=str)
+def test_products_of_float8(shape, by_row):
+    t, n, m, k = shape
+    a, b = on_gpu(tokens(t, n, m))
+    u, v = orthonormal(m, min(m, k), 1).to(GPU), randn(n, k, seed=2).to(GPU)
+    for dtypes in ((0, 1), (1, 0), (1, 1), (0, BF16), (F16, 1), (0, F32)):
+        (x, x_scale, wide_x), (z, z_scale, wide_z) = (
+            float8(y, reference.FLOAT8[dtype], by_row)
+            if isinstance(dtype, int)
+            else (y.to(dtype), None, y.to(dtype).double())
+            for y, dtype in zip((a, 1e-4 * b), dtypes, strict=True)
+        )
+        truth = reference.sketch(wide_x, wide_z, u.double(), v.double())
+        got = ops.sketch(x, z, u, v, x_scale, z_scale)
+        for y, true in zip(got, truth, strict=True):
+            # Bases, P and R in two bfloat16 numbers; tensor cores cut sums off.
+            assert y.dtype == F32 and error(y, true) < 1e-4
+        sums = tuple(torch.ones_like(y) for y in got)
+        ops.sketch_accumulate_(*sums, x, z, u, v, x_scale, z_scale)
+        torch.testing.assert_close(sums, tuple(y + 1 for y in got), rtol=1e-5, atol=1e-5)
+        if t > 0 and k <= min(n, m):
+            basis = orthonormal(n, k).to(GPU)
+            left, right, *_ = ops.lowrank_grad(x, z, basis, 1, None, 1e3, x_scale, z_scale)
+            left = left.double()
+            true = left @ (left.mT @ (wide_z.mT @ wide_x))
+            assert error(left @ right.double().mT, true) < 2e-4
+
+
+def test_every_number_of_float8_is_read_as_it_is():
+    one = torch.ones((), device=GPU)
+    for dtype in reference.FLOAT8:
+        codes = torch.arange(256, dtype=torch.uint8).view(dtype)
+        codes = codes[codes.float().isfinite()].to(GPU)
+        n = codes.numel()
+        for other in (torch.float8_e4m3fn, BF16, F16):
+            b = torch.ones(1, 8, device=GPU).to(other)
+            scale = one if other.itemsize == 1 else None
+            u, v = torch.eye(8, device=GPU), torch.eye(n, device=GPU)
+            y, w = ops.sketch(codes.view(1, n), b, u, v, one, scale)
+            assert torch.equal(y[3], codes.float()) and torch.equal(w[:, 5], codes.float())
+
+
 @pytest.mark.parametrize("cond", [1.0, 1e2, 1e5, 1e12])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (24, 768, 32), (3, 130, 128), (2, 33, 33)], ids=str)
 def test_orthonormalize(shape, cond):
@@ -156,9 +206,12 @@ def test_sampled_grad(dtype, share, block):
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
 def test_quantized_rows_and_sums(dtype):
     x = (randn(300, 1000) * (2 * randn(300, 1, seed=1)).exp()).to(dtype).to(GPU)
-    data, scale = ops.quantize_rows(x)
-    expected, expected_scale = reference.quantize_rows(x)
-    assert torch.equal(data.float(), expected.float()) and torch.equal(scale, expected_scale)
+    for name in ("quantize_rows", "quantize_tensor"):
+        for e5m2 in (False, True):
+            data, scale = getattr(ops, name)(x, e5m2)
+            expected, expected_scale = getattr(reference, name)(x, e5m2)
+            assert torch.equal(data.float(), expected.float())
+            assert torch.equal(scale, expected_scale)
     for shape in ((300, 1), (1, 1000)):
         sums, scales = torch.zeros(300, 1000, dtype=torch.int8, device=GPU), randn(*shape).abs()
         scales = scales.to(GPU)
@@ -283,6 +336,10 @@ CONFIGS = {
     "dense-power": MoleGradConfig(**{**FACTORED, "gradient_mode": "dense"}, method="power"),
     "dense-tangent": MoleGradConfig(**{**FACTORED, "gradient_mode": "dense"}, method="tangent"),
     "factored-tangent": MoleGradConfig(**FACTORED, method="tangent"),
+    "dense-power-fp8": MoleGradConfig(
+        **{**FACTORED, "gradient_mode": "dense"}, method="power", products="fp8"
+    ),
+    "factored-tangent-fp8": MoleGradConfig(**FACTORED, method="tangent", products="fp8"),
 }
 
 
@@ -328,7 +385,7 @@ def test_steps_after_the_first_ones_take_no_memory_from_the_device(name):
         assert after.get(key) == before.get(key), key
 
 
-@pytest.mark.parametrize("name", ["balanced", "dense-tangent", "factored-tangent"])
+@pytest.mark.parametrize("name", [n for n in CONFIGS if n not in ("exact", "minimal")])
 def test_compiled_layers_train_alike(name):
     x = randn(96, 64).to(GPU)
     weights = []
