@@ -2,8 +2,8 @@
 
 What: `parse(Config)` turns `sys.argv` into a `Config`; `resolved(config)` turns it back into a
 dictionary for the run's config.json; `StreamingFields` is the base class that adds
-`--enable_streaming` and one `--streaming_<field>` per field of `MoleGradConfig`; `HealthFields` adds
-`--health` and the `--health_<threshold>` flags.
+`--enable_streaming` and one `--streaming_<field>` per field of `MoleGradConfig`;
+`HealthFields` adds `--health` and the `--health_<threshold>` flags.
 
 Why: every command of the pipeline spells its flags the same way. `--a-b` and `--a_b` are one flag;
 a boolean is `--flag=True`, `--flag False`, `--flag` or `--no-flag`. The streaming flags are
