@@ -150,18 +150,18 @@ def _grad_x_and_bias(ctx, grad: Tensor, weight: Tensor) -> tuple[Tensor | None, 
     return grad_x, grad_bias
 
 
-def _saved_input(ctx, dtype: torch.dtype) -> Tensor:
+def _saved_input(a: Tensor, scale: list[Tensor], dtype: torch.dtype) -> Tensor:
     """A (T, n): the layer's input, or what float8 has left of it."""
-    _, a, *scale = ctx.saved_tensors
     return _tokens(dequantize_rows(a, scale[0], dtype) if scale else a)
 
 
-def _operands(ctx, grad: Tensor, fp8: bool) -> tuple[Tensor, Tensor, Scales]:
+def _operands(
+    a: Tensor, a_scale: list[Tensor], grad: Tensor, fp8: bool
+) -> tuple[Tensor, Tensor, Scales]:
     """A, B and the scales that they have with `fp8`: B in E5M2 rows beside the saved ones of A;
     both in bfloat16 where the forward pass had no float8."""
     if not fp8:
-        return _saved_input(ctx, grad.dtype), _tokens(grad), (None, None)
-    _, a, *a_scale = ctx.saved_tensors
+        return _saved_input(a, a_scale, grad.dtype), _tokens(grad), (None, None)
     if not a_scale:
         return _tokens(a).to(torch.bfloat16), _tokens(grad).to(torch.bfloat16), (None, None)
     b, b_scale = torch.ops.molegrad.quantize_rows(_tokens(grad), True)
@@ -169,24 +169,24 @@ def _operands(ctx, grad: Tensor, fp8: bool) -> tuple[Tensor, Tensor, Scales]:
 
 
 def linear_dense_backward(ctx, grad: Tensor):
-    weight = ctx.saved_tensors[0]
+    weight, saved, *scale = ctx.saved_tensors  # read once: checkpointing recomputes them once
     *rest, fp8 = ctx.rest
     grad_x, grad_bias = _grad_x_and_bias(ctx, grad, weight)
     grad_weight = None
     if ctx.needs_input_grad[1]:
-        a, b, scales = _operands(ctx, grad, fp8)
+        a, b, scales = _operands(saved, scale, grad, fp8)
         grad_weight = dense_estimate(a, b, *rest, scales).to(weight.dtype)
     return grad_x, grad_weight, grad_bias, *[None] * (len(ctx.rest) + 2)
 
 
 def linear_factored_backward(ctx, grad: Tensor):
-    weight = ctx.saved_tensors[0]
+    weight, saved, *scale = ctx.saved_tensors  # read once: checkpointing recomputes them once
     basis_u, basis_v, stats, method, rank_k, power_iters, cond_max, fp8 = ctx.rest
     basis_u, basis_v = basis_u.detach(), basis_v.detach()
     grad_x, grad_bias = _grad_x_and_bias(ctx, grad, weight)
     grad_u = grad_v = None
     if ctx.needs_input_grad[5] or ctx.needs_input_grad[6]:
-        a, b, scales = _operands(ctx, grad, fp8)
+        a, b, scales = _operands(saved, scale, grad, fp8)
         if method == "tangent":
             grad_u, grad_v = torch.ops.molegrad.sketch(a, b, basis_u, basis_v, *scales)
         else:

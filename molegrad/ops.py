@@ -88,7 +88,10 @@ def _fake_quantize_tensor(x, e5m2=False):
 
 
 def _linear(x, weight, bias, *rest):
-    return F.linear(x, weight, bias)
+    # With a bias and more than two dimensions torch returns a view, which autograd would not let
+    # anybody change in place.
+    y = F.linear(x.reshape(-1, x.shape[-1]), weight, bias)
+    return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], weight.shape[0]))
 
 
 def _fake_linear(x, weight, bias, *rest):

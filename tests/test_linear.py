@@ -1,9 +1,11 @@
 import copy
+import functools
 import io
 import pickle
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import nn
 
 from molegrad import (
@@ -343,3 +345,33 @@ def test_converted_modules_with_hugging_face_names():
     model["mlp"](torch.randn(2, 5, 32)).sum().backward()
     assert all(isinstance(m, MoleLinear) for m in model["mlp"].children())
     assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"rank_k": 4, "method": "tangent", "gradient_mode": "dense"},
+        {"rank_k": 4, "method": "tangent", "gradient_mode": "factored"},
+        {"method": "sampled", "sample_share": 0.5},
+    ],
+    ids=lambda values: f"{values['method']}-{values.get('gradient_mode', 'dense')}",
+)
+def test_checkpointing_and_changes_in_place_are_those_of_nn_linear(values):
+    """A bias and a three-dimensional input: torch's own linear returns a view there."""
+
+    def gradients(checkpointed: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        layer = MoleLinear(16, 24, config=MoleGradConfig(**values))
+        x = torch.randn(2, 5, 16, requires_grad=True)
+
+        def run(x):
+            return torch.relu_(layer(x))
+
+        if checkpointed:
+            run = functools.partial(torch.utils.checkpoint.checkpoint, run, use_reentrant=False)
+        run(x).square().sum().backward()
+        return [x.grad, *(p.grad for p in layer.parameters() if p.grad is not None)]
+
+    plain, checkpointed = gradients(False), gradients(True)
+    assert len(plain) >= 3
+    assert all(torch.equal(a, b) for a, b in zip(plain, checkpointed, strict=True))

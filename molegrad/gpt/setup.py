@@ -11,6 +11,7 @@ The factor (width / 768)^-½ on the AdamW parts is nanochat's: its learning rate
 width 768. Muon needs no such factor, as its update has a norm of its own.
 """
 
+import gc
 import os
 from dataclasses import dataclass
 
@@ -55,6 +56,9 @@ class Processes:
     def end(self) -> None:
         """Leave the process group."""
         if self.world_size > 1 and torch.distributed.is_initialized():
+            # A wrapped model that is only waiting for the collector would keep the group's threads
+            # running, and one that frees a tensor while Python shuts down aborts the process.
+            gc.collect()
             torch.distributed.destroy_process_group()
 
     def print(self, *words) -> None:

@@ -181,17 +181,17 @@ def run_stage(
     if saved_folder is not None:
         saved = checkpoint.load(saved_folder, processes.rank, world)
         check_same_model(saved, model, tokenizer)
+    full = {**saved_config, "steps": steps, "parameters": model.count_parameters()}
+    full |= {"machine": machine_record(device, world), **record}
     if processes.first:
         tokenizer.save(folder / "tokenizer")
-        full = {**saved_config, "steps": steps, "parameters": model.count_parameters()}
-        full |= {"machine": machine_record(device, world), **record}
         (folder / "config.json").write_text(json.dumps(full, indent=1, default=str))
 
     instruments = make_instruments(config, model, optimizers, folder if processes.first else None)
     with RunLogger(
         folder,
         name=name,
-        config=saved_config,
+        config=full,
         dashboards=config.dashboards,
         resume_step=None if saved is None else saved.step,
         active=processes.first,

@@ -298,9 +298,15 @@ def test_a_micro_batch_without_targets_is_no_nan(tmp_path):
 
 def _worker(rank, world, port, folder, values):
     torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
+    environment = {"MASTER_PORT": port, "RANK": rank, "WORLD_SIZE": world}
+    os.environ.update({k: str(v) for k, v in environment.items()}, MASTER_ADDR="127.0.0.1")
     processes = setup.Processes(rank, rank, world)
+    processes.start(torch.device("cpu"))
+    _train_and_resume(rank, world, processes, folder, values)
+    processes.end()
+
+
+def _train_and_resume(rank, world, processes, folder, values):
     loader = Batches(rank=rank, world=world)
     built = trainer(folder, 4, loader, processes, save_every=2, **values)
     built.run()
@@ -310,7 +316,6 @@ def _worker(rank, world, port, folder, values):
     )
     again.run()
     assert_same(weights(again), weights(built))
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize(

@@ -262,12 +262,17 @@ def full(path, value):
 def _signalled(rank, world, port, folder):
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    patience = datetime.timedelta(seconds=40)
+    patience = datetime.timedelta(seconds=40)  # for processes that wait for one another
     torch.distributed.init_process_group("gloo", rank=rank, world_size=world, timeout=patience)
+    processes = Processes(rank, rank, world)
+    _stop_and_save(folder, processes)
+    processes.end()
+
+
+def _stop_and_save(folder, processes):
+    rank, world = processes.rank, processes.world_size
     values = {"save_every": -1, "total_batch_size": 320, "log_every": 2}
-    built = trainer(
-        folder, 12, Batches(rank=rank, world=world), Processes(rank, rank, world), **values
-    )
+    built = trainer(folder, 12, Batches(rank=rank, world=world), processes, **values)
     step = built.optimizers[0].step
 
     def signalled(*args):
@@ -282,7 +287,6 @@ def _signalled(rank, world, port, folder):
     with pytest.raises(OSError, match="was not saved.*untouched .step_000006.*--resume") as caught:
         built.save()
     assert caught.value.errno == (errno.ENOSPC if rank else None)
-    torch.distributed.destroy_process_group()
 
 
 def test_processes_stop_at_the_same_step_and_save_all_or_none(tmp_path):
