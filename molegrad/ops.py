@@ -1,10 +1,11 @@
 """The ops of MoleGrad: one table, from which everything under `torch.ops.molegrad` is registered.
 
 Each entry names, in this order, an op's schema, its reference (`molegrad.reference`), its argument
-check (`molegrad.checks`), its fake kernel and its autograd formula (`molegrad.autograd`). The
-reference is registered for every device; native kernels of the same name (csrc/cpu, csrc/cuda)
-take precedence where they are built. To add an op, add a row here, its functions of the same name
-in those modules, a native kernel if it pays, and its samples in tests/samples.py.
+check (`molegrad.checks`), its fake kernel (`molegrad.fake`) and its autograd formula
+(`molegrad.autograd`). The reference is registered for every device; native kernels of the same name
+(csrc/cpu, csrc/cuda) take precedence where they are built. To add an op, add a row here, its
+functions of the same name in those modules, a native kernel if it pays, and its samples in
+tests/samples.py.
 
 The functions at the end are typed wrappers; `torch.ops.molegrad.<name>` is the same thing.
 """
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from molegrad import _native, autograd, checks, reference
+from molegrad import _native, autograd, checks, fake, reference
 from molegrad.reference import acc_dtype
 
 # data and scale are x in float8, to be kept for the backward pass in place of x, or None.
@@ -37,65 +38,11 @@ class Op:
     setup: Callable | None = None
 
 
-def _fake_lowrank_grad(
-    a, b, v, power_iters=1, probes=None, cond_max=1e3, a_scale=None, b_scale=None
-):
-    dtype = acc_dtype(a.dtype, b.dtype)
-    k = v.shape[1]
-    return (
-        a.new_empty((b.shape[-1], k), dtype=dtype),
-        a.new_empty((a.shape[-1], k), dtype=dtype),
-        a.new_empty((), dtype=dtype),
-        a.new_empty((), dtype=torch.int32),
-    )
-
-
-def _fake_sketch(a, b, u, v, a_scale=None, b_scale=None):
-    dtype = acc_dtype(a.dtype, b.dtype)
-    return (
-        a.new_empty((b.shape[-1], v.shape[1]), dtype=dtype),
-        a.new_empty((a.shape[-1], u.shape[1]), dtype=dtype),
-    )
-
-
-def _fake_orthonormalize(y, cond_max=1e3):
-    dtype, batch, (m, k) = acc_dtype(y.dtype), y.shape[:-2], y.shape[-2:]
-    return (
-        y.new_empty((*batch, m, k), dtype=dtype),
-        y.new_empty((*batch, k, k), dtype=dtype),
-        y.new_empty(batch, dtype=torch.int32),
-    )
-
-
-def _fake_tangent_factors(u, v, y, w, cond_max=1e3):
-    (m, k), n = u.shape, v.shape[0]
-    dtype = acc_dtype(y.dtype)
-    return u.new_empty((m, 2 * k), dtype=dtype), u.new_empty((n, 2 * k), dtype=dtype)
-
-
-def _fake_sampled_grad_(grad, a, b, a_scale, counter, share, block=2, alpha=1.0, seed=0):
-    return b.new_empty((len(reference.SAMPLING),), dtype=torch.float32)
-
-
-def _fake_quantize_rows(x, e5m2=False):
-    data = x.new_empty(x.shape, dtype=reference.float8_dtype(e5m2))
-    return data, x.new_empty(x.shape[:-1], dtype=torch.float32)
-
-
-def _fake_quantize_tensor(x, e5m2=False):
-    data = x.new_empty(x.shape, dtype=reference.float8_dtype(e5m2))
-    return data, x.new_empty((), dtype=torch.float32)
-
-
 def _linear(x, weight, bias, *rest):
     # With a bias and more than two dimensions torch returns a view, which autograd would not let
     # anybody change in place.
     y = F.linear(x.reshape(-1, x.shape[-1]), weight, bias)
     return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], weight.shape[0]))
-
-
-def _fake_linear(x, weight, bias, *rest):
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 def _check_linear_dense(x, weight, bias, data, scale, basis_u, basis_v, *rest):
@@ -120,14 +67,14 @@ OPS: dict[str, Op] = {
         f"float cond_max=1e3, {_SCALES}) -> (Tensor u, Tensor w, Tensor norm_sq, Tensor status)",
         reference.lowrank_grad,
         checks.lowrank_grad,
-        _fake_lowrank_grad,
+        fake.lowrank_grad,
         autograd.refuse("lowrank_grad"),
     ),
     "sketch": Op(
         f"(Tensor a, Tensor b, Tensor u, Tensor v, {_SCALES}) -> (Tensor y, Tensor w)",
         reference.sketch,
         checks.sketch,
-        _fake_sketch,
+        fake.sketch,
         autograd.sketch_backward,
         autograd.sketch_setup,
     ),
@@ -148,14 +95,14 @@ OPS: dict[str, Op] = {
         "-> (Tensor left, Tensor right)",
         reference.tangent_factors,
         checks.tangent_factors,
-        _fake_tangent_factors,
+        fake.tangent_factors,
         autograd.refuse("tangent_factors"),
     ),
     "orthonormalize": Op(
         "(Tensor y, float cond_max=1e3) -> (Tensor q, Tensor r, Tensor status)",
         reference.orthonormalize,
         checks.orthonormalize,
-        _fake_orthonormalize,
+        fake.orthonormalize,
         autograd.refuse("orthonormalize"),
     ),
     "polar_factor": Op(
@@ -183,7 +130,7 @@ OPS: dict[str, Op] = {
         "float share, int block=2, float alpha=1.0, int seed=0) -> Tensor",
         reference.sampled_grad_,
         checks.sampled_grad_,
-        _fake_sampled_grad_,
+        fake.sampled_grad_,
     ),
     "rademacher": Op(
         "(SymInt rows, SymInt cols, Tensor counter, int seed=0) -> Tensor",
@@ -195,14 +142,14 @@ OPS: dict[str, Op] = {
         "(Tensor x, bool e5m2=False) -> (Tensor data, Tensor scale)",
         reference.quantize_rows,
         checks.quantize_rows,
-        _fake_quantize_rows,
+        fake.quantize_rows,
         autograd.refuse("quantize_rows"),
     ),
     "quantize_tensor": Op(
         "(Tensor x, bool e5m2=False) -> (Tensor data, Tensor scale)",
         reference.quantize_tensor,
         checks.quantize_tensor,
-        _fake_quantize_tensor,
+        fake.quantize_tensor,
         autograd.refuse("quantize_tensor"),
     ),
     "add_quantized_": Op(
@@ -217,7 +164,7 @@ OPS: dict[str, Op] = {
         "bool fp8=False) -> Tensor",
         _linear,
         _check_linear_dense,
-        _fake_linear,
+        fake.linear,
         autograd.linear_dense_backward,
         autograd.linear_setup,
     ),
@@ -226,7 +173,7 @@ OPS: dict[str, Op] = {
         "int power_iters, float cond_max, bool fp8=False) -> Tensor",
         _linear,
         _check_linear_factored,
-        _fake_linear,
+        fake.linear,
         autograd.linear_factored_backward,
         autograd.linear_setup,
     ),
@@ -235,7 +182,7 @@ OPS: dict[str, Op] = {
         "float share, int block, int seed) -> Tensor",
         _linear,
         checks.linear_sampled,
-        _fake_linear,
+        fake.linear,
         autograd.linear_sampled_backward,
         autograd.linear_setup,
     ),
