@@ -202,7 +202,7 @@ def _many_layers(u: torch.Tensor, v: torch.Tensor) -> tuple[list[torch.Tensor], 
         rows = torch.randn(MANY, MANY_TOKENS, basis.shape[0], device=u.device).to(dtype)
         return list(rows.unbind())
 
-    sums = ([torch.zeros_like(basis) for _ in range(MANY)] for basis in (u, v))
+    sums = ([u.new_zeros(basis.shape) for _ in range(MANY)] for basis in (u, v))
     return (*sums, inputs(v), inputs(u), [u] * MANY, [v] * MANY)
 
 

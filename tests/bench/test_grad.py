@@ -27,13 +27,14 @@ def test_the_command_prints_tables_and_then_one_json_object(capsys):
     result = json.loads(lines[-1])
     hows = 2 if result["native"] else 1
     assert len(result["gradients"]) == 2 * 2 * 2 * (6 + 4)  # four rows of float8 operands
-    assert len(result["small"]) == 2 * 2 * len(grad.SMALL_OPS) * 2
+    singly = result["native"]  # the row of sketch_accumulate_many_'s layers one by one
+    assert len(result["small"]) == 2 * 2 * (len(grad.SMALL_OPS) * 2 + singly)
     assert len(result["layers"]) == 2 * 2 * 2 * (1 + 4 + 3)
     kernels = len(SHARES) * len(BLOCKS) * hows
     assert len(result["sampled"]) == 2 * 2 * (1 + kernels + (not result["native"]))
     measured = {name: [r for r in result[name] if "note" not in r] for name in grad.TABLES}
     native = [name for name in grad.SMALL_OPS if grad.has_native(name, CPU)]
-    assert len(measured["small"]) == 2 * 2 * (len(grad.SMALL_OPS) + len(native))
+    assert len(measured["small"]) == 2 * 2 * (len(grad.SMALL_OPS) + len(native) + singly)
     assert all(row["vs_dense"] > 0 for row in measured["sampled"] + measured["layers"])
     for row in measured["gradients"]:
         assert 0 < row["us_p20"] <= row["us_p50"] <= row["us_p80"]
