@@ -200,6 +200,23 @@ def _checked(op: Op, kernel: Callable) -> Callable:
     return run
 
 
+def _autocast_key(device_type: str) -> torch._C.DispatchKeySet:
+    return torch._C.DispatchKeySet(torch._C._dispatch_key_parse(f"Autocast{device_type.upper()}"))
+
+
+_AUTOCAST = _autocast_key("cpu") | _autocast_key("cuda")
+
+
+def _without_autocast(kernel: Callable) -> Callable:
+    """The reference's products in the dtypes that it says, as in the native kernels."""
+
+    def run(*args, **kwargs):
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+            return kernel(*args, **kwargs)
+
+    return run
+
+
 def _autocast(name: str, device_type: str) -> Callable:
     """x, weight and bias in autocast's dtype, as torch's own linear has them; bases in float32."""
 
@@ -208,8 +225,7 @@ def _autocast(name: str, device_type: str) -> Callable:
         x, weight, bias = (
             t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, weight, bias)
         )
-        key = torch._C._dispatch_key_parse(f"Autocast{device_type.upper()}")
-        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+        with torch._C._ExcludeDispatchKeyGuard(_autocast_key(device_type)):
             return getattr(torch.ops.molegrad, name)(x, weight, bias, *rest)
 
     return run
@@ -218,7 +234,8 @@ def _autocast(name: str, device_type: str) -> Callable:
 def _register(name: str, op: Op) -> None:
     tags = (torch.Tag.pt2_compliant_tag,)
     _LIBRARY.define(name + op.schema, tags=tags)
-    _LIBRARY.impl(name, _checked(op, op.reference), "CompositeExplicitAutograd")
+    kernel = _without_autocast(_checked(op, op.reference))
+    _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
     qualified = f"molegrad::{name}"
     torch.library.register_fake(qualified, _checked(op, op.fake), lib=_LIBRARY)
     if op.backward is not None:
