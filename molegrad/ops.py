@@ -219,13 +219,14 @@ def _without_autocast(kernel: Callable) -> Callable:
 
 def _autocast(name: str, device_type: str) -> Callable:
     """x, weight and bias in autocast's dtype, as torch's own linear has them; bases in float32."""
+    key = _autocast_key(device_type)
 
     def run(x, weight, bias, *rest):
         dtype = torch.get_autocast_dtype(device_type)
         x, weight, bias = (
             t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, weight, bias)
         )
-        with torch._C._ExcludeDispatchKeyGuard(_autocast_key(device_type)):
+        with torch._C._ExcludeDispatchKeyGuard(key):
             return getattr(torch.ops.molegrad, name)(x, weight, bias, *rest)
 
     return run

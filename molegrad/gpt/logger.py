@@ -13,11 +13,10 @@ train/lrm, train/dt, train/tok_per_sec, train/mfu, train/epoch; MoleGrad's are s
 layer/NAME/METRIC, shadow/METRIC, shadow/NAME/METRIC, health/findings and time/PHASE_ms.
 """
 
-import json
-import math
 from pathlib import Path
 
 from molegrad.gpt import dashboards as boards
+from molegrad.monitor.records import line_of, read_records
 
 METRICS = "metrics.jsonl"
 
@@ -30,17 +29,15 @@ class RunLogger:
         folder: Path,
         name: str = "run",
         config: dict | None = None,
-        wandb: bool = True,
         project: str = "molegrad",
         resume_step: int | None = None,
         active: bool = True,
-        dashboards: str | None = None,
+        dashboards: str = "wandb",
     ):
         """
         Args:
             folder: the run's folder; created.
             name, config, project: what the dashboards show.
-            wandb: where `dashboards` is None, True stands for "wandb", False for "none".
             resume_step: drop the records after this step, which the resumed run will write again;
                 None starts the file anew.
             active: False makes every method do nothing (all ranks but the first).
@@ -49,15 +46,13 @@ class RunLogger:
         Raises:
             ValueError: a dashboard is unknown.
         """
-        if dashboards is None:
-            dashboards = "wandb" if wandb else "none"
         kinds = boards.parse_names(dashboards)
         self.folder, self._boards, self._file = Path(folder), [], None
         if not active:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / METRICS
-        kept = [] if resume_step is None else _records_up_to(path, resume_step)
+        kept = [] if resume_step is None else read_records(path, up_to=resume_step)
         self._file = open(path, "w", encoding="utf-8")  # noqa: SIM115 (closed by close)
         for record in kept:
             self._write(record)
@@ -95,28 +90,10 @@ class RunLogger:
         self.close()
 
     def _write(self, record: dict) -> None:
-        safe = {k: _json_number(v) for k, v in record.items()}
-        self._file.write(json.dumps(safe, allow_nan=False) + "\n")
+        self._file.write(line_of(record))
         self._file.flush()
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """All records of a run; a half-written last line (a killed run) is left out."""
-    path = Path(folder) / METRICS
-    records = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-    return records
-
-
-def _records_up_to(path: Path, step: int) -> list[dict]:
-    return [record for record in read_metrics(path.parent) if record["step"] <= step]
-
-
-def _json_number(value):
-    """JSON has no NaN or Inf: "nan", "inf", "-inf" stand for them."""
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+    """All records of a run; see `molegrad.monitor.records`."""
+    return read_records(Path(folder) / METRICS)

@@ -19,7 +19,8 @@ from molegrad.gpt.evaluate import read_evaluations
 from molegrad.gpt.flags import PREFIX
 from molegrad.gpt.logger import read_metrics
 from molegrad.gpt.model import GPT, GPTConfig
-from molegrad.monitor.instruments import HEALTH_RECORDS, SHADOW_RECORDS, read_records
+from molegrad.monitor.instruments import HEALTH_RECORDS, SHADOW_RECORDS
+from molegrad.monitor.records import read_records
 
 LEFT_OUT_STEPS = 5  # of the step time: warm-up
 # Settings in which runs must agree for their results to differ by the method alone.

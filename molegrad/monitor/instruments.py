@@ -20,7 +20,6 @@ and findings go to shadow.jsonl and health.jsonl in the run's folder, a line eac
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -32,6 +31,7 @@ from molegrad.linear import MoleLinear
 from molegrad.monitor.health import Health, device_checks
 from molegrad.monitor.metrics import LayerMetrics, aggregate
 from molegrad.monitor.phases import PhaseTimer
+from molegrad.monitor.records import line_of, read_records
 from molegrad.monitor.shadow import Shadow
 
 SHADOW_RECORDS = "shadow.jsonl"
@@ -128,8 +128,8 @@ class Instruments:
         for name in (SHADOW_RECORDS, HEALTH_RECORDS):
             path = None if self.folder is None else self.folder / name
             if path is not None and path.exists():
-                kept = [record for record in read_records(path) if record["step"] <= step]
-                path.write_text("".join(map(_line, kept)), encoding="utf-8")
+                kept = read_records(path, up_to=step)
+                path.write_text("".join(map(line_of, kept)), encoding="utf-8")
 
     def _read_shadow(self) -> dict[str, float]:
         layers = self.shadow.read()
@@ -161,33 +161,7 @@ class Instruments:
         if self.folder is None or not records:
             return
         with open(self.folder / name, "a", encoding="utf-8") as file:
-            file.writelines(_line({"step": self._step, **record}) for record in records)
-
-
-def read_records(path: Path) -> list[dict]:
-    """The lines of shadow.jsonl or health.jsonl; [] where there is no such file. A half-written
-    last line (a killed run) is left out."""
-    records = []
-    if Path(path).exists():
-        for line in Path(path).read_text(encoding="utf-8").splitlines():
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-    return records
-
-
-def _line(record: dict) -> str:
-    return json.dumps(_safe(record), allow_nan=False) + "\n"
-
-
-def _safe(value):
-    """JSON has no NaN and Inf: text stands for them."""
-    if isinstance(value, dict):
-        return {key: _safe(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_safe(item) for item in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+            file.writelines(line_of({"step": self._step, **record}) for record in records)
 
 
 def _means(layers: dict[str, dict[str, float]]) -> dict[str, float]:

@@ -14,8 +14,10 @@ import ctypes
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -67,15 +69,39 @@ def build(folder: Path, *sources: Path, extra: tuple[str, ...] = ()) -> Library:
     return Library(library)
 
 
+def _beside_torch() -> tuple[str, ...]:
+    """Flags of the compiler for sources that use torch's stable ABI."""
+    root = Path(torch.__file__).parent
+    flags = (f"-isystem{root / 'include'}", "-DTORCH_TARGET_VERSION=0x020a000000000000")
+    return (*flags, f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10")
+
+
 def build_op(folder: Path, name: str, *kernels: str) -> None:
     """Registers csrc/cuda/ops_<name>.cpp with its emulated kernels, those of <name>.cu where no
     other files are named: `call_op` runs them."""
-    root = Path(torch.__file__).parent
-    extra = (f"-isystem{root / 'include'}", "-DTORCH_TARGET_VERSION=0x020a000000000000")
-    extra += (f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10")
     sources = [KERNELS / f"ops_{name}.cpp"]
     sources += [KERNELS / f"{kernel}.cu" for kernel in kernels or (name,)]
-    torch.ops.load_library(build(folder, *sources, extra=extra).path)
+    torch.ops.load_library(build(folder, *sources, extra=_beside_torch()).path)
+
+
+def build_products(folder: Path, *sources: str) -> Path:
+    """The library of files of csrc/cuda that need cuBLASLt, with a stub in its place; for
+    `run_check`. Skips the test where emulated ops cannot be built."""
+    if GPU_LIBRARIES or compiler() is None or torch.version.cuda is not None:
+        pytest.skip("emulated ops: for a torch without CUDA, with a C++ compiler")
+    files = (*(KERNELS / name for name in sources), HERE / "cublaslt_stub.cpp")
+    return build(folder, *files, extra=_beside_torch()).path
+
+
+def run_check(check: str, library: Path, **environment: str) -> subprocess.CompletedProcess:
+    """Runs Python text, with `library` as its argument, in a process of its own: variables of the
+    environment are its own, and the ops are registered there alone."""
+    return subprocess.run(
+        [sys.executable, "-c", check, str(library)],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment,
+        capture_output=True,
+        text=True,
+    )
 
 
 def call_op(name: str, *args):

@@ -1,10 +1,6 @@
 """The ops of csrc/cuda/ops_products.cpp on float8 operands, with emulated kernels: see
 test_ops_products.py."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 
 from tests.cuda import build
@@ -96,13 +92,7 @@ print("fine")
 
 @pytest.mark.parametrize("path", ["auto", "cublaslt", "fused"])
 def test_ops(library, path):  # noqa: F811
-    environment = {"PYTHONPATH": str(build.ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", _CHECK, str(library)],
-        env=os.environ | environment | {"MOLEGRAD_SKETCH_PATH": path},
-        capture_output=True,
-        text=True,
-    )
+    done = build.run_check(_CHECK, library, MOLEGRAD_SKETCH_PATH=path)
     assert done.returncode == 0 and done.stdout == "fine\n", done.stderr
     assert done.stderr.count("a float8 operand beside one of torch.float32 is converted") == 1
     assert done.stderr.count("is converted to that first") == 1  # said once

@@ -3,13 +3,7 @@
 As test_ops_products.py: the environment variables are read once, so each has a process of its own.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-import torch
 
 from tests.cuda import build
 
@@ -117,31 +111,18 @@ print("fine")
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    if build.GPU_LIBRARIES or build.compiler() is None or torch.version.cuda is not None:
-        pytest.skip("emulated ops: for a torch without CUDA, with a C++ compiler")
-    root = Path(torch.__file__).parent
-    extra = (f"-isystem{root / 'include'}", "-DTORCH_TARGET_VERSION=0x020a000000000000")
-    extra += (f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10")
-    sources = (*(build.KERNELS / name for name in SOURCES), build.HERE / "cublaslt_stub.cpp")
-    return build.build(tmp_path_factory.mktemp("ops_grouped"), *sources, extra=extra).path
-
-
-def run(library, **environment):
-    return subprocess.run(
-        [sys.executable, "-c", _CHECK, str(library)],
-        env=os.environ | {"PYTHONPATH": str(build.ROOT), "OMP_NUM_THREADS": "1"} | environment,
-        capture_output=True,
-        text=True,
-    )
+    return build.build_products(tmp_path_factory.mktemp("ops_grouped"), *SOURCES)
 
 
 @pytest.mark.parametrize("sketch", ["own", "cublaslt", "auto", "fused"])
 @pytest.mark.parametrize("grouped", ["auto", "together", "single"])
 def test_op(library, sketch, grouped):
-    done = run(library, MOLEGRAD_SKETCH_PATH=sketch, MOLEGRAD_GROUPED_PATH=grouped)
+    done = build.run_check(
+        _CHECK, library, MOLEGRAD_SKETCH_PATH=sketch, MOLEGRAD_GROUPED_PATH=grouped
+    )
     assert done.returncode == 0 and done.stdout == "fine\n", done.stderr
 
 
 def test_a_path_that_does_not_exist_is_named(library):
-    done = run(library, MOLEGRAD_GROUPED_PATH="both")
+    done = build.run_check(_CHECK, library, MOLEGRAD_GROUPED_PATH="both")
     assert "MOLEGRAD_GROUPED_PATH must be auto, together or single, got both" in done.stderr

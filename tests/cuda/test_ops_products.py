@@ -7,10 +7,8 @@ The library runs in processes of its own, whose environment names the path.
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-import torch
 
 from tests.cuda import build
 
@@ -89,32 +87,17 @@ print("fine")
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    if build.GPU_LIBRARIES or build.compiler() is None or torch.version.cuda is not None:
-        pytest.skip("emulated ops: for a torch without CUDA, with a C++ compiler")
-    root = Path(torch.__file__).parent
-    extra = (f"-isystem{root / 'include'}", "-DTORCH_TARGET_VERSION=0x020a000000000000")
-    extra += (f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10")
-    sources = (*(build.KERNELS / name for name in SOURCES), build.HERE / "cublaslt_stub.cpp")
-    return build.build(tmp_path_factory.mktemp("ops_products"), *sources, extra=extra).path
-
-
-def run(library, **environment):
-    return subprocess.run(
-        [sys.executable, "-c", _CHECK, str(library)],
-        env=os.environ | {"PYTHONPATH": str(build.ROOT), "OMP_NUM_THREADS": "1"} | environment,
-        capture_output=True,
-        text=True,
-    )
+    return build.build_products(tmp_path_factory.mktemp("ops_products"), *SOURCES)
 
 
 @pytest.mark.parametrize("path", ["own", "cublaslt", "auto", "fused"])
 def test_ops(library, path):
-    done = run(library, MOLEGRAD_SKETCH_PATH=path)
+    done = build.run_check(_CHECK, library, MOLEGRAD_SKETCH_PATH=path)
     assert done.returncode == 0 and done.stdout == "fine\n", done.stderr
 
 
 def test_a_path_that_does_not_exist_is_named(library):
-    done = run(library, MOLEGRAD_SKETCH_PATH="fast")
+    done = build.run_check(_CHECK, library, MOLEGRAD_SKETCH_PATH="fast")
     assert "MOLEGRAD_SKETCH_PATH must be auto, own, cublaslt or fused, got fast" in done.stderr
 
 

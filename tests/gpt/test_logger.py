@@ -10,7 +10,7 @@ from molegrad.gpt.logger import METRICS, RunLogger, read_metrics
 
 
 def test_records_are_on_disk_at_once(tmp_path):
-    with RunLogger(tmp_path, wandb=False) as logger:
+    with RunLogger(tmp_path, dashboards="none") as logger:
         logger.log({"step": 1, "train/loss": 2.5})
         assert read_metrics(tmp_path) == [{"step": 1, "train/loss": 2.5}]
         logger.log({"step": 2, "train/loss": math.nan})
@@ -19,10 +19,10 @@ def test_records_are_on_disk_at_once(tmp_path):
 
 
 def test_a_resumed_run_drops_what_it_will_write_again(tmp_path):
-    with RunLogger(tmp_path, wandb=False) as logger:
+    with RunLogger(tmp_path, dashboards="none") as logger:
         for step in range(1, 6):
             logger.log({"step": step, "run": "first"})
-    with RunLogger(tmp_path, wandb=False, resume_step=3) as logger:
+    with RunLogger(tmp_path, dashboards="none", resume_step=3) as logger:
         logger.log({"step": 4, "run": "second"})
     assert [(r["step"], r["run"]) for r in read_metrics(tmp_path)] == [
         (1, "first"),
@@ -30,7 +30,7 @@ def test_a_resumed_run_drops_what_it_will_write_again(tmp_path):
         (3, "first"),
         (4, "second"),
     ]
-    RunLogger(tmp_path, wandb=False).close()
+    RunLogger(tmp_path, dashboards="none").close()
     assert read_metrics(tmp_path) == []
 
 
@@ -40,7 +40,10 @@ def test_a_half_written_last_line_is_left_out(tmp_path):
 
 
 def test_a_record_without_a_step_is_an_error(tmp_path):
-    with RunLogger(tmp_path, wandb=False) as logger, pytest.raises(ValueError, match="'step'"):
+    with (
+        RunLogger(tmp_path, dashboards="none") as logger,
+        pytest.raises(ValueError, match="'step'"),
+    ):
         logger.log({"loss": 1.0})
 
 
@@ -113,7 +116,7 @@ def test_dashboards_are_those_named(tmp_path, monkeypatch, given, kinds):
     with RunLogger(tmp_path, dashboards=given, resume_step=1) as logger:
         logger.log({"step": 2})
     assert asked == kinds
-    RunLogger(tmp_path, wandb=False).close()
+    RunLogger(tmp_path, dashboards="none").close()
     assert asked == kinds
     with pytest.raises(ValueError, match="choose wandb, trackio"):
         RunLogger(tmp_path, dashboards="wandbb")

@@ -69,7 +69,7 @@ def trainer(folder, steps=8, loader=None, processes=None, resume=None, model=Non
         loader or Batches(),
         steps,
         folder,
-        RunLogger(folder, wandb=False, resume_step=resume, active=processes.first),
+        RunLogger(folder, dashboards="none", resume_step=resume, active=processes.first),
         peak=1e12,
         processes=processes,
     )

@@ -368,7 +368,7 @@ def trainer(folder, name, steps=6, batch=80, resume=None):
     optimizers = [torch.optim.AdamW(others, lr=1e-3), build(name, matrices, 0.01, 4)]
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["initial_lr"] = group["lr"]
-    logger = RunLogger(folder, wandb=False, resume_step=resume)
+    logger = RunLogger(folder, dashboards="none", resume_step=resume)
     built = Trainer(
         config, model, setup.wrap(model, config, setup.Processes()), optimizers, Batches(), steps,
         folder, logger, peak=1e12,
