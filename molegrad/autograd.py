@@ -98,43 +98,91 @@ def dense_estimate(
     `trust_max` 0 leaves the norm of the estimate alone; `scales` are those of float8 `a` and `b`.
     """
     ops = torch.ops.molegrad
-    n, k = basis_v.shape
-    omega = bases.rademacher(n, probes, counter, seed, basis_v.dtype) if probes else None
-    if method == "power":
-        left, right, norm_sq, status = ops.lowrank_grad(
-            a, b, basis_v, power_iters, omega, cond_max, *scales
+    if method == "tangent":
+        start = tangent_start(basis_v, probes, counter, seed)
+        y, w = (x.to(basis_v.dtype) for x in ops.sketch(a, b, basis_u, start, *scales))
+        return tangent_estimate(
+            y, w, start, basis_u, basis_v, counter, stats, trust_max, explored, seed, cond_max
         )
-        left, right = left.to(basis_v.dtype), right.to(basis_v.dtype)
-        w, y = right, None
-        captured_sq = w.square().sum()
-    else:
-        start = basis_v if omega is None else torch.cat([basis_v, omega], dim=1)
-        y_omega, w = (x.to(basis_v.dtype) for x in ops.sketch(a, b, basis_u, start, *scales))
-        y = y_omega[:, :k].contiguous()
-        y_perp = y - basis_u @ (basis_u.mT @ y)
-        left, right = torch.cat([basis_u, y_perp], dim=1), torch.cat([w, basis_v], dim=1)
-        captured_sq = w.square().sum() + y_perp.square().sum()
-        norm_sq = captured_sq
-        if omega is not None:
-            norm_sq = hutch_norm_sq(y, y_omega[:, k:], basis_v, omega)
-        status = torch.zeros((), dtype=torch.int32, device=a.device)
-    trust = torch.ones_like(captured_sq)
-    if trust_max > 0:
-        trust = trust_factor(norm_sq, captured_sq, trust_max)
-        right = right * trust
-    estimate = left @ right.mT
-
-    new_v, condition, orth_status = bases.refresh(basis_v, w, counter, explored, seed + 1, cond_max)
-    drift = bases.drift(basis_v, new_v)
-    if y is not None:
-        new_u, _, status = bases.refresh(basis_u, y, counter, explored, seed + 2, cond_max)
-        basis_u.copy_(new_u)
-    basis_v.copy_(new_v)
+    omega = _probes(basis_v, probes, counter, seed) if probes else None
+    left, right, norm_sq, status = ops.lowrank_grad(
+        a, b, basis_v, power_iters, omega, cond_max, *scales
+    )
+    left, right = left.to(basis_v.dtype), right.to(basis_v.dtype)
+    captured_sq = right.square().sum()
+    trust = _trust(norm_sq, captured_sq, trust_max)
+    new_v, condition, orth = bases.refresh(basis_v, right, counter, explored, seed + 1, cond_max)
+    estimate = left @ (right * trust).mT
+    drift = _move(basis_v, new_v)
     counter.add_(1)
-    status = torch.maximum(status, orth_status)
-    values = [norm_sq, captured_sq, trust, condition, drift, status]
-    stats[: len(values)] = torch.stack([value.to(stats.dtype) for value in values])
+    _tell(stats, norm_sq, captured_sq, trust, condition, drift, torch.maximum(status, orth))
     return estimate
+
+
+def tangent_start(basis_v: Tensor, probes: int, counter: Tensor, seed: int) -> Tensor:
+    """[V, Ω] (n, k + probes): the right columns of the tangent estimate's sketch."""
+    if not probes:
+        return basis_v
+    return torch.cat([basis_v, _probes(basis_v, probes, counter, seed)], dim=1)
+
+
+def _probes(basis_v: Tensor, probes: int, counter: Tensor, seed: int) -> Tensor:
+    return bases.rademacher(basis_v.shape[0], probes, counter, seed, basis_v.dtype)
+
+
+def tangent_estimate(
+    y: Tensor,
+    w: Tensor,
+    start: Tensor,
+    basis_u: Tensor,
+    basis_v: Tensor,
+    counter: Tensor,
+    stats: Tensor,
+    trust_max: float,
+    explored: int,
+    seed: int,
+    cond_max: float,
+) -> Tensor:
+    """Ĝ = U Wᵀ + (I − UUᵀ) Y Vᵀ from its sketches, which are plain sums over tokens; moves bases,
+    counter and stats on in place.
+
+    Args:
+        y: G [V, Ω] (m, k + probes). w: Gᵀ U (n, k). start: [V, Ω], from `tangent_start`. All in
+            the bases' dtype.
+    """
+    k = basis_v.shape[1]
+    y, g_omega = y[:, :k].contiguous(), y[:, k:]
+    y_perp = y - basis_u @ (basis_u.mT @ y)
+    norm_sq = captured_sq = w.square().sum() + y_perp.square().sum()
+    if start.shape[1] > k:
+        norm_sq = hutch_norm_sq(y, g_omega, basis_v, start[:, k:])
+    trust = _trust(norm_sq, captured_sq, trust_max)
+    left, right = torch.cat([basis_u, y_perp], dim=1), torch.cat([w, basis_v], dim=1)
+    estimate = left @ (right * trust).mT
+    new_v, condition, status = bases.refresh(basis_v, w, counter, explored, seed + 1, cond_max)
+    new_u, _, status_u = bases.refresh(basis_u, y, counter, explored, seed + 2, cond_max)
+    drift = _move(basis_v, new_v)
+    basis_u.copy_(new_u)
+    counter.add_(1)
+    _tell(stats, norm_sq, captured_sq, trust, condition, drift, torch.maximum(status, status_u))
+    return estimate
+
+
+def _trust(norm_sq: Tensor, captured_sq: Tensor, trust_max: float) -> Tensor:
+    if trust_max > 0:
+        return trust_factor(norm_sq, captured_sq, trust_max)
+    return torch.ones_like(captured_sq)
+
+
+def _move(basis_v: Tensor, new_v: Tensor) -> Tensor:
+    """basis_v becomes new_v; how far that is (`bases.drift`)."""
+    drift = bases.drift(basis_v, new_v)
+    basis_v.copy_(new_v)
+    return drift
+
+
+def _tell(stats: Tensor, *values: Tensor) -> None:
+    stats[: len(values)] = torch.stack([value.to(stats.dtype) for value in values])
 
 
 def linear_setup(ctx, inputs, output) -> None:
