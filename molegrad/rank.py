@@ -159,7 +159,7 @@ class RankController:
         self._watched = {
             name: _watch(name, layer, optimizers, config)
             for name, layer in model.named_modules()
-            if isinstance(layer, MoleLinear) and layer.trains
+            if isinstance(layer, MoleLinear) and layer.trains and layer.config.energy_target
         }
         if not self._watched:
             raise ValueError("energy_target is set, but the model has no trained MoleLinear")

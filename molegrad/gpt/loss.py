@@ -15,7 +15,10 @@ As |z| <= c, exp(z) cannot overflow for c <= 80 and no maximum is subtracted.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from molegrad.chunked import ChunkedGradient, chunked_gradient
+from molegrad.linear import MoleLinear
 
 REDUCTIONS = ("mean", "sum", "none")
 _SAFE_CAP = 80.0  # exp(80) = 5.5e34; times any vocabulary it stays below float32's 3.4e38
@@ -34,7 +37,7 @@ def softcap(logits: Tensor, cap: float) -> Tensor:
 
 def linear_cross_entropy(
     hidden: Tensor,
-    weight: Tensor,
+    head: Tensor | nn.Linear,
     targets: Tensor,
     cap: float = 15.0,
     chunk: int = 0,
@@ -46,7 +49,8 @@ def linear_cross_entropy(
 
     Args:
         hidden: (..., C) floating point; under autocast computed in autocast's dtype.
-        weight: (V, C), the head's weight.
+        head: its weight (V, C), or the layer without bias; a MoleLinear in factored mode with
+            method "tangent" gets sketches instead of a (V, C) gradient.
         targets: (...) int64 in [0, V), or -1 for a position that does not count.
         cap: bound of the logits; 0 for none.
         chunk: tokens whose (chunk, V) logits exist at a time; 0 takes `default_chunk`.
@@ -54,8 +58,12 @@ def linear_cross_entropy(
             "sum", or "none": (...) losses, 0 where the target is -1.
 
     Raises:
-        ValueError: shapes or reduction are wrong.
+        ValueError: shapes, reduction or the head's configuration are wrong.
     """
+    layer = head if isinstance(head, nn.Linear) else None
+    weight = head if layer is None else layer.weight
+    if layer is not None:
+        require_head(layer)
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}")
     if hidden.shape[:-1] != targets.shape or hidden.shape[-1] != weight.shape[-1]:
@@ -72,8 +80,31 @@ def linear_cross_entropy(
     count = (wanted >= 0).sum()
     scale = (wanted >= 0) / count.clamp(min=1) if reduction == "mean" else (wanted >= 0).float()
     scale = scale.double() if dtype == torch.float64 else scale
-    losses = _LinearCrossEntropy.apply(flat, weight, wanted, scale, cap, chunk, dtype, reduction)
+    if isinstance(layer, MoleLinear) and layer.trains:
+        losses = _LowRankHead.apply(
+            flat, layer.basis_u, layer.basis_v, layer, wanted, scale, cap, chunk, dtype, reduction
+        )
+    else:
+        losses = _LinearCrossEntropy.apply(
+            flat, weight, wanted, scale, cap, chunk, dtype, reduction
+        )
     return losses.reshape(targets.shape) if reduction == "none" else losses
+
+
+def require_head(layer: nn.Linear) -> None:
+    """ValueError where the gradient of such an output head cannot be made with its logits."""
+    if layer.bias is not None:
+        raise ValueError("an output head with a bias is not supported: give it bias=False")
+    if not isinstance(layer, MoleLinear) or not layer.trains:
+        return
+    mode, method = layer.config.gradient_mode, layer.config.method
+    if (mode, method) != ("factored", "tangent"):
+        raise ValueError(
+            f"the output head {layer.name!r} has gradient_mode={mode!r} and method={method!r}, but "
+            "its gradient is gathered while the chunks of logits exist, in the forward pass, and "
+            "scaled in the backward pass: choose gradient_mode='factored' with method='tangent', "
+            "whose sketches allow that, or leave the head dense"
+        )
 
 
 def _chunk_loss(h: Tensor, weight: Tensor, targets: Tensor, cap: float):
@@ -111,10 +142,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, scale, cap, chunk, dtype, reduction):
-        now = reduction != "none" and any(ctx.needs_input_grad[:2])
-        need_h, need_w = ctx.needs_input_grad[:2]
-        loss, grad_h, grad_w = _all_chunks(
-            hidden, weight, targets, scale, cap, chunk, dtype, now and need_h, now and need_w
+        now = reduction != "none"
+        need_h, need_w = (now and needed for needed in ctx.needs_input_grad[:2])
+        grad_w = torch.zeros_like(weight) if need_w else None
+        loss, grad_h = _all_chunks(
+            hidden, weight, targets, scale, cap, chunk, dtype, need_h, _into(grad_w, cap)
         )
         ctx.options = (cap, chunk, dtype, reduction)
         if reduction == "none":
@@ -129,8 +161,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if reduction == "none":
             hidden, weight, targets, scale = ctx.saved_tensors
             need_h, need_w = ctx.needs_input_grad[:2]
-            _, grad_h, grad_w = _all_chunks(
-                hidden, weight, targets, scale * grad, cap, chunk, dtype, need_h, need_w
+            grad_w = torch.zeros_like(weight) if need_w else None
+            _, grad_h = _all_chunks(
+                hidden, weight, targets, scale * grad, cap, chunk, dtype, need_h, _into(grad_w, cap)
             )
         else:
             grad_h, grad_w = ctx.saved_tensors
@@ -139,27 +172,79 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad_h, grad_w, None, None, None, None, None, None
 
 
-def _all_chunks(hidden, weight, targets, scale, cap, chunk, dtype, need_h, need_w):
-    """Losses (T,) times scale, and the gradients of their sum that are asked for."""
-    compute_w = weight.to(dtype)
-    losses = []
+class _LowRankHead(torch.autograd.Function):
+    """The same where the head's weight gets sketches, as the gradients of its bases."""
+
+    @staticmethod
+    def forward(ctx, hidden, basis_u, basis_v, layer, targets, scale, cap, chunk, dtype, reduction):
+        now = reduction != "none" and any(ctx.needs_input_grad[:3])
+        sketches = chunked_gradient(layer)
+        loss, grad_h = _all_chunks(
+            hidden, layer.weight, targets, scale, cap, chunk, dtype,
+            now and ctx.needs_input_grad[0], _told(sketches, cap) if now else None,
+        )  # fmt: skip
+        ctx.options = (layer, cap, chunk, dtype, reduction)
+        if reduction == "none":
+            ctx.save_for_backward(hidden, layer.weight, targets, scale)
+            return loss
+        ctx.save_for_backward(grad_h, *sketches.finish())
+        return loss.sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        layer, cap, chunk, dtype, reduction = ctx.options
+        if reduction == "none":
+            hidden, weight, targets, scale = ctx.saved_tensors
+            sketches = chunked_gradient(layer)
+            _, grad_h = _all_chunks(
+                hidden, weight, targets, scale * grad, cap, chunk, dtype,
+                ctx.needs_input_grad[0], _told(sketches, cap),
+            )  # fmt: skip
+            found = (grad_h, *sketches.finish())
+        else:
+            found = (g if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors)
+        return *found, None, None, None, None, None, None, None
+
+
+def _into(grad_w: Tensor | None, cap: float):
+    """(h / cap, dx) of a chunk, added to the weight's gradient."""
+    if grad_w is None:
+        return None
+    factor = cap if cap > 0 else 1.0
+
+    def add(h: Tensor, dx: Tensor) -> None:
+        if grad_w.dtype == h.dtype:
+            grad_w.addmm_(dx.t(), h, alpha=factor)
+        else:
+            grad_w.add_(dx.t() @ h, alpha=factor)
+
+    return add
+
+
+def _told(sketches: ChunkedGradient, cap: float):
+    """(h / cap, dx) of a chunk, given to sketches."""
+    factor = cap if cap > 0 else 1.0
+    return lambda h, dx: sketches.add(h * factor, dx)
+
+
+def _all_chunks(hidden, weight, targets, scale, cap, chunk, dtype, need_h, add_w):
+    """Losses (T,) times scale, and the gradient of their sum with respect to hidden, if asked for;
+    that of the weight goes to `add_w(h / cap, dx)`, chunk by chunk."""
+    compute_w = weight.detach().to(dtype)
     grad_h = torch.empty_like(hidden) if need_h else None
-    grad_w = torch.zeros_like(weight) if need_w else None
     inverse_cap = 1.0 / cap if cap > 0 else 1.0
-    for start in range(0, hidden.size(0), chunk):
-        part = slice(start, start + chunk)
+
+    def losses_of(part: slice) -> Tensor:  # a function, so that a chunk's logits go with it
         h = hidden[part].to(dtype) * inverse_cap
         loss, *state = _chunk_loss(h, compute_w, targets[part], cap)
-        losses.append(loss * scale[part])
-        if need_h or need_w:
+        if need_h or add_w is not None:
             dx = _chunk_gradient(*state, targets[part], scale[part]).to(dtype)
             if need_h:
                 grad_h[part] = dx @ compute_w
-            if need_w:  # h carries the 1/cap already, dx does not: undo it once at the end
-                if grad_w.dtype == dtype:
-                    grad_w.addmm_(dx.t(), h)
-                else:
-                    grad_w += dx.t() @ h
-    if need_w and cap > 0:
-        grad_w *= cap
-    return torch.cat(losses) if losses else scale, grad_h, grad_w
+            if add_w is not None:
+                add_w(h, dx)
+        return loss * scale[part]
+
+    parts = [slice(i, i + chunk) for i in range(0, hidden.size(0), chunk)]
+    losses = [losses_of(part) for part in parts]
+    return torch.cat(losses) if losses else scale, grad_h

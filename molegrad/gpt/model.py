@@ -25,8 +25,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from molegrad.gpt.activations import Activations
 from molegrad.gpt.loss import linear_cross_entropy, softcap
 from molegrad.linear import WORKING_PARAMETERS
+from molegrad.offload import HostOffload
 
 
 @dataclass(frozen=True)
@@ -131,18 +133,24 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache=None) -> Tensor:
         """x (B, T, C) -> (B, T, C). `cache`: see `molegrad.gpt.engine.KVCache`."""
-        batch, length, _ = x.shape
-        q = self.c_q(x).view(batch, length, -1, self.head_dim)
-        k = self.c_k(x).view(batch, length, -1, self.head_dim)
-        v = self.c_v(x).view(batch, length, -1, self.head_dim)
+        q, k, v = self.project(x, cos, sin, self.c_q, self.c_k, self.c_v)
+        return self.c_proj(self.attend(q, k, v, cache))
+
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor, c_q, c_k, c_v) -> tuple[Tensor, ...]:
+        """x (B, T, C) -> q, k, v (B, T, heads, D), turned and normalised; of each token alone."""
+        q, k, v = (layer(x).view(*x.shape[:2], -1, self.head_dim) for layer in (c_q, c_k, c_v))
         q, k = rotate(rms_norm(q), cos, sin), rotate(rms_norm(k), cos, sin)
-        q, k = q.to(v.dtype), k.to(v.dtype)  # autocast may have normalised in float32
+        return q.to(v.dtype), k.to(v.dtype), v  # autocast may have normalised in float32
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, cache=None) -> Tensor:
+        """q, k, v (B, T, heads, D) -> (B, T, C), what each token reads of those before it."""
+        batch, length = q.shape[:2]
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
         mask = None
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
             if 1 < length < k.size(2):  # new tokens see all earlier ones and their own past
-                mask = torch.ones(length, k.size(2), dtype=torch.bool, device=x.device)
+                mask = torch.ones(length, k.size(2), dtype=torch.bool, device=q.device)
                 mask = mask.tril(k.size(2) - length)
         y = F.scaled_dot_product_attention(
             q,
@@ -152,7 +160,7 @@ class Attention(nn.Module):
             is_causal=mask is None and length == k.size(2),
             enable_gqa=self.grouped,
         )
-        return self.c_proj(y.transpose(1, 2).reshape(batch, length, -1))
+        return y.transpose(1, 2).reshape(batch, length, -1)
 
 
 class ReluSquared(torch.autograd.Function):
@@ -184,7 +192,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One transformer block: attention, then feed-forward, each on the normalised stream."""
+    """One transformer block: attention, then feed-forward, each on the normalised stream.
+
+    The methods beside `forward` are its token-wise parts, as `molegrad.gpt.activations` runs them.
+    """
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
@@ -192,8 +203,24 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache=None) -> Tensor:
-        x = x + self.attn(rms_norm(x), cos, sin, cache)
+        x = self.attention(x, cos, sin, cache)
         return x + self.mlp(rms_norm(x))
+
+    def attention(self, x: Tensor, cos: Tensor, sin: Tensor, cache=None) -> Tensor:
+        """The first half: x and what the tokens read of one another."""
+        return x + self.attn(rms_norm(x), cos, sin, cache)
+
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor, c_q, c_k, c_v) -> tuple[Tensor, ...]:
+        """q, k and v (B, T, heads, D) of the stream x (B, T, C)."""
+        return self.attn.project(rms_norm(x), cos, sin, c_q, c_k, c_v)
+
+    def feed_forward(self, x: Tensor, c_fc) -> tuple[Tensor, Tensor]:
+        """What mlp.c_proj takes (B, T, 4C), and what is added to its result, x itself."""
+        return ReluSquared.apply(c_fc(rms_norm(x))), x
+
+    def finish(self, x: Tensor, y: Tensor, c_proj, c_fc) -> tuple[Tensor, Tensor]:
+        """`feed_forward` of the stream to which what attention read, y (B, T, C), is added."""
+        return self.feed_forward(x + c_proj(y), c_fc)
 
 
 class GPT(nn.Module):
@@ -210,9 +237,15 @@ class GPT(nn.Module):
             }
         )
         self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
+        self.set_activations(Activations())
         self.reset_buffers()
         if not self.lm_head.weight.is_meta:
             self.reset_parameters(seed)
+
+    def set_activations(self, how: Activations) -> None:
+        """What training passes keep of a block's activations; see `molegrad.gpt.activations`."""
+        self.activations = how
+        self._offload = HostOffload() if how.offload else None
 
     def reset_buffers(self) -> None:
         """Make the rotary tables, on the weights' device."""
@@ -257,8 +290,12 @@ class GPT(nn.Module):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         cos = self.cos[start:end, None].to(x.dtype)
         sin = self.sin[start:end, None].to(x.dtype)
-        for block in self.transformer["h"]:
-            x = block(x, cos, sin, cache)
+        blocks = self.transformer["h"]
+        if cache is None and torch.is_grad_enabled():
+            x = self.activations.run(blocks, x, cos, sin, self._offload)
+        else:  # nothing is kept anyway
+            for block in blocks:
+                x = block(x, cos, sin, cache)
         if cache is not None:
             cache.advance(idx.size(1))
         return rms_norm(x)
@@ -292,7 +329,7 @@ class GPT(nn.Module):
             return self.logits(x)
         return linear_cross_entropy(
             x,
-            self.lm_head.weight,
+            self.lm_head,
             targets,
             cap=self.config.softcap,
             chunk=self.config.loss_chunk,

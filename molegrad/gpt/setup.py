@@ -4,7 +4,7 @@
 |---|---|---|
 | block matrices, dense or factored | --optimizer, of molegrad.optim | matrix_lr |
 | embedding | AdamW | embedding_lr · (width / 768)^-½ |
-| output head | AdamW | unembedding_lr · (width / 768)^-½ |
+| output head | AdamW (molegrad.optim's with --head_rank) | unembedding_lr · (width / 768)^-½ |
 | anything else | AdamW | scalar_lr |
 
 The factor (width / 768)^-½ on the AdamW parts is nanochat's: its learning rates were tuned at
@@ -18,7 +18,17 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from molegrad import ConversionPlan, convert, ignored_by_ddp, optim, plan
+from molegrad import (
+    ConversionPlan,
+    MoleGradConfig,
+    MoleLinear,
+    convert,
+    ignored_by_ddp,
+    optim,
+    plan,
+)
+from molegrad.chunked import require_chunkable
+from molegrad.gpt.loss import require_head
 from molegrad.gpt.model import GPT
 from molegrad.gpt.train_config import compute_dtype
 
@@ -78,8 +88,33 @@ def place(model: GPT, config, device: torch.device) -> GPT:
 
 
 def equip(model: GPT, config) -> ConversionPlan | None:
-    """Convert the layers that the streaming flags name, in place; the plan, or None if off."""
-    streaming = config.streaming_config()
+    """Convert the layers that the streaming flags name, and the output head where --head_rank is
+    given, in place, and set what blocks keep for the backward pass; the plan of the former, or None
+    if off.
+
+    Raises:
+        ValueError: no layer is taken, or a converted layer does not go with --sequence_chunk.
+    """
+    model.set_activations(config.activations())
+    planned = _equip_blocks(model, config.streaming_config())
+    if config.head_rank:
+        convert(model, _head_config(config))
+    require_head(model.lm_head)
+    return planned
+
+
+def _head_config(config) -> MoleGradConfig:
+    return MoleGradConfig(
+        rank_k=config.head_rank,
+        gradient_mode="factored",
+        method="tangent",
+        target_layers=("lm_head",),
+        min_layer_utilization=0.0,
+        seed=config.streaming_seed,
+    )
+
+
+def _equip_blocks(model: GPT, streaming: MoleGradConfig | None) -> ConversionPlan | None:
     if streaming is None:
         return None
     planned = plan(model, streaming)
@@ -89,6 +124,9 @@ def equip(model: GPT, config) -> ConversionPlan | None:
             "Lower --streaming_rank_k or --streaming_min_layer_utilization, or name other layers"
         )
     convert(model, streaming)
+    for name, layer in model.named_modules():
+        if isinstance(layer, MoleLinear) and model.activations.streams(name):
+            require_chunkable(layer, "--sequence_chunk")
     return planned
 
 
@@ -106,6 +144,18 @@ def build_optimizers(model: GPT, config) -> list[torch.optim.Optimizer]:
     for group in matrices:
         group["name"] = f"matrix_{group['kind']}"
     optimizers = [_matrix_optimizer(matrices, config)] if matrices else []
+    if isinstance(model.lm_head, MoleLinear):
+        head = optim.matrix_param_groups(model.lm_head)
+        for group in head:
+            group["name"] = "head_factored"
+        optimizers.append(
+            optim.AdamW(
+                head,
+                lr=config.unembedding_lr * scale,
+                betas=(config.adam_beta1, config.adam_beta2),
+                eps=ADAM_EPS,
+            )
+        )
     adam = [group for group in adam if group["params"]]
     adamw = torch.optim.AdamW(
         adam,

@@ -8,11 +8,12 @@ Why: base training and fine-tuning use one loop (`molegrad.gpt.loop`) and hence 
 stage adds its own by inheriting `TrainFlags`.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import torch
 
+from molegrad.gpt.activations import Activations
 from molegrad.gpt.dashboards import parse_names
 from molegrad.gpt.flags import HealthFields, StreamingFields, flag
 from molegrad.gpt.hardware import pick_device
@@ -24,7 +25,7 @@ MATRIX_LR = {"muon": 0.02, "adamw": 0.002, "adafactor": 0.002, "sgd": 0.3}
 
 
 @dataclass(frozen=True)
-class TrainFlags(HealthFields, StreamingFields):
+class TrainFlags(HealthFields, StreamingFields, Activations):
     """Flags of every training stage.
 
     Raises:
@@ -92,6 +93,12 @@ class TrainFlags(HealthFields, StreamingFields):
     final_lr_frac: float = flag(0.0, "learning rate at the end, as a share of the full one")
     grad_clip: float = flag(0.0, "clip the gradient's norm to this; 0 is off")
 
+    head_rank: int = flag(
+        0,
+        "rank of the output head's weight gradient, which then is a pair of sketches for AdamW in "
+        "their subspace; 0 is the exact gradient",
+    )
+
     log_every: int = flag(1, "steps between log lines; the loss is read back only then")
     monitor_every: int = flag(
         10,
@@ -124,10 +131,11 @@ class TrainFlags(HealthFields, StreamingFields):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.activations()  # checked now, not when the model is there
         non_negative = (
             "threads max_seq_len device_batch_size total_batch_size matrix_lr embedding_lr "
             "unembedding_lr scalar_lr weight_decay momentum_warmup_steps warmup_steps grad_clip "
-            "eval_tokens keep_last seed monitor_every shadow_every"
+            "eval_tokens keep_last seed monitor_every shadow_every head_rank"
         )
         for name in non_negative.split():
             if getattr(self, name) < 0:
@@ -166,6 +174,11 @@ class TrainFlags(HealthFields, StreamingFields):
                         f"{getattr(self, name)}: Muon steps from the momentum that the backward "
                         "passes add to; for anything else take streaming_gradient_mode='dense'"
                     )
+
+    def activations(self) -> Activations:
+        """What a block keeps of its activations."""
+        names = [field.name for field in fields(Activations)]
+        return Activations(**{name: getattr(self, name) for name in names})
 
     @property
     def resuming(self) -> bool:

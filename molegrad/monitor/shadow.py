@@ -257,15 +257,21 @@ def choose_layers(model: nn.Module, layers: str | Sequence[str] = "auto") -> dic
     "auto" takes of each role (`molegrad.names.layer_role`: feed-forward, attention, ...) one layer
     in the first, the middle and the last block that has it: the largest, of equal ones the first.
     A block is what a name says up to its first number (`h.3` of `h.3.mlp.c_fc`); a layer without
-    a number is a block of its own.
+    a number is a block of its own. An output head is never chosen: its gradient is made with its
+    loss, a chunk of tokens at a time, where no call of the layer can be seen.
 
     Raises:
         ValueError, TypeError: see `Shadow`.
     """
-    trained = {n: m for n, m in model.named_modules() if isinstance(m, MoleLinear) and m.trains}
+    trained = {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, MoleLinear) and layer.trains and layer_role(name) != "head"
+    }
     if not trained:
         raise ValueError(
-            "shadow layers: the model has no MoleLinear that is trained; convert it first"
+            "shadow layers: the model has no MoleLinear that is trained, an output head apart; "
+            "convert it first"
         )
     if layers == "auto":
         chosen = _first_middle_last(trained)

@@ -1,0 +1,233 @@
+"""Token-wise parts of a model, run in chunks of tokens in the forward and in the backward pass.
+
+What: `stream(function, inputs, layers, chunk)` is `function(*inputs, *layers)` for a function that
+treats every token by itself, such as a feed-forward network with its norm. Of everything that
+arises inside, the activations of one chunk exist at a time: the backward pass runs the function on
+each chunk again and goes back through it at once. Kept from the forward pass are `inputs` alone.
+
+    def feed_forward(x, c_fc):                       # all but the last matrix
+        return relu_squared(c_fc(norm(x))), x
+
+    y = stream(feed_forward, (x,), (mlp.c_fc,), chunk=1024, last=mlp.c_proj)   # x + c_proj(...)
+
+Why not `torch.utils.checkpoint` on chunks: it would add to `weight.grad` once a chunk. Here each
+parameter gets its gradient once, when all chunks are through (`molegrad.chunked`): hooks run once,
+DistributedDataParallel works, sums of sketches are exact, and no gradient matrix exists where the
+layers' configuration needs none. Given `last`, its product is not computed a second time.
+
+Costs: the forward products of `layers` (not of `last`) once more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from molegrad.chunked import chunked_gradient, parameters_of, require_chunkable
+
+Function = Callable[..., "Tensor | tuple[Tensor, ...]"]
+
+
+def stream(
+    function: Function,
+    inputs: Sequence[Tensor],
+    layers: Sequence[nn.Linear],
+    chunk: int,
+    *,
+    last: nn.Linear | None = None,
+    positional: Sequence[Tensor] = (),
+) -> Tensor | tuple[Tensor, ...]:
+    """`function(*inputs, *positional, *layers)`, a chunk of tokens at a time.
+
+    Args:
+        function: token-wise, deterministic, the same in both passes, without parameters of its own
+            and without in-place changes of its arguments. Called with slices of `inputs` and
+            `positional` and with the layers as callables; returns a tensor (B, t, …) or a tuple of
+            them.
+        inputs: (B, T, …) each; what is differentiated, and all that is kept.
+        layers: linear layers, plain or MoleLinear, that `function` may call, each once.
+        chunk: tokens of all B sequences together that exist at a time: max(1, chunk // B)
+            positions.
+        last: the layer that comes last. Then `function` returns its input h, or (h, r), and the
+            result is last(h), or r + last(h).
+        positional: (T, …) tensors without gradient, such as rotary tables.
+
+    Where one of the layers has forward hooks nothing is streamed: hooks want to see a layer's calls
+    as they are otherwise. Computed eagerly under torch.compile (the graph breaks here).
+
+    Raises:
+        ValueError: shapes do not fit, chunk is not positive, or a layer's method needs its whole
+            input (see `molegrad.chunked.require_chunkable`).
+    """
+    if chunk < 1:
+        raise ValueError(f"chunk must be a number of tokens >= 1, got {chunk}")
+    batch, length = inputs[0].shape[:2]
+    if any(x.shape[:2] != (batch, length) for x in inputs):
+        shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
+        raise ValueError(f"inputs must agree in (B, T), got {shapes}")
+    if any(x.shape[0] != length for x in positional):
+        shapes = ", ".join(str(tuple(x.shape)) for x in positional)
+        raise ValueError(f"positional tensors need T={length} rows, got {shapes}")
+    used = [*layers, *([] if last is None else [last])]
+    for layer in used:
+        require_chunkable(layer, "streaming")
+    positions = max(1, chunk // batch)
+    return _streamed(function, tuple(inputs), tuple(positional), tuple(layers), last, positions)
+
+
+@torch.compiler.disable
+def _streamed(function, inputs, positional, layers, last, positions):
+    used = (*layers, *(() if last is None else (last,)))
+    if any(layer._forward_hooks or layer._forward_pre_hooks for layer in used):
+        return _whole(function, inputs, positional, layers, last)
+    call = _Call(function, positional, layers, last, positions, inputs[0].device.type)
+    parameters = [p for layer in used for p in parameters_of(layer)]
+    return _Stream.apply(call, len(inputs), *inputs, *parameters)
+
+
+def _whole(function, inputs, positional, layers, last):
+    result = function(*inputs, *positional, *layers)
+    if last is None:
+        return result
+    h, *rest = result if isinstance(result, tuple) else (result,)
+    return rest[0] + last(h) if rest else last(h)
+
+
+class _Call:
+    """One call of `stream`: what both passes need to know beside tensors that are saved."""
+
+    def __init__(self, function, positional, layers, last, positions, device_type: str) -> None:
+        self.function, self.positional = function, positional
+        self.layers, self.last, self.positions = layers, last, positions
+        self.device_type = device_type
+        self.autocast = torch.is_autocast_enabled(device_type)
+        self.autocast_dtype = torch.get_autocast_dtype(device_type)
+        self.several = False  # whether the result is a tuple
+
+    def cast(self, x: Tensor | None) -> Tensor | None:
+        """x as autocast has the operands of a product."""
+        if x is None or not self.autocast or x.dtype == torch.float64:
+            return x
+        return x.to(self.autocast_dtype)
+
+    def casts(self) -> contextlib.AbstractContextManager:
+        """Autocast as it was; without its cache, which would keep what is cast for one chunk."""
+        return torch.autocast(
+            self.device_type, self.autocast_dtype, enabled=self.autocast, cache_enabled=False
+        )
+
+    def chunks(self, length: int):
+        return [slice(i, min(i + self.positions, length)) for i in range(0, length, self.positions)]
+
+
+class _Layer:
+    """A layer as `function` calls it: its product, in the backward pass with a gradient."""
+
+    def __init__(self, layer: nn.Linear, call: _Call, backward: bool) -> None:
+        self.call = call
+        self.weight = call.cast(layer.weight.detach())
+        self.bias = None if layer.bias is None else call.cast(layer.bias.detach())
+        self.gradient = chunked_gradient(layer) if backward else None
+        # What the chunk's graph leads to where the layer's input has no gradient of its own.
+        self.anchor = torch.zeros((), requires_grad=True) if backward else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x = self.call.cast(x)
+        if self.gradient is None:
+            return F.linear(x, self.weight, self.bias)
+        return _Product.apply(x, self.anchor, self)
+
+
+class _Product(torch.autograd.Function):
+    """y = x Wᵀ + bias; its backward pass hands (A, B) to the layer's gradient."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, anchor: Tensor, layer: _Layer) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.layer = layer
+        return F.linear(x, layer.weight, layer.bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, b: Tensor):
+        (x,) = ctx.saved_tensors
+        ctx.layer.gradient.add(x, b)
+        return (b @ ctx.layer.weight if ctx.needs_input_grad[0] else None), None, None
+
+
+class _Stream(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, call: _Call, count: int, *tensors: Tensor):
+        inputs = tensors[:count]
+        length = inputs[0].shape[1]
+        layers = [_Layer(layer, call, backward=False) for layer in call.layers]
+        last = None if call.last is None else _Layer(call.last, call, backward=False)
+        whole: list[Tensor] = []
+        for part in call.chunks(length):
+            pieces = (*(x[:, part] for x in inputs), *(x[part] for x in call.positional))
+            result = _whole(call.function, pieces, (), layers, last)
+            call.several = isinstance(result, tuple)
+            parts = result if call.several else (result,)
+            if not whole:
+                whole = [y.new_empty(y.shape[0], length, *y.shape[2:]) for y in parts]
+            for y, piece in zip(whole, parts, strict=True):
+                y[:, part] = piece
+        ctx.call, ctx.count = call, count
+        # The weights are saved for their versions: changed in between, autograd says so.
+        weights = [layer.weight for layer in (*call.layers, call.last) if layer is not None]
+        ctx.save_for_backward(*inputs, *weights)
+        return tuple(whole) if call.several else whole[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads: Tensor):
+        call, count = ctx.call, ctx.count
+        inputs = ctx.saved_tensors[:count]
+        needed = ctx.needs_input_grad[2 : 2 + count]
+        layers = [_Layer(layer, call, backward=True) for layer in call.layers]
+        last = None if call.last is None else _Layer(call.last, call, backward=True)
+        anchors = [layer.anchor for layer in layers]
+        grad_inputs = [
+            torch.empty_like(x) if need else None for x, need in zip(inputs, needed, strict=True)
+        ]
+        wanted = [grad for grad in grad_inputs if grad is not None]
+        for part in call.chunks(inputs[0].shape[1]):
+            pieces = [x[:, part].detach() for x in inputs]
+            sources = [x for x, need in zip(pieces, needed, strict=True) if need]
+            for x in sources:
+                x.requires_grad_()
+            with torch.enable_grad(), call.casts():
+                result = call.function(*pieces, *(x[part] for x in call.positional), *layers)
+            outputs = result if isinstance(result, tuple) else (result,)
+            given = [grad[:, part] for grad in grads]
+            if last is not None:
+                given = _through_last(last, outputs, given[0])
+            found = _gradients(outputs, given, [*sources, *anchors])
+            for grad, gradient in zip(wanted, found, strict=False):
+                grad[:, part] = 0.0 if gradient is None else gradient
+            del pieces, sources, result, outputs, given, found  # before the next chunk
+        of_layers = [g for layer in layers for g in layer.gradient.finish()]
+        of_last = [] if last is None else last.gradient.finish()
+        return None, None, *grad_inputs, *of_layers, *of_last
+
+
+def _through_last(last: _Layer, outputs: tuple[Tensor, ...], grad: Tensor) -> list[Tensor]:
+    """Gradients of `outputs`, (h,) or (h, r), from that of r + last(h)."""
+    with torch.no_grad():
+        h, b = last.call.cast(outputs[0].detach()), last.call.cast(grad)
+        last.gradient.add(h, b)
+        return [(b @ last.weight).to(outputs[0].dtype), grad][: len(outputs)]
+
+
+def _gradients(outputs, given, sources) -> tuple[Tensor | None, ...]:
+    """Of `sources`, in the chunk's own graph; a part of the outputs may not depend on any."""
+    pairs = [(y, g.to(y.dtype)) for y, g in zip(outputs, given, strict=True) if y.requires_grad]
+    if not pairs or not sources:
+        return (None,) * len(sources)
+    outputs, given = zip(*pairs, strict=True)
+    return torch.autograd.grad(outputs, sources, given, allow_unused=True)
