@@ -1,18 +1,19 @@
 """What a block keeps of its activations for the backward pass: every lever against memory that
 grows with the sequence.
 
-| lever | a block keeps, beside its input of C numbers a token | computed again |
+| lever | numbers a token that a block of width C keeps, its input included | computed again |
 |---|---|---|
-| none | 16 C: six of the attention's half, ten of the feed-forward network | nothing |
-| sequence_chunk, parts "mlp" | 7 C: what the attention's half keeps, and its output | c_fc |
-| sequence_chunk, parts "all" | 4 C: q, k, v and what attention reads | the projections, c_fc |
-| recompute "selective" | 1 C: what attention reads | all but attention |
-| recompute "block" | nothing | all |
+| none | 18 C: eight of the attention's half, ten of the feed-forward network's | nothing |
+| sequence_chunk, parts "mlp" | 9 C: of the feed-forward network its input is left | c_fc |
+| sequence_chunk, parts "all" | 5 C: the input, q, k, v and what attention reads | projections too |
+| recompute "selective" | 2 C: the block's input and what attention reads | all but attention |
+| recompute "block" | 1 C: the block's input | all |
 
 sequence_chunk bounds what exists while a block is at work, too: of the feed-forward network, and
-with "all" of the projections, one chunk's activations (`molegrad.streaming`). With recompute that
-is what is left of a block at all. offload moves what a recomputed block keeps, its input, to the
-host's memory while the blocks above it are at work (`molegrad.offload`).
+with "all" of the projections, one chunk's activations (`molegrad.streaming`); so it goes well with
+recompute, which keeps less but needs a whole block's activations at a time. offload moves what a
+recomputed block keeps, its input, to the host's memory while the blocks above it are at work
+(`molegrad.offload`).
 
 How: `model.set_activations(Activations(sequence_chunk=1024, recompute="block"))`; the flags
 --sequence_chunk, --sequence_parts, --recompute and --offload of every training stage do that.

@@ -1,0 +1,121 @@
+"""A layer's gradient from chunks of its tokens is the one that its own backward pass makes."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from molegrad import MoleGradConfig, MoleLinear
+from molegrad.chunked import chunked_gradient, parameters_of, require_chunkable
+
+T, N, M = 37, 24, 40
+CONFIGS = {
+    "plain": None,
+    "tangent": {"method": "tangent", "rank_k": 4},
+    "tangent, probes": {"method": "tangent", "rank_k": 4, "probes": 3, "trust_scaling": True},
+    "factored": {"gradient_mode": "factored", "rank_k": 4, "probes": 2},
+    "factored, fp8": {"gradient_mode": "factored", "rank_k": 4, "products": "fp8"},
+    "tangent, fp8": {"method": "tangent", "rank_k": 4, "products": "fp8"},
+    "sampled": {"method": "sampled", "sample_share": 1.0},
+    "momentum": {"method": "sampled", "sample_share": 1.0, "gradient_mode": "momentum"},
+    "momentum, int8": {
+        "method": "sampled",
+        "sample_share": 1.0,
+        "gradient_mode": "momentum",
+        "momentum_dtype": "int8",
+    },
+}
+
+
+def make(name: str, bias: bool = True) -> nn.Linear:
+    torch.manual_seed(2)
+    linear = nn.Linear(N, M, bias=bias)
+    values = CONFIGS[name]
+    return linear if values is None else MoleLinear.from_linear(linear, MoleGradConfig(**values))
+
+
+def data():
+    generator = torch.Generator().manual_seed(5)
+    return torch.randn(T, N, generator=generator), torch.randn(T, M, generator=generator)
+
+
+def gathered(layer: nn.Linear, chunk: int):
+    a, b = data()
+    gradient = chunked_gradient(layer)
+    for a_t, b_t in zip(a.split(chunk), b.split(chunk), strict=True):
+        gradient.add(a_t, b_t)
+    return gradient.finish()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("chunk", [T, 8, 1])
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_the_gradient_and_all_that_it_moves_are_those_of_the_whole(name, chunk, bias):
+    layer = make(name, bias)
+    whole = copy.deepcopy(layer)
+    a, b = data()
+    whole(a).backward(b)
+    found = gathered(layer, chunk)
+    for ours, parameter in zip(found, parameters_of(whole), strict=True):
+        assert (ours is None) == (parameter.grad is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, parameter.grad, rtol=1e-4, atol=1e-4)
+    if isinstance(layer, MoleLinear):
+        for key in ("basis_u", "basis_v"):
+            torch.testing.assert_close(
+                getattr(layer, key).detach(), getattr(whole, key).detach(), rtol=1e-3, atol=1e-4
+            )
+    if name == "momentum":
+        torch.testing.assert_close(layer.momentum.data, whole.momentum.data, rtol=1e-4, atol=1e-4)
+        assert layer.momentum.abs().sum() > 0
+    if name == "momentum, int8":
+        ours, theirs = (x.momentum.float() * x.momentum_scale for x in (layer, whole))
+        assert (ours - theirs).abs().max() <= theirs.abs().max() / 100
+    if "tangent" in name:
+        torch.testing.assert_close(layer.stats, whole.stats, rtol=1e-3, atol=1e-3, equal_nan=True)
+        assert int(layer.counter) == 1
+
+
+def test_samples_of_chunks_are_unbiased_and_their_statistics_are_means():
+    values = {"method": "sampled", "sample_share": 0.3, "sample_block": 2}
+    layer = MoleLinear.from_linear(make("plain", bias=False), MoleGradConfig(**values))
+    a, b = data()
+    truth, draws = b.mT @ a, 300
+    estimates = torch.stack([gathered(layer, 10)[0] for _ in range(draws)])
+    error = (estimates.mean(0) - truth).norm() / truth.norm()
+    spread = (estimates - truth).square().sum((1, 2)).mean().sqrt() / truth.norm()
+    assert spread > 0.3  # it does sample
+    assert error < 2 * spread / math.sqrt(draws)
+    share, noise = layer.stats[-2:].tolist()
+    assert 0.2 < share < 0.4 and noise > 0
+    assert int(layer.counter) == 4 * draws  # another sample for each chunk
+
+
+def test_a_frozen_weight_gets_nothing_and_its_bias_does():
+    layer = make("factored")
+    layer.basis_u.requires_grad_(False)
+    layer.basis_v.requires_grad_(False)
+    *own, bias = gathered(layer, 10)
+    assert own == [None, None]
+    torch.testing.assert_close(bias, data()[1].sum(0))
+
+
+def test_no_chunk_at_all_gives_no_gradient():
+    for name in CONFIGS:
+        layer = make(name, bias=False)
+        assert set(chunked_gradient(layer).finish()) == {None}
+
+
+def test_methods_that_need_their_whole_input_are_refused():
+    layer = MoleLinear(N, M, config=MoleGradConfig(method="power", rank_k=4), name="h.0.mlp.c_fc")
+    with pytest.raises(ValueError, match="h.0.mlp.c_fc: method='power'.*'tangent' or 'sampled'"):
+        require_chunkable(layer, "streaming")
+    projected = MoleGradConfig(method="projected", rank_k=4, project_stride=4)
+    with pytest.raises(ValueError, match="method='projected'"):
+        require_chunkable(MoleLinear(N, M, config=projected), "streaming")
+    with pytest.raises(ValueError, match="linear layers, got Tanh"):
+        require_chunkable(nn.Tanh(), "streaming")
+    layer.weight.requires_grad_(False)
+    require_chunkable(layer, "streaming")  # a frozen layer has no gradient to gather
