@@ -4,7 +4,7 @@
 # network where torch, pytest and the build tools are installed.
 #
 #   bash scripts/gpu_check.sh [FOLDER]     results go there (default: gpu_check); every part has a
-#                                          limit of its own, 7 minutes in all after the build
+#                                          limit of its own, 8 minutes in all after the build
 #   QUICK=1 bash scripts/gpu_check.sh      the targets' shapes only, two or three minutes
 #   FULL=1 bash scripts/gpu_check.sh       every row, compiled steps too, ten times the limits
 #   MOLEGRAD_VENV=none bash scripts/gpu_check.sh    with the torch that is installed
@@ -36,20 +36,23 @@ without() {
   echo "$1 missing 0" >>"$folder/parts.txt"
 }
 
-# Shapes, tokens, ranks and bfloat16 are the benchmark's own for a GPU.
+# Shapes, tokens, ranks and bfloat16 are the benchmark's own for a GPU. The methods are one for each
+# target of a training step: all linear layers, feed-forward layers only, modes only.
+methods=balanced,balanced:target_layers=ffn_only,factored-tangent:target_layers=all
 grad=(--seconds=14)
-steps=(--depth=12 --batches=1x8192,16x2048 --steps=10)
+steps=(--depth=12 --batches=1x8192,16x2048 --steps=10 --methods=exact,$methods)
 if [ "${QUICK:-0}" = 1 ]; then
   grad=(--shapes=1280x5120 --tokens=8192 --ranks=32 --seconds=5)
-  steps=(--depth=12 --batches=1x8192,16x2048 --steps=6 --methods=balanced,factored-tangent)
+  steps=(--depth=12 --batches=1x8192 --steps=6 --methods=$methods)
 elif [ "${FULL:-0}" = 1 ]; then
   patience=10
   grad=(--seconds=0)
-  steps=(--depth=12 --batches=1x8192,16x2048 --compile=both --steps=20)
+  methods=exact,minimal,$methods
+  steps=(--depth=12 --batches=1x8192,16x2048 --compile=both --steps=20 --methods=$methods)
 fi
 
 rm -f "$folder/parts.txt"
-part tests 130 "$PYTHON" -m pytest tests/gpu
+part tests 160 "$PYTHON" -m pytest tests/gpu
 part grad 100 "$PYTHON" -m scripts.bench_grad --device=cuda "${grad[@]}" --json
 part step 110 "$PYTHON" -m scripts.bench_step --device=cuda "${steps[@]}" --json
 part ops_tests 40 "$PYTHON" -m pytest tests/test_ops.py tests/test_linear.py tests/optim

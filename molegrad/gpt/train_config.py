@@ -43,7 +43,8 @@ class TrainFlags(HealthFields, StreamingFields, Activations):
     )
     compile: bool | None = flag(
         None,
-        "torch.compile the model; None compiles on CUDA, but not with streaming_group_mib",
+        "torch.compile the model; None compiles on CUDA, but not with streaming_group_mib or "
+        "offload",
     )
     seed: int = flag(0, "seed of the start weights and of the data order")
     threads: int = flag(0, "CPU threads of torch; 0 leaves torch's choice")
@@ -166,6 +167,11 @@ class TrainFlags(HealthFields, StreamingFields, Activations):
                 f"streaming_group_mib={streaming.group_mib} is not for compiled models: give "
                 "compile=False, or leave it at 0"
             )
+        if self.offload and self.compile:
+            raise ValueError(
+                "offload=True is not for compiled models, whose graphs cannot choose streams and "
+                "buffers: give compile=False, or offload=False"
+            )
         if streaming is not None and streaming.gradient_mode == "momentum":
             for name, wanted in (("optimizer", "muon"), ("grad_clip", 0.0)):
                 if getattr(self, name) != wanted:
@@ -239,7 +245,7 @@ def resolve(config, device: torch.device, world_size: int = 1):
             f"{world_size} processes: leave it at 0"
         )
     if config.compile is None:
-        values["compile"] = gpu and not grouped
+        values["compile"] = gpu and not grouped and not config.offload
     if streaming is not None:
         values["streaming_method"] = streaming.method
         values["streaming_rank_k"] = streaming.rank_k

@@ -144,6 +144,14 @@ def test_levers_that_have_no_meaning_are_refused(values, message):
             config(**values)
 
 
+def test_a_compiled_model_cannot_offload():
+    flags = {"offload": True, "recompute": "block"}
+    with pytest.raises(ValueError, match="offload=True is not for compiled models"):
+        BaseTrainConfig(**flags, compile=True)
+    assert resolve(BaseTrainConfig(), torch.device("cuda")).compile
+    assert not resolve(BaseTrainConfig(**flags), torch.device("cuda")).compile
+
+
 def kept_numbers(levers: Activations) -> float:
     """Numbers a token and block keeps for the backward pass, in units of the width."""
 

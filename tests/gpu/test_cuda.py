@@ -33,7 +33,7 @@ SHAPES = [  # T, n, m, k
     (8192, 1280, 640, 64),
     (1024, 512, 512, 128),
 ]
-COMPOSED = ("linear_dense", "linear_factored", "linear_sampled")  # of other ops, on every device
+COMPOSED = [name for name, op in OPS.items() if op.composed]  # of other ops, on every device
 FACTORED = {
     "rank_k": 8,
     "min_layer_utilization": 0.0,
