@@ -26,8 +26,9 @@ _SAFE_CAP = 80.0  # exp(80) = 5.5e34; times any vocabulary it stays below float3
 
 def default_chunk(vocab_size: int, device_type: str) -> int:
     """Tokens per chunk: 2^20 logits on the CPU, where a chunk should stay in the cache (4 MiB), and
-    2^26 elsewhere (256 MiB in float32), where products should be large and launches few."""
-    return max(64, 2 ** (20 if device_type == "cpu" else 26) // vocab_size)
+    2^25 elsewhere (128 MiB in float32, of which two and a half exist), where products should be
+    large and launches few."""
+    return max(64, 2 ** (20 if device_type == "cpu" else 25) // vocab_size)
 
 
 def softcap(logits: Tensor, cap: float) -> Tensor:
@@ -134,7 +135,7 @@ def _chunk_gradient(numerator, total, bounded, targets, scale):
     """d(Σ scale·loss)/d(h @ weightᵀ), (t, V) float32; overwrites its arguments."""
     dz = numerator.mul_((scale / total)[:, None])
     dz = dz.scatter_add_(1, targets.clamp(min=0)[:, None], -scale[:, None])
-    return dz if bounded is None else torch.addcmul(dz, dz, bounded.square_(), value=-1.0)
+    return dz if bounded is None else dz.addcmul_(dz, bounded.square_(), value=-1.0)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

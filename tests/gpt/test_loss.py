@@ -4,7 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from molegrad import MoleGradConfig, MoleLinear, convert
 from molegrad.gpt.loss import default_chunk, linear_cross_entropy, softcap
+from molegrad.gpt.model import GPT, GPTConfig
 
 
 def make(tokens=37, width=12, vocab=29, dtype=torch.float64):
@@ -46,7 +48,7 @@ def test_all_targets_ignored_gives_zero_loss_and_zero_gradients(reduction):
 
 def test_the_default_chunk_follows_vocabulary_and_device():
     assert default_chunk(4096, "cpu") == 256 and default_chunk(32768, "cpu") == 64
-    assert default_chunk(32768, "cuda") == 2048
+    assert default_chunk(32768, "cuda") == 1024
 
 
 def test_no_tokens():
@@ -108,3 +110,81 @@ def test_wrong_input_is_named():
         linear_cross_entropy(hidden, weight, targets[:-1])
     with pytest.raises(ValueError, match="chunk must be a number of tokens"):
         linear_cross_entropy(hidden, weight, targets, chunk=-1)
+
+
+LOW_RANK = {"rank_k": 4, "gradient_mode": "factored", "min_layer_utilization": 0.0}
+
+
+def head_of(weight, **changes):
+    layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
+    layer.weight.data.copy_(weight)
+    config = MoleGradConfig(**{**LOW_RANK, **changes})
+    return MoleLinear.from_linear(layer, config, "lm_head")
+
+
+@pytest.mark.parametrize("cap", [15.0, 0.0])
+@pytest.mark.parametrize("chunk", [0, 1, 10, 1000])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_a_low_rank_head_gets_the_sketches_of_its_gradient(reduction, chunk, cap):
+    hidden, weight, targets = make()
+    head = head_of(weight, probes=2)
+    ours = linear_cross_entropy(hidden, head, targets, cap, chunk, reduction)
+    theirs = full(hidden, weight, targets, cap, reduction)
+    torch.testing.assert_close(ours, theirs)
+    seed = torch.linspace(0.5, 2.0, ours.numel(), dtype=ours.dtype).reshape(ours.shape)
+    grad_h, y, w = torch.autograd.grad(ours, (hidden, head.basis_u, head.basis_v), seed)
+    exact_h, gradient = torch.autograd.grad(theirs, (hidden, weight), seed)
+    torch.testing.assert_close(grad_h, exact_h)
+    torch.testing.assert_close(y, gradient @ head.basis_v.detach())
+    torch.testing.assert_close(w, gradient.T @ head.basis_u.detach())
+
+
+def test_a_low_rank_head_holds_no_gradient_of_its_weights_size():
+    hidden, weight, targets = make(tokens=64, width=32, vocab=500, dtype=torch.float32)
+    head, sizes = head_of(weight), []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t) or t, lambda t: t)
+    with hooks:
+        linear_cross_entropy(hidden, head, targets, chunk=8).backward()
+    assert head.weight.grad is None and head.basis_u.grad.shape == (500, 4)
+    assert max(t.numel() for t in sizes) == hidden.numel()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "power"}, "gradient_mode='factored' and method='power'"),
+        ({"gradient_mode": "dense", "method": "tangent"}, "gradient_mode='dense'"),
+        (
+            {"method": "sampled", "gradient_mode": "momentum", "rank_k": None},
+            "gradient_mode='momentum' and method='sampled'",
+        ),
+    ],
+)
+def test_other_heads_are_refused(changes, message):
+    hidden, weight, targets = make()
+    with pytest.raises(ValueError, match=f"output head 'lm_head' has {message}"):
+        linear_cross_entropy(hidden, head_of(weight, **changes), targets)
+    with pytest.raises(ValueError, match="head with a bias is not supported"):
+        linear_cross_entropy(hidden, torch.nn.Linear(12, 29).double(), targets)
+
+
+def test_a_frozen_low_rank_head_takes_no_gradient():
+    hidden, weight, targets = make()
+    head = head_of(weight, method="power")
+    head.basis_u.requires_grad_(False)
+    head.basis_v.requires_grad_(False)
+    (grad,) = torch.autograd.grad(linear_cross_entropy(hidden, head, targets), hidden)
+    expected = torch.autograd.grad(full(hidden, weight, targets, 15.0, "mean"), hidden)
+    torch.testing.assert_close(grad, expected[0])
+
+
+def test_a_model_with_a_converted_head_trains_it_or_says_why_not():
+    model = GPT(GPTConfig(depth=1, aspect_ratio=32, vocab_size=61, max_seq_len=24))
+    convert(model, MoleGradConfig(**LOW_RANK, target_layers=("lm_head",)))
+    idx = torch.randint(61, (2, 10))
+    model(idx, idx).backward()
+    assert model.lm_head.basis_v.grad.abs().sum() > 0
+    model = GPT(GPTConfig(depth=1, aspect_ratio=32, vocab_size=61, max_seq_len=24))
+    convert(model, MoleGradConfig(sample_share=1.0, target_layers=("lm_head",)))
+    with pytest.raises(ValueError, match="or leave the head dense"):
+        model(idx, idx)

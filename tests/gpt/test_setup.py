@@ -98,3 +98,27 @@ def test_processes_from_the_environment(monkeypatch):
         monkeypatch.setenv(name, value)
     processes = setup.Processes.from_environment()
     assert processes == setup.Processes(3, 1, 4) and not processes.first
+
+
+@pytest.mark.parametrize("values", [{}, FACTORED], ids=["dense blocks", "factored blocks"])
+def test_a_head_of_low_rank_has_an_optimizer_of_its_own_and_learns(values, tmp_path):
+    still = {"embedding_lr": 0.0, "matrix_lr": 1e-12}
+    built = trainer(tmp_path, 40, warmdown_ratio=0.0, head_rank=8, **values, **still)
+    head = built.model.lm_head
+    assert (head.rank, head.config.gradient_mode) == (8, "factored")
+    *_, last = built.optimizers
+    assert isinstance(last, optim.AdamW)
+    assert last.param_groups[0]["name"] == "head_factored"
+    assert last.param_groups[0]["initial_lr"] == pytest.approx(0.004 * (64 / 768) ** -0.5)
+    built.loader.next_batch = lambda: tokens(4, 20, seed=1)
+    built.run()
+    recorded = losses(tmp_path)
+    assert recorded[-1] < 0.97 * recorded[0]
+
+
+def test_a_head_that_cannot_be_trained_is_refused():
+    values = {**STREAM, "streaming_target_layers": "mlp,lm_head", "streaming_method": "tangent"}
+    with pytest.raises(ValueError, match="output head 'lm_head' has gradient_mode='dense'"):
+        setup.equip(small(), config(**values))
+    with pytest.raises(ValueError, match="head_rank must not be negative"):
+        config(head_rank=-1)
