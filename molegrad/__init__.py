@@ -13,6 +13,7 @@ from molegrad.clip import clip_grad_norm_
 from molegrad.config import MoleGradConfig
 from molegrad.convert import ConversionPlan, convert, plan, revert
 from molegrad.linear import MoleLinear, bases_state_dict, ignored_by_ddp, load_bases_state_dict
+from molegrad.streaming import stream
 
 __all__ = [
     "ConversionPlan",
@@ -27,4 +28,5 @@ __all__ = [
     "ops",
     "plan",
     "revert",
+    "stream",
 ]

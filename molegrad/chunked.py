@@ -174,19 +174,23 @@ class _Tangent(_Sketch):
 
 
 class _Sampled(ChunkedGradient):
-    """A sample of each chunk's products, added to the momentum where there is one."""
+    """A sample of each chunk's products, added to the momentum where there is one. A narrow
+    momentum gets their sum at the end, so that it is rounded once and not by each chunk."""
 
     def __init__(self, layer: MoleLinear) -> None:
         super().__init__(layer)
-        whole = layer.momentum is None or layer.momentum_scale is not None
-        self._target = None if whole else layer.momentum.detach()
+        momentum = layer.momentum
+        self._at_once = momentum is not None and momentum.dtype in (torch.float32, torch.float64)
+        self._target = momentum.detach() if self._at_once else None
         self._told: Tensor | float = 0.0  # what the samples tell of themselves, times tokens
         self._tokens = 0
 
     def _add(self, a: Tensor, b: Tensor) -> None:
         layer, c = self.layer, self.layer.config
         if self._target is None:
-            self._target = torch.zeros_like(layer.weight.detach())
+            narrow = layer.momentum is not None and layer.momentum.is_floating_point()
+            like = layer.momentum if narrow else layer.weight
+            self._target = torch.zeros_like(like.detach())
         told = torch.ops.molegrad.sampled_grad_(
             self._target, a, b, None, layer.counter, layer.share, c.sample_block, 1.0, layer._seed
         )
@@ -199,8 +203,13 @@ class _Sampled(ChunkedGradient):
             layer.stats[_SAMPLED] = self._told / self._tokens
         if layer.momentum is None:
             return (self._target,)
-        if layer.momentum_scale is not None and self._target is not None:
-            torch.ops.molegrad.add_quantized_(layer.momentum, layer.momentum_scale, self._target)
+        if not self._at_once and self._target is not None:
+            if layer.momentum_scale is None:
+                layer.momentum.detach().add_(self._target)
+            else:
+                torch.ops.molegrad.add_quantized_(
+                    layer.momentum, layer.momentum_scale, self._target
+                )
         return (None,)
 
 

@@ -20,6 +20,12 @@ CONFIGS = {
     "tangent, fp8": {"method": "tangent", "rank_k": 4, "products": "fp8"},
     "sampled": {"method": "sampled", "sample_share": 1.0},
     "momentum": {"method": "sampled", "sample_share": 1.0, "gradient_mode": "momentum"},
+    "momentum, bfloat16": {
+        "method": "sampled",
+        "sample_share": 1.0,
+        "gradient_mode": "momentum",
+        "momentum_dtype": "bfloat16",
+    },
     "momentum, int8": {
         "method": "sampled",
         "sample_share": 1.0,
@@ -70,12 +76,26 @@ def test_the_gradient_and_all_that_it_moves_are_those_of_the_whole(name, chunk, 
     if name == "momentum":
         torch.testing.assert_close(layer.momentum.data, whole.momentum.data, rtol=1e-4, atol=1e-4)
         assert layer.momentum.abs().sum() > 0
+    if name == "momentum, bfloat16":
+        ours, theirs = layer.momentum.data.float(), whole.momentum.data.float()
+        assert (ours - theirs).norm() < 0.01 * theirs.norm()
     if name == "momentum, int8":
         ours, theirs = (x.momentum.float() * x.momentum_scale for x in (layer, whole))
         assert (ours - theirs).abs().max() <= theirs.abs().max() / 100
     if "tangent" in name:
         torch.testing.assert_close(layer.stats, whole.stats, rtol=1e-3, atol=1e-3, equal_nan=True)
         assert int(layer.counter) == 1
+
+
+def test_a_narrow_momentum_is_rounded_once_and_not_by_each_chunk():
+    """A chunk's share of the gradient is below what bfloat16 can add to so large a momentum."""
+    layer = make("momentum, bfloat16", bias=False)
+    layer.momentum.data.fill_(64.0)
+    gradient = chunked_gradient(layer)
+    for _ in range(16):
+        gradient.add(torch.full((1, N), 0.25), torch.full((1, M), 0.25))
+    gradient.finish()
+    assert torch.equal(layer.momentum.data, torch.full((M, N), 65.0, dtype=torch.bfloat16))
 
 
 def test_samples_of_chunks_are_unbiased_and_their_statistics_are_means():

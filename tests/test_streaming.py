@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from molegrad import MoleGradConfig, convert
-from molegrad.streaming import stream
+from molegrad import MoleGradConfig, convert, stream
 from tests.models import MLP
 
 B, T, C = 2, 21, 12
