@@ -1,6 +1,6 @@
 """Loads the native extension and says what it is.
 
-Importing `molegrad._C` registers its kernels for the ops that molegrad/ops.py has defined. It is
+Importing `molegrad._C` registers its kernels for the ops that molegrad/registry.py defines. It is
 left alone where MOLEGRAD_BUILD=0 is in the environment, the variable that also makes an
 installation skip compiling; every op then runs on molegrad/reference.py.
 """

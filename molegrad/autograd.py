@@ -1,8 +1,8 @@
 """Backward formulas of the ops that have one.
 
-`linear_dense`, `linear_factored` and `linear_sampled` compute the plain linear layer
-y = x Wᵀ + bias; they differ from it, and from each other, in what they keep of x (x, or its rows in
-float8) and in what the backward pass makes of the weight gradient:
+`linear_dense`, `linear_factored`, `linear_sampled` and `linear_projected` compute the plain linear
+layer y = x Wᵀ + bias; they differ from it, and from each other, in what they keep of x (x, or its
+rows in float8) and in what the backward pass makes of the weight gradient:
 
 - dense: `weight.grad` receives the low-rank estimate Ĝ as a matrix, and the bases, which are
   buffers, move on in place (autograd and torch.compile allow a backward pass to change a buffer).
@@ -11,6 +11,8 @@ float8) and in what the backward pass makes of the weight gradient:
   L(weight + U Vᵀ) with respect to U and V at a point where that product is left out.
 - sampled: an unbiased estimate from a sample of the products that the gradient is a sum of goes to
   `weight.grad`, or straight into the momentum, so that no gradient exists at any time.
+- projected: the same with another estimate, for which x is not kept at all: its projection on the
+  basis V and one of every few of its rows are (`molegrad.projected`).
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ STATS = (
     "sampling_noise",
 )
 _SAMPLED = slice(STATS.index("sampled_share"), len(STATS))
+_PROJECTED = slice(STATS.index("condition_number"), len(STATS))
 
 
 def _tokens(x: Tensor) -> Tensor:
@@ -251,6 +254,23 @@ def linear_factored_backward(ctx, grad: Tensor):
     return grad_x, None, grad_bias, None, None, grad_u, grad_v, *[None] * 6
 
 
+def _target(weight: Tensor, momentum: Tensor | None, momentum_scale: Tensor | None) -> Tensor:
+    """What an estimate is added to: the momentum itself, or zeros (m, n) for `_deliver`."""
+    whole = momentum is None or momentum_scale is not None
+    return torch.zeros_like(weight) if whole else momentum
+
+
+def _deliver(
+    target: Tensor, momentum: Tensor | None, momentum_scale: Tensor | None
+) -> Tensor | None:
+    """The weight's gradient where there is no momentum; an int8 momentum gets it added."""
+    if momentum is None:
+        return target
+    if momentum_scale is not None:
+        torch.ops.molegrad.add_quantized_(momentum, momentum_scale, target)
+    return None
+
+
 def linear_sampled_backward(ctx, grad: Tensor):
     """Adds the weight's gradient to `momentum` where there is one, else returns it."""
     weight, a, *scale = ctx.saved_tensors
@@ -258,17 +278,40 @@ def linear_sampled_backward(ctx, grad: Tensor):
     grad_x, grad_bias = _grad_x_and_bias(ctx, grad, weight)
     grad_weight = None
     if ctx.needs_input_grad[1]:
-        whole = momentum is None or momentum_scale is not None
-        target = torch.zeros_like(weight) if whole else momentum
+        target = _target(weight, momentum, momentum_scale)
         stats[_SAMPLED] = torch.ops.molegrad.sampled_grad_(
             target, a, grad, scale[0] if scale else None, counter, share, block, 1.0, seed
         )
         counter.add_(1)
-        if momentum is None:
-            grad_weight = target
-        elif momentum_scale is not None:
-            torch.ops.molegrad.add_quantized_(momentum, momentum_scale, target)
+        grad_weight = _deliver(target, momentum, momentum_scale)
     return grad_x, grad_weight, grad_bias, *[None] * 9
+
+
+def linear_projected_setup(ctx, inputs, output) -> None:
+    x, weight, bias, p, v, rows, rows_scale, index, *ctx.rest = inputs
+    scale = () if rows_scale is None else (rows_scale,)
+    ctx.save_for_backward(weight, p, v, rows, index, *scale)
+
+
+def linear_projected_backward(ctx, grad: Tensor):
+    """As `linear_sampled_backward`; the basis follows what the rows say, and moves in place."""
+    weight, p, v, rows, index, *scale = ctx.saved_tensors
+    basis_v, momentum, momentum_scale, counter, stats, stride, explored, seed, cond_max = ctx.rest
+    grad_x, grad_bias = _grad_x_and_bias(ctx, grad, weight)
+    grad_weight = None
+    if ctx.needs_input_grad[1]:
+        target = _target(weight, momentum, momentum_scale)
+        block, sampled = torch.ops.molegrad.projected_grad_(
+            target, _tokens(grad), p, rows, scale[0] if scale else None, index, v, stride
+        )
+        new_v, condition, status = bases.refresh(
+            basis_v, block.to(basis_v.dtype), counter, explored, seed + 1, cond_max
+        )
+        values = (condition, _move(basis_v, new_v), status)
+        stats[_PROJECTED] = torch.cat([torch.stack([x.to(stats.dtype) for x in values]), sampled])
+        counter.add_(1)
+        grad_weight = _deliver(target, momentum, momentum_scale)
+    return grad_x, grad_weight, grad_bias, *[None] * 14
 
 
 def refuse(name: str):

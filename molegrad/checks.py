@@ -283,6 +283,57 @@ def sampled_grad_(grad, a, b, a_scale, counter, share, block=2, alpha=1.0, seed=
     sample(op, share, block)
 
 
+def project_tokens(a, basis_v) -> None:
+    op = "project_tokens"
+    floating(op, a=a, basis_v=basis_v)
+    _require(a.dim() >= 1, op, "a needs at least one dimension (…, T, n), got a scalar")
+    basis(op, "basis_v", basis_v, a.shape[-1], a.shape[-1])
+
+
+def sample_tokens(a, counter, stride, seed=0) -> None:
+    op = "sample_tokens"
+    floating(op, a=a)
+    _require(a.dim() >= 1, op, "a needs at least one dimension (…, T, n), got a scalar")
+    step_counter(op, counter)
+    _require(stride >= 1, op, f"stride must be at least 1, got {stride}")
+
+
+def projected_grad_(grad, b, p, rows, rows_scale, index, v, stride, alpha=1.0) -> None:
+    op = "projected_grad_"
+    float8 = rows.dtype in FLOAT8
+    floating(op, b=b, grad=grad, p=p, v=v, rows=None if float8 else rows)
+    _require(b.dim() >= 2, op, f"b needs at least two dimensions (…, T, m), got {_shape(b)}")
+    m, count = b.shape[-1], b.shape[:-1].numel()
+    kept(op, count, stride, p, v, rows, rows_scale, index)
+    shape = (m, v.shape[0])
+    _require(tuple(grad.shape) == shape, op, f"expected grad of shape {shape}, got {_shape(grad)}")
+    for name, x in (("p", p), ("v", v)):
+        _require(
+            x.dtype == b.dtype, op, f"expected b and {name} of the same dtype, got {b.dtype} and "
+            f"{x.dtype}",
+        )  # fmt: skip
+
+
+def kept(op: str, count: int, stride: int, p, v, rows, rows_scale, index) -> None:
+    """What the projected method keeps of an input of `count` tokens."""
+    _require(stride >= 1, op, f"stride must be at least 1, got {stride}")
+    matrix(op, "v", v)
+    (n, k), groups = v.shape, (count + stride - 1) // stride
+    for name, x, shape in (("p", p, (count, k)), ("rows", rows, (groups, n))):
+        _require(tuple(x.shape) == shape, op, f"expected {name} {shape}, got {_shape(x)}")
+    _require(
+        (rows.dtype in FLOAT8) == (rows_scale is not None), op,
+        "rows_scale belongs to float8 rows: give both, from quantize_rows, or neither",
+    )  # fmt: skip
+    for name, x in (("rows_scale", rows_scale), ("index", index)):
+        _require(
+            x is None or tuple(x.shape) == (groups,), op,
+            f"expected {name} with one number for each of the {groups} rows, "
+            f"got {_shape(x) if x is not None else 'none'}",
+        )  # fmt: skip
+    _require(index.dtype == torch.int64, op, f"expected index in int64, got {index.dtype}")
+
+
 def add_quantized_(data, scale, x) -> None:
     op = "add_quantized_"
     matrix(op, "data", data)
@@ -314,16 +365,35 @@ def linear_sampled(
 ) -> None:
     op = "linear_sampled"
     linear(op, x, weight, bias, data, scale)
-    if momentum is not None:
-        if momentum_scale is None:
-            floating(op, x=x, momentum=momentum)
-        _require(
-            momentum.shape == weight.shape,
-            op,
-            f"expected momentum of the weight's shape {_shape(weight)}, got {_shape(momentum)}",
-        )
+    momentum_of(op, weight, momentum, momentum_scale)
     step_counter(op, counter)
     sample(op, share, block)
+
+
+def linear_projected(
+    x, weight, bias, p, v, rows, rows_scale, index, basis_v, momentum, momentum_scale, counter,
+    stats, stride, explored, seed, cond_max,
+) -> None:  # fmt: skip
+    op = "linear_projected"
+    linear(op, x, weight, bias, None, None)
+    kept(op, x.shape[:-1].numel(), stride, p, v, rows, rows_scale, index)
+    basis(op, "basis_v", basis_v, weight.shape[1], min(weight.shape))
+    momentum_of(op, weight, momentum, momentum_scale)
+    step_counter(op, counter)
+    cond(op, cond_max)
+
+
+def momentum_of(op: str, weight, momentum, momentum_scale) -> None:
+    """None, or one of the weight's shape; int8 with a scale."""
+    if momentum is None:
+        return
+    if momentum_scale is None:
+        floating(op, weight=weight, momentum=momentum)
+    _require(
+        momentum.shape == weight.shape,
+        op,
+        f"expected momentum of the weight's shape {_shape(weight)}, got {_shape(momentum)}",
+    )
 
 
 def linear(op: str, x, weight, bias, data, scale) -> None:

@@ -9,25 +9,32 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from molegrad.names import layer_role, matches
+from molegrad.overrides import (
+    check_rank,
+    check_share,
+    normalized_overrides,
+    normalized_targets,
+    split_override,
+)
 
-Method = Literal["power", "tangent", "sampled"]
+Method = Literal["power", "tangent", "sampled", "projected"]
 GradientMode = Literal["dense", "factored", "momentum"]
 SavedInputs = Literal["full", "fp8"]
 Products = Literal["full", "fp8"]
 MomentumDtype = Literal["float32", "bfloat16", "int8"]
 
-METHODS = ("power", "tangent", "sampled")
+METHODS = ("power", "tangent", "sampled", "projected")
+# Unbiased, of full rank, and so what a momentum can be built from as it arises.
+UNBIASED = ("sampled", "projected")
 GRADIENT_MODES = ("dense", "factored", "momentum")
 SAVED_INPUTS = ("full", "fp8")
 PRODUCTS = ("full", "fp8")
 MOMENTUM_DTYPES = ("float32", "bfloat16", "int8")
-TARGET_GROUPS = ("ffn_only", "attention_only", "all")
 
 
 # Named configurations: which suits which batch, memory and patience stands in docs/quality.md.
@@ -45,6 +52,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "minimal": {**_BALANCED, "momentum_dtype": "int8"},
 }
 DEFAULT_RANK = 32
+DEFAULT_STRIDE = 8
 
 
 def explored_directions(k: int, decay: float) -> int:
@@ -93,9 +101,10 @@ class MoleGradConfig:
         None,
         "estimator: 'sampled' (unbiased, of full rank, from a share of the products that the "
         "gradient is a sum of), 'tangent' (rank 2k, one pass, linear in the gradient, hence exact "
-        "under accumulation and data parallelism) or 'power' (rank k, two dependent passes, for a "
-        "single micro-batch); None is 'tangent' where a rank, probes or gradient_mode='factored' "
-        "are asked for, else 'sampled'",
+        "under accumulation and data parallelism), 'power' (rank k, two dependent passes, for a "
+        "single micro-batch) or 'projected' (unbiased, of full rank; keeps a projection of the "
+        "layer's input and a few of its rows in place of it); None is 'tangent' where a rank, "
+        "probes or gradient_mode='factored' are asked for, else 'sampled'",
     )
     sample_share: float = _field(
         0.25,
@@ -112,10 +121,16 @@ class MoleGradConfig:
         "method 'sampled': neighbouring features of the wider operand that are taken together; "
         "small blocks have less variance, large ones suit wider arithmetic units",
     )
+    project_stride: int = _field(
+        DEFAULT_STRIDE,
+        "method 'projected': one row of the layer's input out of every so many tokens is kept, "
+        "beside its projection on rank_k directions: k/n + 1/project_stride of the input in all; "
+        "1 keeps all rows and is exact",
+    )
     saved_inputs: SavedInputs = _field(
         "full",
         "what a layer keeps of its input for the backward pass: 'full', or 'fp8', float8 rows with "
-        "a scale each",
+        "a scale each (method 'projected': of the rows that it keeps)",
     )
     products: Products = _field(
         "full",
@@ -153,14 +168,15 @@ class MoleGradConfig:
     min_layer_utilization: float = _field(
         0.5,
         "a layer is converted only if the factors save at least this share of the dense "
-        "gradient's numbers: 1 - k (m + n) / (m n)",
+        "gradient's numbers: 1 - k (m + n) / (m n); with method 'projected' of its input's: "
+        "1 - k/n - 1/project_stride",
     )
     gradient_mode: GradientMode = _field(
         "dense",
         "'dense' writes the estimate to weight.grad (any optimizer works); 'momentum' adds it "
-        "straight to Muon's momentum, so that no gradient exists (method 'sampled'); 'factored' "
-        "keeps sketches as gradients of two small parameters (methods 'tangent' and 'power') and "
-        "needs an optimizer of molegrad.optim",
+        "straight to Muon's momentum, so that no gradient exists (methods 'sampled' and "
+        "'projected'); 'factored' keeps sketches as gradients of two small parameters (methods "
+        "'tangent' and 'power') and needs an optimizer of molegrad.optim",
     )
     momentum_dtype: MomentumDtype = _field(
         "float32",
@@ -198,7 +214,7 @@ class MoleGradConfig:
     def __post_init__(self) -> None:
         self._choose_method()
         if self.rank_k is not None:
-            _check_rank("rank_k", self.rank_k)
+            check_rank("rank_k", self.rank_k)
         self._require_int("power_iters", minimum=0)
         self._require_int("probes", minimum=0)
         self._require_int("seed", minimum=0)
@@ -218,6 +234,7 @@ class MoleGradConfig:
         self._check_adaptive_rank()
         self._check_products()
         self._check_sampling()
+        self._check_projection()
         self._require_int("group_mib", minimum=0)
         if self.group_mib and (self.gradient_mode, self.method) != ("factored", "tangent"):
             raise ValueError(
@@ -230,9 +247,9 @@ class MoleGradConfig:
                 f"group_mib={self.group_mib} is not for products='fp8', which each layer computes "
                 "at once: leave it at 0, or products at 'full'"
             )
-        object.__setattr__(self, "target_layers", _normalized_targets(self.target_layers))
-        for name, check in (("rank_overrides", _check_rank), ("sample_overrides", _check_share)):
-            entries = _normalized_overrides(name, getattr(self, name), check)
+        object.__setattr__(self, "target_layers", normalized_targets(self.target_layers))
+        for name, check in (("rank_overrides", check_rank), ("sample_overrides", check_share)):
+            entries = normalized_overrides(name, getattr(self, name), check)
             object.__setattr__(self, name, entries)
         if self.method != "power" and self.power_iters != 1:
             raise ValueError(
@@ -259,18 +276,26 @@ class MoleGradConfig:
         the layer's dotted name; 0 for method "sampled", which has none."""
         if self.method == "sampled":
             return 0
-        _, rank = _split_override(self.rank_source(name))
+        _, rank = split_override(self.rank_source(name))
         if isinstance(rank, int):
             return rank
         unit = rank_unit(m, n)
         return unit * max(1, math.floor(rank * min(m, n) / unit + 0.5))
+
+    def saved_share(self, m: int, n: int, name: str = "") -> float:
+        """What an (m, n) layer saves: of its input's numbers with method "projected", else of the
+        dense gradient's; negative where it takes more."""
+        k = self.rank_of(m, n, name)
+        if self.method == "projected":
+            return 1 - k / n - 1 / self.project_stride
+        return 1 - k * (m + n) / (m * n)
 
     def rank_source(self, name: str = "") -> str:
         """The setting that `rank_of` goes by (`share_of` for method "sampled"), such as "rank_k=32"
         or the override "c_proj=0.25"."""
         sampled = self.method == "sampled"
         for override in self.sample_overrides if sampled else self.rank_overrides:
-            pattern, _ = _split_override(override)
+            pattern, _ = split_override(override)
             if pattern == layer_role(name) or matches(pattern, name):
                 return override
         return f"sample_share={self.sample_share!r}" if sampled else f"rank_k={self.rank_k!r}"
@@ -278,7 +303,7 @@ class MoleGradConfig:
     def share_of(self, name: str = "") -> float:
         """The share of the products that a layer takes with method "sampled": `sample_share`, or
         the first of `sample_overrides` that matches the layer's dotted name."""
-        return float(_split_override(self.rank_source(name))[1])
+        return float(split_override(self.rank_source(name))[1])
 
     def _choose_method(self) -> None:
         ranked = self.rank_k is not None or bool(self.rank_overrides) or self.probes != 0
@@ -297,9 +322,9 @@ class MoleGradConfig:
     def _check_products(self) -> None:
         self._require_choice("saved_inputs", SAVED_INPUTS)
         self._require_choice("products", PRODUCTS)
-        if self.products == "fp8" and self.method == "sampled":
+        if self.products == "fp8" and self.method in UNBIASED:
             raise ValueError(
-                "products='fp8' has no meaning for method='sampled', which reads the output "
+                f"products='fp8' has no meaning for method={self.method!r}, which reads the output "
                 "gradients as they are: choose method='power' or 'tangent', or saved_inputs='fp8'"
             )
         if self.products == "fp8":
@@ -308,28 +333,45 @@ class MoleGradConfig:
     def _check_sampling(self) -> None:
         self._require_choice("momentum_dtype", MOMENTUM_DTYPES)
         self._require_int("sample_block", minimum=1)
-        _check_share("sample_share", self.sample_share)
+        check_share("sample_share", self.sample_share)
         sampled = self.method == "sampled"
         if self.sample_overrides and not sampled:
             raise ValueError(
                 f"sample_overrides={self.sample_overrides!r} has no meaning for "
                 f"method={self.method!r}: choose method='sampled', or rank_overrides"
             )
-        if sampled and self.gradient_mode == "factored":
+        unbiased = self.method in UNBIASED
+        if unbiased and self.gradient_mode == "factored":
             raise ValueError(
-                "method='sampled' has no factors for gradient_mode='factored': choose "
+                f"method={self.method!r} has no factors for gradient_mode='factored': choose "
                 "gradient_mode='momentum' or 'dense', or method='tangent'"
             )
-        if not sampled and self.gradient_mode == "momentum":
+        if not unbiased and self.gradient_mode == "momentum":
             raise ValueError(
-                f"gradient_mode='momentum' needs method='sampled', got {self.method!r}: a method "
-                "of low rank keeps less in gradient_mode='factored'"
+                "gradient_mode='momentum' needs method='sampled' or 'projected', got "
+                f"{self.method!r}: a method of low rank keeps less in gradient_mode='factored'"
             )
         for name in ("probes", "energy_target", "trust_scaling"):
-            if sampled and getattr(self, name):
+            if unbiased and getattr(self, name):
                 raise ValueError(
-                    f"{name}={getattr(self, name)!r} has no meaning for method='sampled', which "
-                    "has no rank and no bias: leave it at its default"
+                    f"{name}={getattr(self, name)!r} has no meaning for method={self.method!r}, "
+                    "whose estimate has full rank and no bias: leave it at its default"
+                )
+
+    def _check_projection(self) -> None:
+        self._require_int("project_stride", minimum=1)
+        projected = self.method == "projected"
+        if not projected and self.project_stride != DEFAULT_STRIDE:
+            raise ValueError(
+                f"project_stride={self.project_stride} has no meaning for method={self.method!r}: "
+                f"leave it at {DEFAULT_STRIDE} or choose method='projected'"
+            )
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        for name in ("sample_share", "sample_block"):
+            if projected and getattr(self, name) != defaults[name]:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} has no meaning for method='projected', which "
+                    f"takes whole tokens: leave it at {defaults[name]} and set project_stride"
                 )
 
     def _check_adaptive_rank(self) -> None:
@@ -382,98 +424,3 @@ def preset_fields(name: str) -> dict[str, Any]:
     if name not in PRESETS:
         raise ValueError(f"there is no preset {name!r}: choose among {', '.join(PRESETS)}")
     return PRESETS[name]
-
-
-def _check_rank(name: str, rank: Any) -> None:
-    """An integer >= 1, or a fraction strictly between 0 and 1."""
-    if isinstance(rank, bool) or not isinstance(rank, (int, float)):
-        raise TypeError(f"{name} must be an integer or a fraction, got {rank!r}")
-    if isinstance(rank, int) and rank < 1:
-        raise ValueError(f"{name} must be at least 1, got {rank}")
-    if isinstance(rank, float) and not 0.0 < rank < 1.0:
-        raise ValueError(
-            f"{name} must be an integer, or a fraction between 0 and 1 (a share of the layer's "
-            f"smaller side), got {rank!r}"
-        )
-
-
-def _check_share(name: str, share: Any) -> None:
-    """A number above 0 and up to 1."""
-    if isinstance(share, bool) or not isinstance(share, (int, float)):
-        raise TypeError(f"{name} must be a number, got {share!r}")
-    if not 0.0 < share <= 1.0:
-        raise ValueError(
-            f"{name} must be above 0 and at most 1 (0.25 takes a quarter of the products), "
-            f"got {share!r}"
-        )
-
-
-def _split_override(override: str, field: str = "rank_overrides") -> tuple[str, int | float]:
-    """Pattern and value of "PATTERN=VALUE"; the pattern itself may hold a "="."""
-    pattern, _, value = override.rpartition("=")
-    try:
-        if not pattern.strip():
-            raise ValueError
-        return pattern.strip(), int(value) if value.strip().isdigit() else float(value)
-    except ValueError:
-        raise ValueError(
-            f"{field} has {override!r}, where PATTERN={_VALUE[field].upper()} is wanted, such as "
-            "'attention=16' or 'c_proj=0.25'"
-        ) from None
-
-
-_VALUE = {"rank_overrides": "rank", "sample_overrides": "share"}
-
-
-def _normalized_overrides(
-    name: str, overrides: Any, check: Callable[[str, Any], None]
-) -> tuple[str, ...]:
-    if isinstance(overrides, str):
-        entries = tuple(part.strip() for part in overrides.split(",") if part.strip())
-    elif isinstance(overrides, Sequence) and all(isinstance(o, str) for o in overrides):
-        entries = tuple(overrides)
-    else:
-        raise TypeError(
-            f"{name} must be a string such as 'attention=16,c_proj=0.25' or a list of such "
-            f"entries, got {overrides!r}"
-        )
-    for entry in entries:
-        pattern, value = _split_override(entry, name)
-        check(f"{name}: the {_VALUE[name]} of {pattern!r}", value)
-        _check_pattern(name, pattern)
-    return entries
-
-
-def _check_pattern(field: str, pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(
-            f"{field} has {pattern!r}, which is no valid regular expression: {error}"
-        ) from None
-
-
-def _normalized_targets(targets: Any) -> str | tuple[str, ...]:
-    if targets == "all-linear":  # PEFT's name for the same choice
-        return "all"
-    if isinstance(targets, str):
-        names = tuple(part.strip() for part in targets.split(",") if part.strip())
-        if len(names) == 1 and names[0] in TARGET_GROUPS:
-            return names[0]
-    elif isinstance(targets, Sequence) and all(isinstance(t, str) for t in targets):
-        names = tuple(targets)
-    else:
-        raise TypeError(
-            "target_layers must be 'ffn_only', 'attention_only', 'all' or a list of module names "
-            f"or patterns, got {targets!r}"
-        )
-    if not names:
-        raise ValueError("target_layers is empty: name at least one layer or pattern, or a group")
-    for name in names:
-        if name in TARGET_GROUPS:
-            raise ValueError(
-                f"target_layers mixes the group {name!r} with names: give either one group "
-                f"({', '.join(TARGET_GROUPS)}) or names and patterns only"
-            )
-        _check_pattern("target_layers", name)
-    return names

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from torch import nn
 from torch.nn.utils import parametrize
 
-from molegrad.config import TARGET_GROUPS, MoleGradConfig
+from molegrad.config import MoleGradConfig
 from molegrad.grouping import SketchGroup
 from molegrad.linear import MoleLinear
 from molegrad.names import ROLES, layer_role, matches
+from molegrad.overrides import TARGET_GROUPS
 
 logger = logging.getLogger("molegrad")
 
@@ -66,6 +67,8 @@ class ConversionPlan:
         c = self.config
         sampled = c.method == "sampled"
         size = f"sample_share={c.sample_share:g}" if sampled else f"rank_k={c.rank_k}"
+        if c.method == "projected":
+            size += f", project_stride={c.project_stride}"
         lines = [
             f"MoleGrad takes {len(self.taken)} of {len(self.layers)} linear layers "
             f"({numbers / 1e6:.2f}M weights; {size}, method={c.method}, "
@@ -87,8 +90,8 @@ def plan(model: nn.Module, config: MoleGradConfig) -> ConversionPlan:
     """Which linear layers of `model` would be converted, and why the others would not.
 
     A layer is left if it is not targeted, if its weight is tied to another module, if it is a
-    subclass of nn.Linear or parametrized, frozen, converted already, or if its factors would not
-    save `config.min_layer_utilization` of the dense gradient.
+    subclass of nn.Linear or parametrized, frozen, converted already, or if it would not save
+    `config.min_layer_utilization` of the dense gradient (of its input with method "projected").
 
     Raises:
         ValueError: an override of ranks or shares in `config` matches no linear layer of the model.
@@ -140,10 +143,14 @@ def _reason(
     source = f"rank {k} ({config.rank_source(name)})"
     if config.needed_features(k) > min(m, n):
         return f"too small for {source}"
-    saved = 1 - k * (m + n) / (m * n)
+    saved = config.saved_share(m, n, name)
     if saved < config.min_layer_utilization:
+        projected = config.method == "projected"
+        whole = "its input" if projected else "the dense gradient"
+        if projected:
+            source += f" with project_stride={config.project_stride}"
         return (
-            f"{source} saves {saved:.0%} of the dense gradient, less than "
+            f"{source} saves {saved:.0%} of {whole}, less than "
             f"min_layer_utilization={config.min_layer_utilization:.0%}"
         )
     return None

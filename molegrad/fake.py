@@ -1,6 +1,6 @@
 """Fake kernels: shapes and dtypes of the ops' results, from which torch.compile plans.
 
-One function an op, of the op's own name, where `molegrad.ops` does not say it in a line.
+One function an op, of the op's own name, where `molegrad.registry` does not say it in a line.
 """
 
 from __future__ import annotations
@@ -47,6 +47,27 @@ def tangent_factors(u, v, y, w, cond_max=1e3):
 
 def sampled_grad_(grad, a, b, a_scale, counter, share, block=2, alpha=1.0, seed=0):
     return b.new_empty((len(reference.SAMPLING),), dtype=torch.float32)
+
+
+def project_tokens(a, basis_v):
+    return a.new_empty((_count(a), basis_v.shape[1])), a.new_empty(basis_v.shape)
+
+
+def sample_tokens(a, counter, stride, seed=0):
+    count = (_count(a) + stride - 1) // stride
+    return a.new_empty((count, a.shape[-1])), a.new_empty((count,), dtype=torch.int64)
+
+
+def projected_grad_(grad, b, p, rows, rows_scale, index, v, stride, alpha=1.0):
+    return (
+        b.new_empty(v.shape, dtype=acc_dtype(b.dtype)),
+        b.new_empty((len(reference.SAMPLING),), dtype=torch.float32),
+    )
+
+
+def _count(x):
+    """T of x (…, T, features)."""
+    return x.reshape(-1, x.shape[-1]).shape[0]
 
 
 def quantize_rows(x, e5m2=False):

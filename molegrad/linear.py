@@ -18,6 +18,7 @@ import functools
 import math
 import warnings
 import zlib
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -116,8 +117,10 @@ class MoleLinear(nn.Linear):
         factored = config.gradient_mode == "factored"
         width = k + config.probes if factored else k
         dtype, device = acc_dtype(self.weight.dtype), self.weight.device
+        one_sided = config.method == "projected"
         for key, rows in (("basis_u", self.out_features), ("basis_v", self.in_features)):
-            basis = torch.empty(rows, width, dtype=dtype, device=device)
+            size = 0 if one_sided and key == "basis_u" else width
+            basis = torch.empty(rows, size, dtype=dtype, device=device)
             if factored:
                 self.register_parameter(key, nn.Parameter(basis, requires_grad=trains))
             else:
@@ -140,7 +143,8 @@ class MoleLinear(nn.Linear):
 
     @property
     def rank(self) -> int:
-        """k: the width of the layer's bases, probe columns not counted; 0 for method "sampled"."""
+        """k: the width of the layer's right basis, probe columns not counted; 0 for method
+        "sampled"."""
         factored = self.config.gradient_mode == "factored"
         return self.basis_v.shape[1] - (self.config.probes if factored else 0)
 
@@ -175,14 +179,16 @@ class MoleLinear(nn.Linear):
         return self._seed + 101 * (stream + 1)
 
     def set_bases(self, basis_u: Tensor, basis_v: Tensor) -> None:
-        """Other bases (m, k) and (n, k), of any rank, in dense mode.
+        """Other bases (m, k) and (n, k), of any rank, in dense mode; (m, 0) for method "projected",
+        which has no left one.
 
         Raises:
             ValueError: the layer is in factored mode, where its optimizer has a state to fit
                 (`resize_rank`), or the bases do not fit the layer.
         """
         k = basis_v.shape[-1]
-        wanted = ((self.out_features, k), (self.in_features, k))
+        left = 0 if self.config.method == "projected" else k
+        wanted = ((self.out_features, left), (self.in_features, k))
         if self.config.gradient_mode == "factored":
             raise ValueError(
                 f"layer {self.name or 'MoleLinear'} is in factored mode: change its bases with "
@@ -219,6 +225,8 @@ class MoleLinear(nn.Linear):
         if not (torch.is_grad_enabled() and self.trains):
             return F.linear(input, self.weight, self.bias)
         c = self.config
+        if c.method == "projected":
+            return self._forward_projected(input)
         fp8 = c.products == "fp8"
         float8 = c.saved_inputs == "fp8" and (not fp8 or float8_works(input.device.type))
         saved = _float8(input) if float8 else (None, None)
@@ -243,9 +251,44 @@ class MoleLinear(nn.Linear):
             c.method, self.rank, c.power_iters, c.cond_max, fp8,
         )  # fmt: skip
 
+    def _forward_projected(self, x: Tensor) -> Tensor:
+        """All that is kept of x is made here, so that checkpointing makes it anew."""
+        c = self.config
+        return torch.ops.molegrad.linear_projected(
+            x, self.weight, self.bias, *self._projection(x), self.basis_v, self.momentum,
+            self.momentum_scale, self.counter, self.stats, c.project_stride,
+            explored_directions(self.rank, c.warm_start_decay), self._seed, c.cond_max,
+        )  # fmt: skip
+
+    def _projection(self, x: Tensor) -> tuple[Tensor | None, ...]:
+        """What method "projected" keeps of x: P, V, rows, their scale (of float8) and index.
+
+        The layers that x is the input of (query, key and value) share what the first of them has
+        made, its basis too: an estimate has the right mean whatever the basis. A layer that meets
+        the same x once more makes it anew. Compiled code cannot tell whether x has been changed in
+        between, so there each layer has its own.
+        """
+        c, ops, a = self.config, torch.ops.molegrad, x.detach()
+
+        def make() -> tuple[Tensor | None, ...]:
+            rows, index = ops.sample_tokens(a, self.counter, c.project_stride, self._seed)
+            data, scale = ops.quantize_rows(rows) if c.saved_inputs == "fp8" else (rows, None)
+            return *ops.project_tokens(a, self.basis_v), data, scale, index
+
+        if torch.compiler.is_compiling():
+            return make()
+        key = (x._version, self.rank, c.project_stride, c.saved_inputs, _product_dtype(x))
+        known = getattr(x, "_molegrad_projection", None)
+        if known is None or known.key != key or id(self) in known.layers:
+            x._molegrad_projection = known = _Projection(key, make(), set())
+        known.layers.add(id(self))
+        return known.kept
+
     def extra_repr(self) -> str:
         c = self.config
         size = f"share={self.share:g}" if c.method == "sampled" else f"rank={self.rank}"
+        if c.method == "projected":
+            size += f", stride={c.project_stride}"
         return f"{super().extra_repr()}, {size}, method={c.method}, gradient_mode={c.gradient_mode}"
 
     # Bases are working state, not weights: the state_dict stays nn.Linear's in both directions.
@@ -300,6 +343,22 @@ class MoleLinear(nn.Linear):
     def __setstate__(self, state) -> None:
         super().__setstate__(state)
         self._guard_accumulation()
+
+
+class _Projection(NamedTuple):
+    """What the first layer has made of an input, and which layers have it."""
+
+    key: tuple
+    kept: tuple[Tensor | None, ...]
+    layers: set[int]
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """In which autocast has x in products."""
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
 
 
 class _SinglePassGuard:

@@ -1,256 +1,14 @@
-"""The ops of MoleGrad: one table, from which everything under `torch.ops.molegrad` is registered.
+"""The ops of MoleGrad with types and documentation: `torch.ops.molegrad.<name>` is the same thing.
 
-Each entry names, in this order, an op's schema, its reference (`molegrad.reference`), its argument
-check (`molegrad.checks`), its fake kernel (`molegrad.fake`) and its autograd formula
-(`molegrad.autograd`). The reference is registered for every device; native kernels of the same name
-(csrc/cpu, csrc/cuda) take precedence where they are built. To add an op, add a row here, its
-functions of the same name in those modules, a native kernel if it pays, and its samples in
-tests/samples.py.
-
-The functions at the end are typed wrappers; `torch.ops.molegrad.<name>` is the same thing.
+Importing this module registers them: `molegrad.registry` has the table, and says how to add one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from molegrad import _native, autograd, checks, fake, reference
-from molegrad.reference import acc_dtype
-
-# data and scale are x in float8, to be kept for the backward pass in place of x, or None.
-_LINEAR = "Tensor x, Tensor weight, Tensor? bias, Tensor? data, Tensor? scale, "
-# Of float8 operands.
-_SCALES = "Tensor? a_scale=None, Tensor? b_scale=None"
-
-
-@dataclass(frozen=True)
-class Op:
-    schema: str
-    reference: Callable
-    check: Callable
-    fake: Callable
-    backward: Callable | None = None  # None: there is nothing to differentiate
-    setup: Callable | None = None
-
-
-def _linear(x, weight, bias, *rest):
-    # With a bias and more than two dimensions torch returns a view, which autograd would not let
-    # anybody change in place.
-    y = F.linear(x.reshape(-1, x.shape[-1]), weight, bias)
-    return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], weight.shape[0]))
-
-
-def _check_linear_dense(x, weight, bias, data, scale, basis_u, basis_v, *rest):
-    checks.linear("linear_dense", x, weight, bias, data, scale)
-    checks.linear_bases("linear_dense", weight, basis_u, basis_v, basis_v.shape[1])
-
-
-def _check_linear_factored(
-    x, weight, bias, data, scale, basis_u, basis_v, stats, method, rank_k, *rest
-):
-    checks.linear("linear_factored", x, weight, bias, data, scale)
-    checks.linear_bases("linear_factored", weight, basis_u, basis_v, rank_k)
-
-
-def _nothing(*args):
-    return None
-
-
-OPS: dict[str, Op] = {
-    "lowrank_grad": Op(
-        "(Tensor a, Tensor b, Tensor v, int power_iters=1, Tensor? probes=None, "
-        f"float cond_max=1e3, {_SCALES}) -> (Tensor u, Tensor w, Tensor norm_sq, Tensor status)",
-        reference.lowrank_grad,
-        checks.lowrank_grad,
-        fake.lowrank_grad,
-        autograd.refuse("lowrank_grad"),
-    ),
-    "sketch": Op(
-        f"(Tensor a, Tensor b, Tensor u, Tensor v, {_SCALES}) -> (Tensor y, Tensor w)",
-        reference.sketch,
-        checks.sketch,
-        fake.sketch,
-        autograd.sketch_backward,
-        autograd.sketch_setup,
-    ),
-    "sketch_accumulate_": Op(
-        f"(Tensor(a!) y, Tensor(b!) w, Tensor a, Tensor b, Tensor u, Tensor v, {_SCALES}) -> ()",
-        reference.sketch_accumulate_,
-        checks.sketch_accumulate_,
-        _nothing,
-    ),
-    "sketch_accumulate_many_": Op(
-        "(Tensor(a!)[] y, Tensor(b!)[] w, Tensor[] a, Tensor[] b, Tensor[] u, Tensor[] v) -> ()",
-        reference.sketch_accumulate_many_,
-        checks.sketch_accumulate_many_,
-        _nothing,
-    ),
-    "tangent_factors": Op(
-        "(Tensor u, Tensor v, Tensor y, Tensor w, float cond_max=1e3) "
-        "-> (Tensor left, Tensor right)",
-        reference.tangent_factors,
-        checks.tangent_factors,
-        fake.tangent_factors,
-        autograd.refuse("tangent_factors"),
-    ),
-    "orthonormalize": Op(
-        "(Tensor y, float cond_max=1e3) -> (Tensor q, Tensor r, Tensor status)",
-        reference.orthonormalize,
-        checks.orthonormalize,
-        fake.orthonormalize,
-        autograd.refuse("orthonormalize"),
-    ),
-    "polar_factor": Op(
-        "(Tensor w) -> Tensor",
-        reference.polar_factor,
-        checks.polar_factor,
-        lambda w: w.new_empty(w.shape, dtype=acc_dtype(w.dtype)),
-        autograd.refuse("polar_factor"),
-    ),
-    "lowrank_update_": Op(
-        "(Tensor(a!) weight, Tensor u, Tensor w, float alpha=-1.0, float decay=0.0) -> ()",
-        reference.lowrank_update_,
-        checks.lowrank_update_,
-        _nothing,
-    ),
-    "lowrank_update_many_": Op(
-        "(Tensor(a!)[] weights, Tensor u, Tensor w, float alpha=-1.0, float decay=0.0, "
-        "bool stochastic=False, Tensor? counter=None, int seed=0) -> ()",
-        reference.lowrank_update_many_,
-        checks.lowrank_update_many_,
-        _nothing,
-    ),
-    "sampled_grad_": Op(
-        "(Tensor(a!) grad, Tensor a, Tensor b, Tensor? a_scale, Tensor counter, "
-        "float share, int block=2, float alpha=1.0, int seed=0) -> Tensor",
-        reference.sampled_grad_,
-        checks.sampled_grad_,
-        fake.sampled_grad_,
-    ),
-    "rademacher": Op(
-        "(SymInt rows, SymInt cols, Tensor counter, int seed=0) -> Tensor",
-        reference.rademacher,
-        checks.rademacher,
-        lambda rows, cols, counter, seed=0: counter.new_empty((rows, cols), dtype=torch.float32),
-    ),
-    "quantize_rows": Op(
-        "(Tensor x, bool e5m2=False) -> (Tensor data, Tensor scale)",
-        reference.quantize_rows,
-        checks.quantize_rows,
-        fake.quantize_rows,
-        autograd.refuse("quantize_rows"),
-    ),
-    "quantize_tensor": Op(
-        "(Tensor x, bool e5m2=False) -> (Tensor data, Tensor scale)",
-        reference.quantize_tensor,
-        checks.quantize_tensor,
-        fake.quantize_tensor,
-        autograd.refuse("quantize_tensor"),
-    ),
-    "add_quantized_": Op(
-        "(Tensor(a!) data, Tensor(b!) scale, Tensor x) -> ()",
-        reference.add_quantized_,
-        checks.add_quantized_,
-        _nothing,
-    ),
-    "linear_dense": Op(
-        f"({_LINEAR} Tensor basis_u, Tensor basis_v, Tensor counter, Tensor stats, str method, "
-        "int power_iters, int probes, float trust_max, int explored, int seed, float cond_max, "
-        "bool fp8=False) -> Tensor",
-        _linear,
-        _check_linear_dense,
-        fake.linear,
-        autograd.linear_dense_backward,
-        autograd.linear_setup,
-    ),
-    "linear_factored": Op(
-        f"({_LINEAR} Tensor basis_u, Tensor basis_v, Tensor stats, str method, int rank_k, "
-        "int power_iters, float cond_max, bool fp8=False) -> Tensor",
-        _linear,
-        _check_linear_factored,
-        fake.linear,
-        autograd.linear_factored_backward,
-        autograd.linear_setup,
-    ),
-    "linear_sampled": Op(
-        f"({_LINEAR} Tensor? momentum, Tensor? momentum_scale, Tensor counter, Tensor stats, "
-        "float share, int block, int seed) -> Tensor",
-        _linear,
-        checks.linear_sampled,
-        fake.linear,
-        autograd.linear_sampled_backward,
-        autograd.linear_setup,
-    ),
-}
-
-# torch.library objects must stay alive as long as their registrations are wanted.
-_LIBRARY = torch.library.Library("molegrad", "DEF")
-
-
-def _checked(op: Op, kernel: Callable) -> Callable:
-    def run(*args, **kwargs):
-        op.check(*args, **kwargs)
-        return kernel(*args, **kwargs)
-
-    return run
-
-
-def _autocast_key(device_type: str) -> torch._C.DispatchKeySet:
-    return torch._C.DispatchKeySet(torch._C._dispatch_key_parse(f"Autocast{device_type.upper()}"))
-
-
-_AUTOCAST = _autocast_key("cpu") | _autocast_key("cuda")
-
-
-def _without_autocast(kernel: Callable) -> Callable:
-    """The reference's products in the dtypes that it says, as in the native kernels."""
-
-    def run(*args, **kwargs):
-        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
-            return kernel(*args, **kwargs)
-
-    return run
-
-
-def _autocast(name: str, device_type: str) -> Callable:
-    """x, weight and bias in autocast's dtype, as torch's own linear has them; bases in float32."""
-    key = _autocast_key(device_type)
-
-    def run(x, weight, bias, *rest):
-        dtype = torch.get_autocast_dtype(device_type)
-        x, weight, bias = (
-            t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, weight, bias)
-        )
-        with torch._C._ExcludeDispatchKeyGuard(key):
-            return getattr(torch.ops.molegrad, name)(x, weight, bias, *rest)
-
-    return run
-
-
-def _register(name: str, op: Op) -> None:
-    tags = (torch.Tag.pt2_compliant_tag,)
-    _LIBRARY.define(name + op.schema, tags=tags)
-    kernel = _without_autocast(_checked(op, op.reference))
-    _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
-    qualified = f"molegrad::{name}"
-    torch.library.register_fake(qualified, _checked(op, op.fake), lib=_LIBRARY)
-    if op.backward is not None:
-        torch.library.register_autograd(
-            qualified, op.backward, setup_context=op.setup, lib=_LIBRARY
-        )
-    if name.startswith("linear"):
-        _LIBRARY.impl(name, _autocast(name, "cpu"), "AutocastCPU")
-        _LIBRARY.impl(name, _autocast(name, "cuda"), "AutocastCUDA")
-
-
-for _name, _op in OPS.items():
-    _register(_name, _op)
-_native.load()
+from molegrad.registry import OPS as OPS
 
 
 def lowrank_grad(
@@ -451,6 +209,74 @@ def sampled_grad_(
     Source: Drineas, Kannan, Mahoney (2006), sampled matrix products.
     """
     return torch.ops.molegrad.sampled_grad_(grad, a, b, a_scale, counter, share, block, alpha, seed)
+
+
+def project_tokens(a: Tensor, basis_v: Tensor) -> tuple[Tensor, Tensor]:
+    """P = A V, what method "projected" keeps of every token.
+
+    Args:
+        a: activations A, (…, T, n), any floating dtype.
+        basis_v: V (n, k), k <= n, any floating dtype, usually float32.
+
+    Returns:
+        p (T, k) and v (n, k), a copy of V, both in the dtype of `a`: by them the estimate's mean
+        is right, whatever becomes of `basis_v`.
+    """
+    return torch.ops.molegrad.project_tokens(a, basis_v)
+
+
+def sample_tokens(a: Tensor, counter: Tensor, stride: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """One row of A out of each group of `stride` neighbouring tokens, S = ⌈T / stride⌉ in all.
+
+    Each token of a group is as likely; the last group may be smaller.
+
+    Args:
+        a: (…, T, n), any floating dtype.
+        counter, seed: decide the sample, as in `rademacher`.
+        stride: >= 1; 1 takes every token.
+
+    Returns:
+        rows (S, n) in the dtype of `a`, and index (S,) int64, which of the T tokens they are.
+    """
+    return torch.ops.molegrad.sample_tokens(a, counter, stride, seed)
+
+
+def projected_grad_(
+    grad: Tensor,
+    b: Tensor,
+    p: Tensor,
+    rows: Tensor,
+    rows_scale: Tensor | None,
+    index: Tensor,
+    v: Tensor,
+    stride: int,
+    alpha: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """grad += alpha Ĝ in place, Ĝ = BᵀP Vᵀ + Σ_s w_s b_s (a_s − V p_s)ᵀ, whose mean is G = BᵀA.
+
+    w_s is the size of the group of tokens that s was drawn from.
+
+    Args:
+        grad: (m, n), any floating dtype, the gradient or the momentum that is added to.
+        b: output gradients B, (…, T, m).
+        p, v: from `project_tokens`, in the dtype of `b`.
+        rows, index: from `sample_tokens`, with the same `stride`; the rows may be float8, from
+            `quantize_rows`.
+        rows_scale: (S,) float32, the factor of each float8 row.
+
+    Returns:
+        block (n, k) = Σ_s w_s ‖b_s‖² a_s p_sᵀ, whose orthonormalised columns are the next basis, in
+        float32 (float64 for float64 inputs), and stats (2,) float32: the share of the tokens of
+        which the sample has a product that is not zero, and an estimate of
+        E‖Ĝ − G‖²_F / Σ_t ‖a_t‖² ‖b_t‖², the noise that the sample adds (see `sampled_grad_`; what
+        neighbouring tokens have in common makes the true one smaller).
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices do not fit.
+
+    The work is in library products: the op has no kernels of its own.
+    """
+    return torch.ops.molegrad.projected_grad_(grad, b, p, rows, rows_scale, index, v, stride, alpha)
 
 
 def quantize_rows(x: Tensor, e5m2: bool = False) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ from molegrad.ops import OPS
 info = molegrad.build_info()
 assert info["native"] and info["cuda"], info
 has = torch._C._dispatch_has_kernel_for_dispatch_key
-names = [n for n in OPS if not n.startswith("linear")]
+names = [n for n, op in OPS.items() if not op.composed]
 missing = [n for n in names if not has(f"molegrad::{n}", "CUDA")]
 print(f"linked with torch {torch.__version__}; CUDA kernels: {len(names) - len(missing)} of "
       f"{len(names)}" + (f", missing: {', '.join(missing)}" if missing else ""))

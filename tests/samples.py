@@ -60,6 +60,13 @@ def linear_state(m: int, n: int, k: int, dtype: torch.dtype = torch.float32) -> 
     }
 
 
+def projection(a: Tensor, v: Tensor, counter: Tensor, stride: int, seed: int = 0) -> tuple:
+    """What the projected method keeps of A, as `projected_grad_` takes it: p to stride."""
+    p, own_v = torch.ops.molegrad.project_tokens(a, v)
+    rows, index = torch.ops.molegrad.sample_tokens(a, counter, stride, seed)
+    return p, rows, None, index, own_v, stride
+
+
 def sample_inputs(name: str, requires_grad: bool = False) -> list[tuple]:
     """Argument tuples for `torch.ops.molegrad.<name>`."""
     a, b = tokens(19, 11, 13)
@@ -74,6 +81,10 @@ def sample_inputs(name: str, requires_grad: bool = False) -> list[tuple]:
     float8 = torch.ops.molegrad.quantize_rows(x.detach())
     a8, a8_scale = torch.ops.molegrad.quantize_tensor(a.detach())
     b8, b8_scale = torch.ops.molegrad.quantize_rows(b.detach(), True)
+    projected = projection(a.detach(), v, counter, 3)
+    float8_rows = torch.ops.molegrad.quantize_rows(projected[1])
+    kept = projection(x.detach(), v, counter, 4)
+    kept = (kept[0], kept[4], *kept[1:4])  # linear_projected has v beside p
     return {
         "lowrank_grad": [
             (a.detach(), b.detach(), v),
@@ -116,6 +127,13 @@ def sample_inputs(name: str, requires_grad: bool = False) -> list[tuple]:
             (randn(13, 11).bfloat16(), a3, b3, torch.rand(1, 19), counter, 0.5, 8, -2.0),
             (randn(11, 13), b3, a3, None, counter, 2.0, 3, 1.0, 5),
         ],
+        "project_tokens": [(a.detach(), v), (a3.bfloat16(), v)],
+        "sample_tokens": [(a.detach(), counter, 4, 5), (a3.bfloat16(), counter, 19)],
+        "projected_grad_": [
+            (randn(13, 11), b.detach(), *projected, -2.0),
+            (randn(13, 11).bfloat16(), b3, *projected),
+            (randn(13, 11), b3, *projected[:1], *float8_rows, *projected[3:]),
+        ],
         "rademacher": [(5, 3, counter, 7)],
         "add_quantized_": [
             (torch.zeros(13, 11, dtype=torch.int8), torch.ones(13, 1), randn(13, 11)),
@@ -133,6 +151,10 @@ def sample_inputs(name: str, requires_grad: bool = False) -> list[tuple]:
         "linear_sampled": [
             (*linear, None, None, None, None, counter, stats, 0.5, 2, 3),
             (*linear, *float8, torch.zeros(13, 11), None, counter, stats, 1.0, 4, 0),
+        ],
+        "linear_projected": [
+            (*linear, *kept, v, momentum, None, counter, stats, 4, 1, 3, 1e3)
+            for momentum in (None, torch.zeros(13, 11))
         ],
         "linear_factored": [
             (*linear, *saved, u_, v_, stats, method, 3, 1, 1e3, fp8)

@@ -53,7 +53,7 @@ def test_explored_directions(decay, k, explored):
         ({"rank_overrides": {"ffn": 8}}, TypeError, "rank_overrides must be a string such as"),
         ({"power_iters": -1}, ValueError, "power_iters must be at least 0"),
         ({"power_iters": 2}, ValueError, "power_iters=2 has no meaning for method='tangent'"),
-        ({"method": "svd"}, ValueError, "method must be one of power, tangent, sampled; got 'svd'"),
+        ({"method": "svd"}, ValueError, "one of power, tangent, sampled, projected; got 'svd'"),
         ({"gradient_mode": "sparse"}, ValueError, "gradient_mode must be one of dense, factored"),
         ({"warm_start_decay": 1.5}, ValueError, "warm_start_decay must lie between 0 and 1"),
         ({"warm_start_decay": float("nan")}, ValueError, "warm_start_decay must lie between"),

@@ -353,8 +353,10 @@ def test_converted_modules_with_hugging_face_names():
         {"rank_k": 4, "method": "tangent", "gradient_mode": "dense"},
         {"rank_k": 4, "method": "tangent", "gradient_mode": "factored"},
         {"method": "sampled", "sample_share": 0.5},
+        {"method": "projected", "rank_k": 4, "project_stride": 3},
+        {"method": "projected", "rank_k": 4, "project_stride": 3, "saved_inputs": "fp8"},
     ],
-    ids=lambda values: f"{values['method']}-{values.get('gradient_mode', 'dense')}",
+    ids=lambda values: "-".join([values["method"], *map(str, list(values.values())[2:])]),
 )
 def test_checkpointing_and_changes_in_place_are_those_of_nn_linear(values):
     """A bias and a three-dimensional input: torch's own linear returns a view there."""

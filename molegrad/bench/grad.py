@@ -11,7 +11,8 @@ interleaved rounds (molegrad/bench/timing.py), and ratios are medians of the rou
 Then the new bases of all layers of a GPT, the small ops, reference against native, and forward and
 backward pass of whole layers, which share the two dense products that estimated gradients leave as
 they are. Last the sampled product by share and block, on operands as relu² makes them, four fifths
-of the wider one zero, against torch's product added to a gradient.
+of the wider one zero, against torch's product added to a gradient, and the ops of the projected
+estimate by stride against the same.
 
 Columns: µs at the 20th, 50th and 80th percentile; on a GPU the µs the host takes to launch it;
 GFLOP/s or TFLOP/s of the multiplications the formula needs; GB/s of A and B read as often as it
@@ -31,7 +32,13 @@ from dataclasses import dataclass
 import torch
 
 from molegrad import build_info, ops, reference
-from molegrad.bench.layers import bench_bases, bench_layers, bench_sampled, row_of
+from molegrad.bench.layers import (
+    bench_bases,
+    bench_layers,
+    bench_projected,
+    bench_sampled,
+    row_of,
+)
 from molegrad.bench.paths import FORCED, FP8, Problem, has_native
 from molegrad.bench.products import basis, bench_gradients
 from molegrad.bench.table import table
@@ -62,7 +69,7 @@ DEFAULTS = {
              "ranks": "32,64,128", "dtype": "bfloat16", "repeats": 31},
 }  # fmt: skip
 GROUPS = (*FORCED, "fp8")  # of `GradBenchConfig.paths`
-TABLES = ("gradients", "bases", "small", "layers", "sampled")
+TABLES = ("gradients", "bases", "small", "layers", "sampled", "projected")
 
 
 @dataclass(frozen=True)
@@ -267,6 +274,9 @@ def _tables(config: GradBenchConfig, device: torch.device, rate: float) -> dict[
     def sampled(cell: dict, limit: float) -> list[dict]:
         return bench_sampled(**cell, dtype=dtype, device=device, repeats=repeats, limit=limit)
 
+    def projected(cell: dict, limit: float) -> list[dict]:
+        return bench_projected(**cell, dtype=dtype, device=device, repeats=repeats, limit=limit)
+
     products = [operand | rank for operand in operands for rank in ranks]
     models = [{"depth": config.depth, **rank} for rank in ranks] if config.depth else []
     return {
@@ -275,6 +285,7 @@ def _tables(config: GradBenchConfig, device: torch.device, rate: float) -> dict[
         "small": ([shape | rank for shape in shapes for rank in ranks], small),
         "layers": (products, layers),
         "sampled": (operands, sampled),
+        "projected": (products, projected),
     }
 
 

@@ -16,6 +16,7 @@ from molegrad.config import PRESETS
 from molegrad.gpt.model import GPT, GPTConfig
 
 SHARES, BLOCKS = (0.25, 0.125), (1, 2, 4, 16)
+STRIDES = (4, 8, 16)
 WIDE_BLOCKS = (64, 128)  # that suit a GPU's tensor cores
 ZEROS = 0.8  # of the wider operand, as relu² has them
 
@@ -90,6 +91,49 @@ def bench_sampled(
     return rows
 
 
+def bench_projected(
+    n: int,
+    m: int,
+    tokens: int,
+    k: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    repeats: int,
+    limit: float,
+) -> list[dict]:
+    """The ops of method "projected" by stride, against `torch.addmm` to the same gradient.
+
+    They are the library's products: there is a reference and no kernel beside it.
+    """
+    if k > min(n, m):
+        return []
+    a = torch.randn(tokens, n, device=device).to(dtype)
+    b = with_zeros(tokens, m, dtype, device)
+    v = basis(n, k, device)
+    grad, step = torch.zeros(m, n, device=device, dtype=dtype), torch.tensor(0, device=device)
+    p, own_v = ops.project_tokens(a, v)
+    dense, project = (0, "torch.addmm_", "library"), (0, "project_tokens", "reference")
+    variants: dict[tuple, Callable] = {
+        dense: lambda: grad.addmm_(b.mT, a),
+        project: lambda: ops.project_tokens(a, v),
+    }
+    for s in STRIDES:
+        rows, index = ops.sample_tokens(a, step, s)
+        kept = (p, rows, None, index, own_v, s)
+        variants[s, "sample_tokens", "reference"] = lambda s=s: ops.sample_tokens(a, step, s)
+        variants[s, "projected_grad_", "reference"] = lambda kept=kept: ops.projected_grad_(
+            grad, b, *kept
+        )
+    timed = time_interleaved(variants, repeats, device, limit)
+    result = []
+    for name in variants:
+        stride, op, how = name
+        labels = {"n": n, "m": m, "tokens": tokens, "k": k, "op": op, "how": how}
+        labels |= {"stride": stride} if stride else {}
+        result.append(row_of(timed, name, labels, dense))
+    return result
+
+
 def bench_layers(
     n: int,
     m: int,
@@ -113,6 +157,12 @@ def bench_layers(
         (f"linear_{mode}", method): MoleGradConfig(rank_k=k, method=method, gradient_mode=mode)
         for mode in ("dense", "factored")
         for method in ("power", "tangent")
+    }
+    configs |= {
+        ("linear_projected", f"stride {s}"): MoleGradConfig(
+            rank_k=k, method="projected", gradient_mode="momentum", project_stride=s
+        )
+        for s in STRIDES
     }
     configs |= {("preset", name): MoleGradConfig.preset(name) for name in PRESETS}
     for name, config in configs.items():

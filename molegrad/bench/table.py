@@ -4,7 +4,7 @@ from __future__ import annotations
 
 COLUMNS = {  # heading: (key, format), of what molegrad.bench.grad measures
     "in": ("n", "d"), "out": ("m", "d"), "tokens": ("tokens", "d"), "k": ("k", "d"),
-    "share": ("share", "g"), "block": ("block", "d"),
+    "share": ("share", "g"), "block": ("block", "d"), "stride": ("stride", "d"),
     "depth": ("depth", "d"), "layers": ("layers", "d"),
     "op": ("op", "s"), "how": ("how", "s"),
     "µs p20": ("us_p20", ".0f"), "p50": ("us_p50", ".0f"), "p80": ("us_p80", ".0f"),

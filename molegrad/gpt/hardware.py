@@ -135,9 +135,10 @@ def flops_per_token(model: nn.Module, seq_len: int) -> Flops:
     A linear layer (m, n) costs 2mn forward, 2mn for the gradient of its input and 2mn for that of
     its weight. A MoleLinear's weight gradient costs 4k(m + n) per pass instead (Bᵀ(AV) and
     Aᵀ(BU)), plus 2r(m + n) for r probes; `power_iters=0` costs half a pass;
-    method "sampled" costs the share that it is to take. Attention costs 12·H·D·T per layer with the
-    full T x T square counted (the convention of PaLM, appendix B, and nanochat), although a causal
-    kernel may skip half. The embedding is a look-up and costs nothing.
+    method "sampled" costs the share that it is to take; "projected" with rank k and stride p
+    2k(m + n) for AV and Bᵀ(AV), and 2(m + k)n/p for the rows that it keeps. Attention costs
+    12·H·D·T per layer with the full T x T square counted (the convention of PaLM, appendix B, and
+    nanochat), although a causal kernel may skip half. The embedding is a look-up and costs nothing.
     """
     common = weight_dense = weight_actual = 0.0
     for module in model.modules():
@@ -154,6 +155,10 @@ def flops_per_token(model: nn.Module, seq_len: int) -> Flops:
             weight_dense += 2 * m * n
             if c.method == "sampled":
                 weight_actual += module.share * 2 * m * n
+                continue
+            if c.method == "projected":
+                weight_actual += 2 * module.rank * (m + n)
+                weight_actual += 2 * (m + module.rank) * n / c.project_stride
                 continue
             passes = 1.0 if c.method == "tangent" else max(c.power_iters, 0.5)
             weight_actual += (4 * module.rank * passes + 2 * c.probes) * (m + n)

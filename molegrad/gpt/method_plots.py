@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib import colormaps
 
+from molegrad.config import UNBIASED
 from molegrad.gpt.report_plots import Plot, panels
 from molegrad.gpt.run_record import RunRecord
 
@@ -120,13 +121,14 @@ def _has(record: RunRecord, key: str) -> bool:
 def why_absent(record: RunRecord, key: str) -> str:
     """Why a run has no such metric, as far as its configuration tells."""
     config = record.config
-    sampled = config.get("streaming_method") == "sampled"
+    method = config.get("streaming_method")
+    sampled = method == "sampled"
     if key == "energy_capture" and sampled:
         return "method 'sampled' has no subspace, and nothing was compared (--shadow-every)"
     if key in _OF_A_SUBSPACE and sampled:
         return "method 'sampled' has no subspace"
-    if key == "sampling_noise" and not sampled:
-        return "only method 'sampled' adds such noise"
+    if key == "sampling_noise" and method not in UNBIASED:
+        return f"only methods {' and '.join(map(repr, UNBIASED))} add such noise"
     if key == "energy_capture" and config.get("streaming_probes") == 0:
         return "its estimate needs --streaming_probes=1 or more, its true value --shadow-every"
     return "not logged (--monitor-every)"

@@ -200,13 +200,15 @@ def gradients_of(config: dict) -> str:
         return ABSENT
     if not config.get("enable_streaming", False):
         return f"dense, {config.get('optimizer', '?')}"
-    names = ("rank_k", "method", "sample_share")
+    names = ("rank_k", "method", "sample_share", "project_stride")
     get = {name: config.get(f"streaming_{name}", "?") for name in names}
     mode, layers = config.get("streaming_gradient_mode", "?"), config.get("streaming_target_layers")
     layers = ", ".join(layers) if isinstance(layers, list) else layers
     size = f"rank {get['rank_k']}"
     if get["method"] == "sampled":
         size = f"share {get['sample_share']}"
+    elif get["method"] == "projected":
+        size += f", one row of {get['project_stride']}"
     return f"{size}, {get['method']}, {mode}, {layers}, {config.get('optimizer')}"
 
 

@@ -8,7 +8,7 @@ the same order whatever that is. With the same --total-batch-size, another --dev
 therefore cuts the same step at other places, and what follows depends on the method:
 
     no MoleGrad, factored tangent   the same up to rounding: sums over tokens
-    sampled                         other draws of the same unbiased estimate; an int8 momentum
+    sampled, projected              other draws of the same unbiased estimate; an int8 momentum
                                     rounds at other places
     dense tangent, dense power      refused: bases turn, and an estimate is cut to its rank, with
                                     every backward pass; other passes are another method
@@ -22,6 +22,7 @@ conversation among others moves a little as well.
 import torch
 from torch import Tensor, nn
 
+from molegrad.config import UNBIASED
 from molegrad.gpt.checkpoint import Checkpoint
 from molegrad.linear import MoleLinear
 
@@ -106,7 +107,7 @@ def check_batches(
     back = f"resume with --device-batch-size={old}"
     change = f"{saved.folder} was saved with device_batch_size={old}, this run has {new}"
     streaming = config.streaming_config()
-    sampled = streaming is not None and streaming.method == "sampled"
+    sampled = streaming is not None and streaming.method in UNBIASED
     if streaming is not None and not sampled:
         if streaming.gradient_mode == "dense":
             raise ValueError(

@@ -58,7 +58,8 @@ class TrainFlags(HealthFields, StreamingFields, Activations):
     device_batch_size: int = flag(
         0,
         "sequences per micro-batch and device; 0 takes 32 on CUDA, 16 elsewhere. May differ after "
-        "--resume where the method allows it: without MoleGrad, sampled, factored tangent",
+        "--resume where the method allows it: without MoleGrad, sampled, projected, factored "
+        "tangent",
     )
     total_batch_size: int = flag(
         0,

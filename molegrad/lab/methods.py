@@ -46,6 +46,14 @@ METHODS: dict[str, dict] = {
         name: {"enable_streaming": True, **{PREFIX + k: v for k, v in fields.items()}}
         for name, fields in PRESETS.items()
     },
+    "projected": {
+        "enable_streaming": True,
+        "streaming_method": "projected",
+        "streaming_gradient_mode": "momentum",
+        "streaming_momentum_dtype": "bfloat16",
+        "streaming_saved_inputs": "fp8",
+        "streaming_target_layers": "all",
+    },
 }
 RATES = ("lr", "matrix_lr", "matrix_lrs")
 # Peers without a rank, or with a fixed one: --ranks makes no difference to them.

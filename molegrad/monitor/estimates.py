@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from molegrad.autograd import STATS, trust_factor
+from molegrad.config import UNBIASED
 from molegrad.linear import MoleLinear
 from molegrad.reference import acc_dtype, hutch_norm_sq
 
@@ -63,7 +64,9 @@ def estimate_of(
     if now is None:
         return None
     dtype = acc_dtype(layer.weight.dtype)
-    rank = layer.rank * (2 if layer.config.method == "tangent" else 1)
+    rank = layer.config.needed_features(layer.rank)
+    if layer.config.method in UNBIASED:
+        rank = 0
     if layer.config.gradient_mode == "factored":
         now = tuple(x.to(dtype) for x in now)
         if before is not None:

@@ -12,6 +12,9 @@
 | frozen | the subspace does not turn | has none |
 | orthogonality | VᵀV is not I | has no basis |
 
+Method "projected" has a basis, as the former, and a sample, as the latter: whether it is degenerate
+goes by the sample, as an estimate with the right mean needs no direction of the basis.
+
 What is done about a finding is set for each kind: nothing ("off"), a message ("warn"; once, and
 another one when it is over), new bases ("reset") or an end of the run ("raise").
 

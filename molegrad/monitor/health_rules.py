@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from molegrad.config import explored_directions
+from molegrad.config import UNBIASED, explored_directions
 from molegrad.linear import MoleLinear
 from molegrad.reference import NON_FINITE, RANK_DEFICIENT
 
@@ -167,7 +167,7 @@ def degenerate(layer: MoleLinear, values, history: History, limits) -> Problem |
     """Directions that no gradient stands behind. No gradient at all is a fault only where there has
     been one: behind a projection that starts at zero there is none at first."""
     norm = strength(values)
-    sampled = layer.config.method == "sampled"
+    sampled = layer.config.method in UNBIASED
     nothing = values.get("sampled_share", math.nan) == 0 if sampled else norm == 0
     if nothing and (history.nonzero or norm > 0):
         key = "sampled_share" if sampled else "estimate_norm"
@@ -214,9 +214,22 @@ def _noisy(layer: MoleLinear, values, limits) -> Problem | None:
         {"sampling_noise": noise, "sampled_share": share},
         f"sampling adds {noise:.3g} times the noise that the batch has (sampling_noise, limit "
         f"{limits.max_sampling_noise:g}; share {share:.3g})",
-        f"raise --streaming_sample_share (here {layer.share:g}), for this layer alone with "
-        "--streaming_sample_overrides",
+        _larger_sample(layer),
         instead_of_reset="warn",
+    )
+
+
+def _larger_sample(layer: MoleLinear) -> str:
+    c = layer.config
+    if c.method == "projected":
+        return (
+            f"lower --streaming_project_stride (here {c.project_stride}), or raise "
+            f"--streaming_rank_k (here {layer.rank}), for this layer alone with "
+            "--streaming_rank_overrides"
+        )
+    return (
+        f"raise --streaming_sample_share (here {layer.share:g}), for this layer alone with "
+        "--streaming_sample_overrides"
     )
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from molegrad import bases
 from molegrad.autograd import STATS
-from molegrad.config import explored_directions
+from molegrad.config import UNBIASED, explored_directions
 from molegrad.linear import MoleLinear
 from molegrad.monitor.memory import _address, _bytes, _tensors
 from molegrad.reference import acc_dtype
@@ -74,11 +74,11 @@ class LayerMetrics:
       (Roy and Vetterli 2007), of the methods of low rank; needs `after_backward`. Exact for one
       micro-batch. In dense mode several add up to a higher rank, of which about the leading 2k
       (method "power": k) modes count.
-    - sampled_share: of the products that the gradient is a sum of, in the last backward pass;
-      sampling_noise: the variance that sampling adds, relative to the gradient's own from its
-      tokens (see `molegrad.ops.sampled_grad_`).
+    - sampled_share: of the products that the gradient is a sum of (method "projected": of the
+      tokens), in the last backward pass; sampling_noise: the variance that sampling adds, relative
+      to the gradient's own from its tokens (see `molegrad.ops.sampled_grad_`, `projected_grad_`).
 
-    Of the bases, U and V:
+    Of the bases, U and V (method "projected": of V, all that it has):
 
     - condition_number: of the kept modes, estimated from their triangular factor.
     - subspace_drift: 1 − ‖VᵀV'‖²_F / k between one step and the next.
@@ -137,7 +137,7 @@ class LayerMetrics:
         for now in _stacked_bases(self._layers):
             pending.append(_Pending(now.names, now.orthogonality_error(), _orthogonality))
             old = before.get(tuple(now.names))
-            if old is not None and old.u.shape == now.u.shape:  # else a rank has changed since
+            if old is not None and old.v.shape == now.v.shape:  # else a rank has changed since
                 pending.append(_Pending(now.names, old.angles(now), _subspace_quality))
         pending += self._spectra
         known: dict[str, dict[str, float]] = {name: {} for name in self._layers}
@@ -253,15 +253,19 @@ class _Bases(NamedTuple):
     def orthogonality_error(self) -> Tensor:
         """(layers,)"""
         errors = []
-        for q in (self.u, self.v):
+        for q in self.sides():
             unit = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
             errors.append((q.mT @ q - unit).abs().amax((-2, -1)))
-        return torch.maximum(*errors)
+        return torch.stack(errors).amax(0)
 
     def angles(self, now: _Bases) -> Tensor:
-        """QᵀQ' of both sides, (layers, 2, k, kept), whose singular values are the cosines."""
-        products = (self.u.mT @ now.u[..., : now.kept], self.v.mT @ now.v[..., : now.kept])
-        return torch.stack(products, dim=1)
+        """QᵀQ' of each side, (layers, 2 or 1, k, kept), whose singular values are the cosines."""
+        pairs = zip(self.sides(), now.sides(), strict=True)
+        return torch.stack([old.mT @ new[..., : now.kept] for old, new in pairs], dim=1)
+
+    def sides(self) -> list[Tensor]:
+        """Those that there are: method "projected" has no left basis."""
+        return [q for q in (self.u, self.v) if q.shape[-1] > 0]
 
 
 def _groups(layers: dict[str, MoleLinear], key: Callable) -> Iterator[dict[str, MoleLinear]]:
@@ -291,7 +295,7 @@ def _orthogonality(errors: Tensor) -> list[dict[str, float]]:
 
 
 def _subspace_quality(products: Tensor) -> list[dict[str, float]]:
-    """From QᵀQ' of both sides, (layers, 2, k, kept)."""
+    """From QᵀQ' of each side, (layers, sides, k, kept)."""
     cosines = _singular_values(products).clamp(max=1.0).flatten(1)
     return [
         {"subspace_quality": mean, "subspace_quality_min": least}
@@ -312,7 +316,7 @@ def _spectra(layers: dict[str, MoleLinear]) -> Iterator[_Pending]:
     with_gradient = {
         name: layer
         for name, layer in layers.items()
-        if layer.rank > 0 and source(layer) is not None
+        if layer.config.method not in UNBIASED and source(layer) is not None
     }
     for group in _groups(with_gradient, lambda layer: None):
         members = list(group.values())

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from molegrad.autograd import STATS
-from molegrad.config import TARGET_GROUPS, MoleGradConfig
+from molegrad.config import UNBIASED, MoleGradConfig
 from molegrad.linear import MoleLinear
 from molegrad.monitor.estimates import (
     Estimate,
@@ -42,6 +42,7 @@ from molegrad.monitor.estimates import (
 )
 from molegrad.monitor.extra_pass import Call, exact_products, output_gradients
 from molegrad.names import layer_role, matches
+from molegrad.overrides import TARGET_GROUPS
 from molegrad.reference import TOKEN_CHUNK, acc_dtype
 
 SHADOW_METRICS = (
@@ -176,11 +177,12 @@ class Shadow:
         - best_energy: √(s₁² + … + s_r²) / ‖G‖, s the singular values of G: what the best matrix of
           rank r captures. r is the rank that Ĝ may have: k (power) or 2k (tangent), in dense mode
           times the number of backward passes (and processes), as bases move with each. nan for
-          method "sampled", which has no rank
+          methods "sampled" and "projected", whose estimates have full rank
         - norm_estimate_error: the free estimate of ‖G‖ (probes) relative to the truth, minus 1
-        - energy_estimate_error: the free energy_capture minus the one by the true ‖G‖. For method
-          "sampled": the sampling_noise that the step claimed minus ‖Ĝ − G‖² / Σ_t ‖a_t‖² ‖b_t‖²,
-          which is one draw of it, and has what the rounding of inputs and momentum adds
+        - energy_estimate_error: the free energy_capture minus the one by the true ‖G‖. For methods
+          "sampled" and "projected": the sampling_noise that the step claimed minus
+          ‖Ĝ − G‖² / Σ_t ‖a_t‖² ‖b_t‖², which is one draw of it, and has what the rounding of inputs
+          and momentum adds
         - effective_rank: exp(−Σ pᵢ log pᵢ), pᵢ = sᵢ / Σ s (Roy, Vetterli 2007), of G
 
         In dense mode the free estimates are those of the last micro-batch, compared with its own G;
@@ -350,7 +352,7 @@ class _Sums:
         for a_t, b_t in zip(*chunks, strict=True):
             a_t, b_t = a_t.to(call.dtype).to(target.dtype), b_t.to(target.dtype)
             target.addmm_(b_t.mT, a_t)
-            if self.layer.config.method == "sampled":
+            if self.layer.config.method in UNBIASED:
                 squares = a_t.square().sum(1, dtype=torch.float64), b_t.square().sum(1)
                 self.pairs += squares[0] @ squares[1].double()
         self.calls += 1
@@ -379,7 +381,7 @@ def _free_errors(sums: _Sums, est: Estimate, world: int) -> dict[str, Tensor]:
     truth = torch.linalg.vector_norm(truth, dtype=torch.float64)
     norm, captured = est.norm_sq.sqrt(), est.captured_sq.sqrt()
     energy_error = (captured / norm).clamp(max=1.0) - captured / truth
-    if config.method == "sampled":
+    if config.method in UNBIASED:
         # Errors of processes are independent: the square of their mean's is a share of theirs.
         error_sq = (est.matrix - sums.gradient).double().square().sum() * world
         energy_error = (sums.claimed - error_sq) / sums.total_pairs

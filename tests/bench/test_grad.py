@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from molegrad.bench import grad, layers, products
-from molegrad.bench.layers import BLOCKS, SHARES, bench_bases, layer_shapes
+from molegrad.bench.layers import BLOCKS, SHARES, STRIDES, bench_bases, layer_shapes
 
 TINY = ["--shapes=24x16,16x40", "--tokens=8,20", "--ranks=2,4", "--repeats=2", "--depth=2"]
 CPU = torch.device("cpu")
@@ -29,13 +29,16 @@ def test_the_command_prints_tables_and_then_one_json_object(capsys):
     assert len(result["gradients"]) == 2 * 2 * 2 * (6 + 4)  # four rows of float8 operands
     singly = result["native"]  # the row of sketch_accumulate_many_'s layers one by one
     assert len(result["small"]) == 2 * 2 * (len(grad.SMALL_OPS) * 2 + singly)
-    assert len(result["layers"]) == 2 * 2 * 2 * (1 + 4 + 3)
+    assert len(result["layers"]) == 2 * 2 * 2 * (1 + 4 + len(STRIDES) + 3)
+    assert len(result["projected"]) == 2 * 2 * 2 * (2 + 2 * len(STRIDES))
+    assert {row["stride"] for row in result["projected"] if "stride" in row} == set(STRIDES)
     kernels = len(SHARES) * len(BLOCKS) * hows
     assert len(result["sampled"]) == 2 * 2 * (1 + kernels + (not result["native"]))
     measured = {name: [r for r in result[name] if "note" not in r] for name in grad.TABLES}
     native = [name for name in grad.SMALL_OPS if grad.has_native(name, CPU)]
     assert len(measured["small"]) == 2 * 2 * (len(grad.SMALL_OPS) + len(native) + singly)
-    assert all(row["vs_dense"] > 0 for row in measured["sampled"] + measured["layers"])
+    ratios = [*measured["sampled"], *measured["layers"], *measured["projected"]]
+    assert all(row["vs_dense"] > 0 for row in ratios)
     for row in measured["gradients"]:
         assert 0 < row["us_p20"] <= row["us_p50"] <= row["us_p80"]
         dense = row["op"] == "dense"

@@ -142,7 +142,7 @@ def test_every_plot_with_data_is_there(text):
     for words in ("m, mean of layers", "true, of the shadow layers", "h.1.mlp.c_fc", "step 40"):
         assert words in seen, words
     assert "Condition number of the kept modes: m: no condition_number: not logged" in seen
-    assert "only method 'sampled' adds such noise" in seen
+    assert "only methods 'sampled' and 'projected' add such noise" in seen
 
 
 def test_findings_samples_configuration_and_commands(text):

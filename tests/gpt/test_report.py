@@ -100,7 +100,7 @@ def test_what_converted_layers_logged_is_shown(text, tiny_folder):
     true = [r["shadow/energy_capture"] for r in records if "shadow/energy_capture" in r]
     assert len(true) == 3
     assert f"| lowrank | 60 | mean | {true[-1]:.4g} |" in part
-    assert "only method 'sampled' adds such noise" in part and "tiny:" not in part
+    assert "only methods 'sampled' and 'projected' add such noise" in part and "tiny:" not in part
     times = text.split("## Time by phase")[1].split("## ")[0]
     assert "| tiny |" in times and "| lowrank |" in times and "| tiny/sft |" in times
     assert "kind | action" in text.split("## Health")[1].split("## ")[0] or (

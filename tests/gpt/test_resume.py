@@ -33,6 +33,12 @@ TANGENT = {**STREAM, "streaming_method": "tangent"}
 POWER = {**STREAM, "streaming_method": "power"}
 SAMPLED = {**PRESET, "streaming_gradient_mode": "dense"}
 INT8 = {**PRESET, "streaming_momentum_dtype": "int8"}
+PROJECTED = {
+    **STREAM,
+    "streaming_method": "projected",
+    "streaming_project_stride": 4,
+    "streaming_gradient_mode": "momentum",
+}
 METHODS = {
     "dense": {},
     "adamw": {"optimizer": "adamw", "grad_clip": 1.0},
@@ -44,6 +50,7 @@ METHODS = {
     "sampled": SAMPLED,
     "momentum": PRESET,
     "momentum-int8": INT8,
+    "projected": PROJECTED,
 }
 
 
@@ -175,7 +182,7 @@ LINEAR = ["dense", "adamw", "factored", "factored-adamw", "factored-adaptive"]
 
 
 @pytest.mark.parametrize("rows", [2, 8])
-@pytest.mark.parametrize("method", [*LINEAR, "sampled", "momentum", "momentum-int8"])
+@pytest.mark.parametrize("method", [*LINEAR, "sampled", "momentum", "momentum-int8", "projected"])
 def test_other_micro_batches_make_the_same_steps(method, rows, tmp_path, capsys):
     values = {"steps": 6, "total_batch_size": 160, "save_every": 3, **METHODS[method]}
     whole = with_rows(tmp_path, 4, **values)
