@@ -86,6 +86,27 @@ class StepBenchConfig:
             raise ValueError(f"batches={self.batches} should look like 1x8192,16x2048") from None
 
 
+def settings(
+    config: StepBenchConfig, method: Method, batch: tuple[int, int], compiled: bool = False
+) -> BaseTrainConfig:
+    """The resolved flags of base training that `Training` has."""
+    rows, tokens = batch
+    values = {
+        "depth": config.depth,
+        "aspect_ratio": config.aspect_ratio,
+        "max_seq_len": tokens,
+        "device_batch_size": rows,
+        "total_batch_size": rows * tokens,
+        "device_type": config.device,
+        "compile": compiled,
+        "seed": config.seed,
+        "num_iterations": 1,
+        "dtype": config.dtype,
+        **method.flags,
+    }
+    return resolve(BaseTrainConfig(**values), torch.device(config.device))
+
+
 class Training:
     """One method's model and optimizers, and the seconds of its steps by phase.
 
@@ -98,20 +119,7 @@ class Training:
     ) -> None:
         rows, tokens = batch
         device = torch.device(config.device)
-        values = {
-            "depth": config.depth,
-            "aspect_ratio": config.aspect_ratio,
-            "max_seq_len": tokens,
-            "device_batch_size": rows,
-            "total_batch_size": rows * tokens,
-            "device_type": config.device,
-            "compile": compiled,
-            "seed": config.seed,
-            "num_iterations": 1,
-            "dtype": config.dtype,
-            **method.flags,
-        }
-        self.config = resolve(BaseTrainConfig(**values), device)
+        self.config = settings(config, method, batch, compiled)
         sizes = GPTConfig(
             config.depth, config.aspect_ratio, vocab_size=config.vocab, max_seq_len=tokens
         )

@@ -66,7 +66,9 @@ class Limits:
     )
     memory_tolerance: float = flag(1.0, "percent between measured and predicted bytes of a part")
     peak_tolerance: float = flag(
-        25.0, "percent that the peak on CUDA may exceed the prediction, whose activations are rough"
+        25.0,
+        "percent that the peak on CUDA may exceed the predicted one of an eager step: evaluations, "
+        "samples and instruments come on top",
     )
     condition_limit: float = flag(1e6, "largest condition number of the kept modes (a median)")
     energy_floor: float = flag(
@@ -168,8 +170,8 @@ def memory(
                 peak <= top,
                 peak / MIB,
                 top / MIB,
-                "MiB, largest allocation of the run; limit: predicted total of weights, gradients, "
-                f"optimizer state, activations and logits + {limits.peak_tolerance:g}%",
+                "MiB, largest allocation of the run; limit: predicted peak of a step + "
+                f"{limits.peak_tolerance:g}%",
             )
         )
     return gates

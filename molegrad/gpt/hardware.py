@@ -1,6 +1,6 @@
 """The machine: which device, how fast it could be, what a token costs, how much memory was used.
 
-What: `pick_device`, `peak_flops`, `flops_per_token`, `memory_estimate`, `peak_memory_bytes`.
+What: `pick_device`, `peak_flops`, `flops_per_token`, `peak_memory_bytes`.
 
 Why: model FLOPs utilisation (MFU) is honest only if the floating-point operations are those that
 were done. A converted layer does fewer of them, so `flops_per_token` gives two figures: `actual`
@@ -17,9 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from molegrad.gpt.loss import default_chunk
-from molegrad.linear import MoleLinear, ignored_by_ddp
-from molegrad.optim import FactoredOptimizer
+from molegrad.linear import MoleLinear
 
 # Dense bf16 FLOP/s with float32 accumulation, from the makers' data sheets; the first name that
 # occurs in the device's name counts.
@@ -165,43 +163,6 @@ def flops_per_token(model: nn.Module, seq_len: int) -> Flops:
     size = model.config
     common += 12 * size.depth * size.n_head * size.head_dim * seq_len
     return Flops(common + weight_actual, common + weight_dense, weight_actual)
-
-
-def memory_estimate(
-    model: nn.Module, optimizers, tokens: int, activation_bytes: int
-) -> dict[str, int]:
-    """Bytes a training step is expected to hold, by kind, and "total".
-
-    Weights (bases among them) and what `molegrad.optim` keeps for them are exact. Gradients: one
-    number per parameter that takes one, in its own dtype; none where it is added to the momentum
-    at once. Another optimizer: two numbers per
-    parameter, as AdamW has.
-    Activations: what the backward pass of one micro-batch of `tokens` keeps, about 22 numbers of
-    `activation_bytes` per token, block and unit of width. Logits: one chunk in float32, twice.
-    """
-    params = list(model.parameters())
-    without = set(ignored_by_ddp(model))  # their gradient goes to the momentum at once
-    state = 0
-    for optimizer in optimizers:
-        if isinstance(optimizer, FactoredOptimizer):
-            state += optimizer.planned_state_bytes()
-        else:
-            owned = [p for group in optimizer.param_groups for p in group["params"]]
-            state += sum(2 * p.numel() * p.element_size() for p in owned)
-    config = model.config
-    chunk = config.loss_chunk or default_chunk(config.vocab_size, model.device.type)
-    sizes = {
-        "weights": sum(p.numel() * p.element_size() for p in params),
-        "gradients": sum(
-            p.numel() * p.element_size()
-            for name, p in model.named_parameters()
-            if p.requires_grad and name not in without
-        ),
-        "optimizer": state,
-        "activations": 22 * config.width * config.depth * tokens * activation_bytes,
-        "logits": 8 * min(tokens, chunk) * config.vocab_size,
-    }
-    return {**sizes, "total": sum(sizes.values())}
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -97,8 +97,13 @@ class GPTConfig:
 
 
 def rms_norm(x: Tensor) -> Tensor:
-    """x / sqrt(mean(x²) + eps) over the last dimension; no parameters."""
-    return F.rms_norm(x, (x.size(-1),))
+    """x / sqrt(mean(x²) + eps) over the last dimension, in x's dtype; no parameters.
+
+    CUDA's autocast would make it float32 and keep a copy of x in that for the backward pass; the
+    kernel sums in float32 all the same.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        return F.rms_norm(x, (x.size(-1),))
 
 
 def rotary_tables(length: int, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
@@ -139,8 +144,7 @@ class Attention(nn.Module):
     def project(self, x: Tensor, cos: Tensor, sin: Tensor, c_q, c_k, c_v) -> tuple[Tensor, ...]:
         """x (B, T, C) -> q, k, v (B, T, heads, D), turned and normalised; of each token alone."""
         q, k, v = (layer(x).view(*x.shape[:2], -1, self.head_dim) for layer in (c_q, c_k, c_v))
-        q, k = rotate(rms_norm(q), cos, sin), rotate(rms_norm(k), cos, sin)
-        return q.to(v.dtype), k.to(v.dtype), v  # autocast may have normalised in float32
+        return rotate(rms_norm(q), cos, sin), rotate(rms_norm(k), cos, sin), v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, cache=None) -> Tensor:
         """q, k, v (B, T, heads, D) -> (B, T, C), what each token reads of those before it."""

@@ -26,6 +26,7 @@ from molegrad.gpt.environment import machine_record
 from molegrad.gpt.loader import PackedLoader, validation_batches
 from molegrad.gpt.logger import RunLogger
 from molegrad.gpt.loop import Trainer
+from molegrad.gpt.memory_sim import planned_memory
 from molegrad.gpt.model import GPT, GPTConfig
 from molegrad.gpt.tokenizer import Tokenizer
 from molegrad.gpt.tokens import CorpusTokens
@@ -329,10 +330,8 @@ def sample_texts(model: GPT, tokenizer: Tokenizer, dtype: torch.dtype, tokens: i
 
 def describe(config, model, planned, optimizers, costs, steps: int, device, peak) -> str:
     """Everything that was decided, as the text at the start of a run's log."""
-    tokens = config.device_batch_size * config.max_seq_len
-    activation_bytes = 2 if compute_dtype(config) == torch.bfloat16 else 4
-    memory = hardware.memory_estimate(model, optimizers, tokens, activation_bytes)
     sizes = model.config
+    memory = planned_memory(config, sizes)
     counts = ", ".join(f"{k} {v:,}" for k, v in model.count_parameters().items())
     native = build_info()
     total = config.total_batch_size * steps
@@ -350,6 +349,7 @@ def describe(config, model, planned, optimizers, costs, steps: int, device, peak
         f"learning rates: {rates}",
         f"training: {steps:,} steps of {config.total_batch_size:,} tokens, {total:,} tokens",
         f"FLOPs per token: {costs.actual:.4g}{low_rank}; in all {costs.actual * total:.4g}",
-        "memory estimate: " + ", ".join(f"{k} {v / 2**20:,.0f} MiB" for k, v in memory.items()),
+        "memory expected at the peak, eager, MiB: "
+        + ", ".join(f"{part} {size / 2**20:,.1f}" for part, size in memory.items()),
     ]
     return "\n".join(lines)

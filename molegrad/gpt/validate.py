@@ -31,11 +31,11 @@ from pathlib import Path
 
 import torch
 
-from molegrad.gpt import checkpoint, flags, hardware, paths, setup, stages
+from molegrad.gpt import checkpoint, flags, paths, setup, stages
 from molegrad.gpt.flags import flag
 from molegrad.gpt.gates import Gate, Limits, Outcome, judge
 from molegrad.gpt.logger import METRICS, read_metrics
-from molegrad.gpt.loss import default_chunk
+from molegrad.gpt.memory_sim import simulate
 from molegrad.gpt.model import GPT
 from molegrad.gpt.page import write_page
 from molegrad.gpt.run_record import RunRecord, command, read_runs
@@ -305,34 +305,30 @@ def reason(log: str, code: int) -> str:
 
 
 def predict(config: BaseTrainConfig, vocab_size: int) -> dict[str, int]:
-    """Bytes of every part that a training will hold, from the shapes alone: nothing is allocated.
+    """Bytes of every part that a training will hold, before it begins: nothing is allocated.
 
-    weights, bases: of the tensors that conversion makes. gradients, activations, logits, and the
-    state of optimizers: `molegrad.gpt.hardware.memory_estimate`; optimizer_state has the momenta
-    that backward passes add to as well. total: of all.
+    weights, bases, gradients: of the tensors that conversion makes. optimizer_state: what the
+    optimizers keep from step to step, momenta that backward passes add to included. activations,
+    logits: at the peak of a step (`molegrad.gpt.memory_sim`), activations being all that is none of
+    the other parts. total: that peak, which is no sum of the others.
     """
-    if not config.loss_chunk:  # it depends on the device, which is none here
-        chunk = default_chunk(vocab_size, config.device_type)
-        config = replace(config, loss_chunk=chunk)
+    sizes = model_config(config, vocab_size)
+    found = simulate(config, sizes)
     nowhere = torch.device("meta")
     with nowhere:
-        model = GPT(model_config(config, vocab_size), seed=config.seed)
-        setup.place(model, config, nowhere)
+        model = setup.place(GPT(sizes), config, nowhere)
         setup.equip(model, config)
-        optimizers = setup.build_optimizers(model, config)
-    tokens = config.device_batch_size * config.max_seq_len
-    size = 2 if compute_dtype(config) == torch.bfloat16 else 4
-    estimate = hardware.memory_estimate(model, optimizers, tokens, size)
     held = memory_bytes(model)
-    parts = {
+    known = ("weights", "optimizer", "bases", "gradients", "logits")
+    return {
         "weights": held["weights"],
         "bases": held["bases"],
-        "gradients": estimate["gradients"],
-        "optimizer_state": estimate["optimizer"] + held["optimizer_state"],
-        "activations": estimate["activations"],
-        "logits": estimate["logits"],
+        "gradients": held["gradients"],
+        "optimizer_state": found.held["optimizer"],
+        "activations": sum(size for part, size in found.parts.items() if part not in known),
+        "logits": found.parts["logits"],
+        "total": found.peak,
     }
-    return {**parts, "total": sum(parts.values())}
 
 
 def record_of(run: str) -> RunRecord | None:

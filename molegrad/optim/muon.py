@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,8 +20,11 @@ from torch import Tensor
 
 from molegrad.linear import int8_scale
 from molegrad.optim.momentum import FactoredMomentum
-from molegrad.optim.newton_schulz import newton_schulz
+from molegrad.optim.newton_schulz import newton_schulz, working_dtype
 
+# Numbers of the matrices whose polar factors are taken together: enough to keep a GPU busy, little
+# beside a model. All at once, they were the peak of a run whose activations are small.
+TOGETHER = 2**24
 ADJUST_LR = ("spectral", "original", "match_rms_adamw", "none")
 
 
@@ -93,24 +98,32 @@ class Muon(FactoredMomentum):
 
     def _dense_step(self, group: dict[str, Any]) -> None:
         mu = group["momentum"]
-        pairs = []
+        updates = []
         for p, state in self._dense(group):
             buffer = state["momentum_buffer"].lerp_(p.grad, 1 - mu)
-            pairs.append((p, p.grad.lerp(buffer, mu) if group["nesterov"] else buffer))
-        self._along_polar_factors(group, pairs)
+            share = mu if group["nesterov"] else 1.0
+            updates.append((p, partial(p.grad.lerp, buffer, share)))
+        self._along_polar_factors(group, updates)
 
-    def _along_polar_factors(self, group: dict[str, Any], pairs: list[tuple]) -> None:
-        """Step the matrix of each (matrix, update) along the polar factor of its update."""
-        by_shape: dict[tuple, list[tuple[Tensor, Tensor]]] = defaultdict(list)
-        for p, update in pairs:
-            by_shape[(p.shape, p.dtype, update.dtype, p.device)].append((p, update))
-        for (shape, *_), same in by_shape.items():
+    def _along_polar_factors(
+        self, group: dict[str, Any], updates: list[tuple[Tensor, Callable[[], Tensor]]]
+    ) -> None:
+        """Step each matrix along the polar factor of the update that its function makes. Matrices
+        of one shape go together, as many as `TOGETHER` allows, and only theirs exist."""
+        by_shape: dict[tuple, list[tuple[Tensor, Callable[[], Tensor]]]] = defaultdict(list)
+        for p, update in updates:
+            by_shape[(p.shape, p.dtype, p.device)].append((p, update))
+        for (shape, _, device), same in by_shape.items():
             lr = group["lr"] * lr_scale(group["adjust_lr"], *shape)
-            directions = newton_schulz(torch.stack([u for _, u in same]), group["ns_steps"])
-            for (p, _), direction in zip(same, directions.unbind(), strict=True):
-                if group["weight_decay"]:
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(direction.to(p.dtype), alpha=-lr)
+            dtype, size = working_dtype(device), max(1, TOGETHER // shape.numel())
+            for batch in (same[i : i + size] for i in range(0, len(same), size)):
+                stacked = torch.stack([update().to(dtype) for _, update in batch])
+                directions = newton_schulz(stacked, group["ns_steps"], dtype)
+                for (p, _), direction in zip(batch, directions.unbind(), strict=True):
+                    if group["weight_decay"]:
+                        p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(direction.to(p.dtype), alpha=-lr)
+                del stacked, directions
 
     def _momentum_step(self, group: dict[str, Any]) -> None:
         """The backward passes have made M ← M + Ĝ; step along a polar factor, then M ← μ M.
@@ -118,17 +131,15 @@ class Muon(FactoredMomentum):
         (1 − μ) is left out, as a factor changes no polar factor. Nesterov's μ M + Ĝ is (1 + μ) M
         minus what M was before the backward passes.
         """
-        mu, layers, pairs = group["momentum"], _momentum_layers(group), []
+        mu, layers, updates = group["momentum"], _momentum_layers(group), []
         for p, *momentum in layers:
             state = self.state[p]
             if not state:
                 state.update(_named(momentum), **self._new_momentum_state(group, p))
             _average_over_processes(*momentum)
-            update = momentum[0] if len(momentum) == 1 else momentum[0] * momentum[1]
-            if group["nesterov"]:
-                update = (1 + mu) * update.float() - state["before"] * state["before_scale"]
-            pairs.append((p, update))
-        self._along_polar_factors(group, pairs)
+            before = state if group["nesterov"] else None
+            updates.append((p, partial(_momentum_update, mu, before, *momentum)))
+        self._along_polar_factors(group, updates)
         torch._foreach_mul_([layer[-1] for layer in layers], mu)
         if group["nesterov"]:
             for p, *momentum in layers:
@@ -179,6 +190,16 @@ def _momentum_layers(group: dict[str, Any]) -> list[tuple[Tensor, ...]]:
 def _named(momentum: list[Tensor]) -> dict[str, Tensor]:
     """As in the state_dict; the tensors share the parameters' memory."""
     return {key: p.detach() for key, p in zip(_MOMENTUM_STATE, momentum, strict=False)}
+
+
+def _momentum_update(
+    mu: float, before: dict[str, Tensor] | None, momentum: Tensor, scale: Tensor | None = None
+) -> Tensor:
+    """M, or with what it was before the backward passes, (1 + μ) M minus that."""
+    update = momentum.detach() if scale is None else momentum * scale
+    if before is None:
+        return update
+    return (1 + mu) * update.float() - before["before"] * before["before_scale"]
 
 
 def _new_snapshot(p: Tensor) -> dict[str, Tensor]:

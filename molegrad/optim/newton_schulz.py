@@ -13,13 +13,18 @@ from torch import Tensor
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
+def working_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 on CUDA, float32 elsewhere."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
 def newton_schulz(g: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -> Tensor:
-    """Approximate polar factor of g (…, m, n), in `dtype` (default bfloat16 on CUDA, else float32).
+    """Approximate polar factor of g (…, m, n), in `dtype` (default `working_dtype`).
 
     Zero matrices stay zero. Returns the dtype it computed in.
     """
     if dtype is None:
-        dtype = torch.bfloat16 if g.device.type == "cuda" else torch.float32
+        dtype = working_dtype(g.device)
     a, b, c = COEFFICIENTS
     x = g.to(dtype)
     wide = x.shape[-2] <= x.shape[-1]

@@ -6,10 +6,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from molegrad import MoleGradConfig, convert
-from molegrad.config import PRESETS
-from molegrad.gpt import hardware, setup
-from molegrad.gpt.train_config import BaseTrainConfig
-from molegrad.monitor import memory_bytes
+from molegrad.gpt import hardware
 from tests.gpt.test_model import small, stirred, tokens
 
 
@@ -93,59 +90,6 @@ def test_memory_grows_with_what_is_used():
     before = hardware.peak_memory_bytes(device)
     block = torch.ones(before // 4 + 2**25)  # four bytes each: more than the peak so far
     assert hardware.peak_memory_bytes(device) - before >= block.numel()
-
-
-def test_memory_estimate_of_exact_parts():
-    model = small()
-    optimizer = torch.optim.AdamW(model.parameters())
-    sizes = hardware.memory_estimate(model, [optimizer], tokens=48, activation_bytes=4)
-    total = sum(p.numel() for p in model.parameters())
-    assert sizes["weights"] == 4 * total and sizes["gradients"] == 4 * total
-    assert sizes["optimizer"] == 8 * total
-    assert sizes["total"] == sum(v for k, v in sizes.items() if k != "total")
-
-
-@pytest.mark.parametrize("optimizer", ["muon", "adamw", "adafactor", "sgd"])
-def test_the_state_of_our_optimizers_is_that_of_their_tensors(optimizer):
-    model = small()
-    factored = {"enable_streaming": True, "streaming_gradient_mode": "factored"}
-    small_rank = {"streaming_rank_k": 4, "streaming_min_layer_utilization": 0.0}
-    config = BaseTrainConfig(optimizer=optimizer, matrix_lr=0.1, **factored, **small_rank)
-    setup.equip(model, config)
-    optimizers = setup.build_optimizers(model, config)
-    sizes = hardware.memory_estimate(model, optimizers, tokens=48, activation_bytes=4)
-    idx, targets = tokens(2, 24)
-    model(idx, targets).backward()
-    for each in optimizers:
-        each.step()
-    held = memory_bytes(model, optimizers)
-    assert sizes["weights"] == held["weights"] + held["bases"]
-    counters = 400 * len(list(model.parameters()))  # steps and statistics, which are not planned
-    assert sizes["optimizer"] <= held["optimizer_state"] < sizes["optimizer"] + counters
-
-
-@pytest.mark.parametrize("preset", ["exact", "minimal"])
-@pytest.mark.parametrize("nesterov", [True, False])
-def test_momentum_that_backward_passes_add_to_has_no_gradient(preset, nesterov):
-    model = small()
-    config = BaseTrainConfig(
-        enable_streaming=True,
-        muon_nesterov=nesterov,
-        **{f"streaming_{key}": value for key, value in PRESETS[preset].items()},
-    )
-    setup.equip(model, config)
-    optimizers = setup.build_optimizers(model, config)
-    sizes = hardware.memory_estimate(model, optimizers, tokens=48, activation_bytes=4)
-    idx, targets = tokens(2, 24)
-    model(idx, targets).backward()
-    held = memory_bytes(model, optimizers)
-    assert sizes["gradients"] == held["gradients"]
-    for each in optimizers:
-        each.step()
-    held = memory_bytes(model, optimizers)
-    expected = sizes["weights"] + sizes["optimizer"]  # the momentum is among the weights there
-    actual = held["weights"] + held["bases"] + held["optimizer_state"]
-    assert expected <= actual < expected + 400 * len(list(model.parameters()))
 
 
 def test_keeping_freed_memory_never_raises():

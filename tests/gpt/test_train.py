@@ -76,7 +76,7 @@ def test_a_run_leaves_everything_behind(text, capsys):
     for phrase in (
         "MoleGrad takes 4 of 13 linear layers",
         "FLOPs per token",
-        "memory estimate",
+        "memory expected at the peak",
         "step 00040/00040 (100.0%)",
         "sample | 'Return a new array",
         "eta",
