@@ -6,7 +6,8 @@
 #   bash scripts/gpu_check.sh [FOLDER]     results go there (default: gpu_check); every part has a
 #                                          limit of its own, 8 minutes in all after the build
 #   QUICK=1 bash scripts/gpu_check.sh      the targets' shapes only, two or three minutes
-#   FULL=1 bash scripts/gpu_check.sh       every row, compiled steps too, ten times the limits
+#   FULL=1 bash scripts/gpu_check.sh       every row, compiled steps and memory too, ten times the
+#                                          limits
 #   MOLEGRAD_VENV=none bash scripts/gpu_check.sh    with the torch that is installed
 
 set -euo pipefail
@@ -63,6 +64,11 @@ elif command -v compute-sanitizer >/dev/null 2>&1; then
     "$PYTHON" -m pytest tests/gpu -k "opcheck or (sampled and 2)" -p no:cacheprovider
 else
   without sanitizer "no compute-sanitizer here"
+fi
+if [ "${FULL:-0}" = 1 ]; then
+  part memory 60 "$PYTHON" -m scripts.bench_memory --device=cuda --cap-gib=32 --json
+else
+  without memory "left out without FULL=1: python -m scripts.bench_memory --device=cuda --cap-gib=32"
 fi
 "$PYTHON" -m scripts.gpu_report --folder="$folder"
 exit "$status"

@@ -3,7 +3,7 @@
     python -m scripts.gpu_report --folder=gpu_check
 
 The folder has parts.txt, a line "name exit-status seconds" for every part that ran, and the logs
-grad.log and step.log, whose last line is the benchmark's JSON. What is missing there is said to be
+grad.log, step.log and memory.log, whose last line is the benchmark's JSON. What is missing there is said to be
 missing, and not measured is not guessed.
 """
 
@@ -17,14 +17,14 @@ from pathlib import Path
 import torch
 
 from molegrad import build_info
-from molegrad.bench import grad, step
+from molegrad.bench import grad, memory_report, step
 from molegrad.bench import targets as targets_of
 from molegrad.bench.table import table
 from molegrad.gpt import flags
 from molegrad.gpt.flags import flag
 from molegrad.gpt.hardware import device_name
 
-BENCHMARKS = ("grad", "step")
+BENCHMARKS = ("grad", "step", "memory")
 # Of a part, by its exit status: `timeout` ends with 124, or 137 where it had to kill.
 STATUS = {0: "passed", None: "not run", 124: "out of time", 137: "out of time"}
 
@@ -56,8 +56,8 @@ def machine() -> dict:
 
 
 def collect(folder: Path) -> dict:
-    """All results of a folder: "machine", "parts", "targets", and "grad" and "step", None where
-    missing.
+    """All results of a folder: "machine", "parts", "targets", and "grad", "step" and "memory", None
+    where missing.
 
     Raises:
         FileNotFoundError: the folder holds no results.
@@ -77,9 +77,14 @@ def collect(folder: Path) -> dict:
     return {
         "machine": machine(),
         "parts": parts,
-        "targets": targets_of.targets(**measured),
+        "targets": _targets(**measured),
         **measured,
     }
+
+
+def _targets(grad: dict | None, step: dict | None, memory: dict | None) -> list[dict]:
+    of_memory = [] if memory is None else memory["targets"]
+    return [*targets_of.targets(grad, step), *of_memory]
 
 
 def _last_json(log: Path) -> dict | None:
@@ -114,6 +119,11 @@ def markdown(results: dict) -> str:
         lines.append("Not measured.")
     else:
         lines.append(step.shown(results["step"]["rows"], markdown=True))
+    lines += ["", "## Memory", ""]
+    if results["memory"] is None:
+        lines.append("Not measured: FULL=1, or python -m scripts.bench_memory --device=cuda.")
+    else:
+        lines.append(memory_report.measured(results["memory"], markdown=True))
     return "\n".join(lines) + "\n"
 
 

@@ -105,6 +105,11 @@ _CAPPED = {
 
 
 def shown(result: dict, markdown: bool = False) -> str:
+    """The tables of `bench` and the targets as text."""
+    return "\n\n".join([measured(result, markdown), targets.shown(result["targets"])])
+
+
+def measured(result: dict, markdown: bool = False) -> str:
     """The tables of `bench` as text."""
     dense = {r["tokens"]: r["measured"] for r in result["peaks"] if r["variant"] == DENSE}
     peaks = []
@@ -128,8 +133,7 @@ def shown(result: dict, markdown: bool = False) -> str:
     tables = [
         (peaks, _PEAKS), (result["slopes"], _SLOPES), (result["times"], _TIMES), (capped, _CAPPED),
     ]  # fmt: skip
-    texts = [table(rows, markdown, columns) for rows, columns in tables if rows]
-    return "\n\n".join([*texts, targets.shown(result["targets"])])
+    return "\n\n".join(table(rows, markdown, columns) for rows, columns in tables if rows)
 
 
 def _mib(size: int | None) -> float | None:

@@ -1,6 +1,6 @@
 import json
 
-from molegrad.bench import gpu, grad, step
+from molegrad.bench import gpu, grad, memory, step
 
 
 def test_a_report_of_what_was_measured(tmp_path, capsys, monkeypatch):
@@ -33,6 +33,15 @@ def test_a_report_of_what_was_measured(tmp_path, capsys, monkeypatch):
     assert gpu.main([f"--folder={tmp_path}"]) == 0
     text = (tmp_path / "gpu_check.md").read_text()
     assert "Not measured." not in text and "| 2x16 | no | exact |" in text
+    assert "Not measured: FULL=1" in text
+
+    small = ["--depth=1", "--aspect-ratio=32", "--vocab=64", "--lengths=16,32", "--time-at=-1"]
+    assert memory.main([*small, "--variants=dense,MoleGrad", "--json"]) == 0
+    (tmp_path / "memory.log").write_text(capsys.readouterr().out)
+    assert gpu.main([f"--folder={tmp_path}"]) == 0
+    text = (tmp_path / "gpu_check.md").read_text()
+    assert "Not measured" not in text and "| MoleGrad | 32 |" in text
+    assert text.count("| not measured |") == 13
 
 
 def test_the_report_names_the_gpu_its_driver_and_the_versions():
@@ -45,7 +54,7 @@ def test_the_report_names_the_gpu_its_driver_and_the_versions():
     }
     machine = {"gpu": "H100", "driver": "580.1", "torch": "2.11.0", "cuda": "13.0"}
     results = {"machine": machine | {"build_info": info}, "parts": [], "targets": []}
-    text = gpu.markdown(results | {"grad": None, "step": None})
+    text = gpu.markdown(results | {"grad": None, "step": None, "memory": None})
     assert text.startswith(
         "# H100\n\nDriver 580.1, torch 2.11.0, CUDA 13.0; native extension: built"
     )
