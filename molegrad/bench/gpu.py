@@ -3,8 +3,8 @@
     python -m scripts.gpu_report --folder=gpu_check
 
 The folder has parts.txt, a line "name exit-status seconds" for every part that ran, and the logs
-grad.log, step.log and memory.log, whose last line is the benchmark's JSON. What is missing there is said to be
-missing, and not measured is not guessed.
+grad.log, step.log and memory.log, whose last line is the benchmark's JSON. What is missing there
+is said to be missing, and not measured is not guessed.
 """
 
 from __future__ import annotations
