@@ -108,7 +108,7 @@ def variants(config: PlanConfig) -> list[Variant]:
     to the preset balanced with all of them."""
     off = {f.name: f.default for f in fields(Activations)}
     given = {name: getattr(config, name) for name in LEVERS}
-    dense = replace(config, enable_streaming=False, **off)
+    dense = replace(config, enable_streaming=False, head_rank=0, **off)
     named = [("dense", dense), ("dense + recompute", replace(dense, recompute="block"))]
     if config.enable_streaming:
         name, base = _method_name(config), replace(config, **off)
@@ -117,6 +117,8 @@ def variants(config: PlanConfig) -> list[Variant]:
         name, base = "balanced", replace(dense, enable_streaming=True, **preset)
     else:  # the preset needs Muon
         name, base = "dense", dense
+    if config.head_rank:
+        name, base = f"{name} + head_rank", replace(base, head_rank=config.head_rank)
     if base is not dense:
         named.append((name, base))
     if given != off:

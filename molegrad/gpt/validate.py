@@ -131,8 +131,12 @@ class ValidateConfig(BaseTrainConfig, Limits):
         if self.eval_every == -2:
             values["eval_every"] = -(-self.steps // 10)
         molegrad = BaseTrainConfig(**values)
-        streaming = {f.name: f.default for f in fields(BaseTrainConfig) if _is_streaming(f.name)}
-        return {DENSE: replace(molegrad, run=f"{self.run}-dense", **streaming), MOLEGRAD: molegrad}
+        off = {
+            f.name: f.default
+            for f in fields(BaseTrainConfig)
+            if _is_streaming(f.name) or f.name == "head_rank"
+        }
+        return {DENSE: replace(molegrad, run=f"{self.run}-dense", **off), MOLEGRAD: molegrad}
 
 
 def main(argv: list[str] | None = None) -> int:

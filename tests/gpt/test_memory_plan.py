@@ -304,6 +304,9 @@ def test_columns_go_from_dense_to_what_is_asked_for():
     given = names(**preset("exact"), recompute="selective")
     assert given == ["dense", "dense + recompute", "exact", "exact + levers given"]
     assert names(optimizer="adamw")[2] == "dense + chunks"
+    assert names(head_rank=8)[2] == "balanced + head_rank"
+    heads = [v.config.head_rank for v in memory_plan.variants(PlanConfig(**SMALL, head_rank=8))]
+    assert heads[:2] == [0, 0] and set(heads[2:]) == {8}
     columns = memory_plan.variants(PlanConfig(**SMALL, sequence_chunk=32, recompute="block"))
     assert columns[-1].config.sequence_chunk == 32 and columns[2].config.sequence_chunk == 0
     assert columns[0].config.streaming_config() is None and columns[0].config.recompute == "none"

@@ -6,6 +6,7 @@ import torch
 from molegrad import optim
 from molegrad.gpt import setup
 from molegrad.gpt.train_config import BaseTrainConfig, resolve
+from molegrad.rank import RankController
 from tests.gpt.test_loop import losses, trainer
 from tests.gpt.test_model import small, tokens
 
@@ -114,6 +115,18 @@ def test_a_head_of_low_rank_has_an_optimizer_of_its_own_and_learns(values, tmp_p
     built.run()
     recorded = losses(tmp_path)
     assert recorded[-1] < 0.97 * recorded[0]
+
+
+def test_adaptive_ranks_leave_the_head_alone():
+    adaptive = {
+        "streaming_energy_target": 0.5,
+        "streaming_probes": 2,
+        "streaming_rank_budget": 0.0,
+    }
+    model, c = small(), config(**FACTORED, **adaptive, head_rank=8)
+    setup.equip(model, c)
+    controller = RankController(model, setup.build_optimizers(model, c), c.streaming_config())
+    assert controller._watched and "lm_head" not in controller._watched
 
 
 def test_a_head_that_cannot_be_trained_is_refused():

@@ -27,6 +27,7 @@ STREAM = [
     "--streaming_rank_k=4",
     "--streaming_min_layer_utilization=0",
 ]
+LEVERS = ["--sequence-chunk=128", "--sequence-parts=all", "--recompute=block", "--head-rank=8"]
 
 
 def tune(*words):
@@ -68,8 +69,9 @@ def test_the_fine_tuned_model_predicts_answers_better_than_the_base_model(tiny):
         STREAM,
         [*STREAM, "--streaming_gradient_mode=factored", "--total-batch-size=512"],
         ["--optimizer=adamw", "--grad-clip=1"],
+        [*STREAM, *LEVERS],
     ],
-    ids=["streaming", "factored-accumulated", "adamw"],
+    ids=["streaming", "factored-accumulated", "adamw", "levers"],
 )
 def test_the_flags_of_base_training_apply(tiny, words, capsys):
     result = tune("--model-tag=flags", "--num-iterations=6", "--overwrite", *words)

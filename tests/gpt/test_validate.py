@@ -153,6 +153,15 @@ def test_states(done, home, words):
     assert state(training, folder) == "done"
 
 
+def test_the_dense_run_has_the_same_levers_and_an_exact_head(words):
+    mine = flags.parse(
+        ValidateConfig, with_preset([*words, "--head-rank=8", "--sequence-chunk=64"])
+    )
+    pair = mine.trainings("small")
+    assert [pair[name].head_rank for name in ("dense", "molegrad")] == [0, 8]
+    assert {training.sequence_chunk for training in pair.values()} == {64}
+
+
 def test_a_training_that_fails_is_an_outcome(home, words, capfd):
     mine = flags.parse(ValidateConfig, with_preset([*words, "--run=bad", "--embedding-lr=1e39"]))
     training = resolve(mine.trainings("small")["dense"], CPU)
