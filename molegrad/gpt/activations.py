@@ -15,7 +15,7 @@ recompute, which keeps less but needs a whole block's activations at a time. off
 recomputed block keeps, its input, to the host's memory while the blocks above it are at work
 (`molegrad.offload`).
 
-How: `model.set_activations(Activations(sequence_chunk=1024, recompute="block"))`; the flags
+How: `model.set_activations(Activations(sequence_chunk=4096, recompute="block"))`; the flags
 --sequence_chunk, --sequence_parts, --recompute and --offload of every training stage do that.
 Evaluation and generation keep nothing anyway and take no notice of it.
 
@@ -62,7 +62,8 @@ class Activations:
     sequence_chunk: int = _lever(
         0,
         "tokens whose feed-forward activations exist at a time; the backward pass computes them "
-        "again, chunk by chunk (512 or more keep products fast); 0 is off",
+        "again, chunk by chunk (4096 keeps a GPU ahead of its host, 512 the products of a CPU fast); "
+        "0 is off",
     )
     sequence_parts: Parts = _lever(
         "mlp",
@@ -86,7 +87,7 @@ class Activations:
                 raise ValueError(f"{name} must be one of {known}; got {getattr(self, name)!r}")
         if self.sequence_parts == "all" and not self.sequence_chunk:
             raise ValueError(
-                "sequence_parts='all' says what runs in chunks: set sequence_chunk too, to 1024 "
+                "sequence_parts='all' says what runs in chunks: set sequence_chunk too, to 4096 "
                 "for example"
             )
         if self.offload and self.recompute == "none":

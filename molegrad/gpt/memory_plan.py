@@ -35,7 +35,7 @@ CARDS = {
     "B200": 180,
 }  # fmt: skip
 LEVERS = tuple(f.name for f in fields(Activations))
-STREAMED = {"sequence_chunk": 1024, "sequence_parts": "all"}
+STREAMED = {"sequence_chunk": 4096, "sequence_parts": "all"}
 _STEP = 128  # tokens: sequences are found to that
 _LONGEST, _DEEPEST = 2**22, 512
 
