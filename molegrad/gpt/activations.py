@@ -62,8 +62,8 @@ class Activations:
     sequence_chunk: int = _lever(
         0,
         "tokens whose feed-forward activations exist at a time; the backward pass computes them "
-        "again, chunk by chunk (4096 keeps a GPU ahead of its host, 512 the products of a CPU fast); "
-        "0 is off",
+        "again, chunk by chunk (4096 suits a GPU, whose host has work with each, 512 a CPU); 0 is "
+        "off",
     )
     sequence_parts: Parts = _lever(
         "mlp",
