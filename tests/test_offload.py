@@ -311,7 +311,7 @@ def test_bad_values_are_named():
     assert offload.buffers == 0
 
 
-def test_compiled_blocks():
+def test_compiled_blocks(compiler):
     model, data = Stack(), batch()
     for block in model.blocks:
         block.compile(backend="aot_eager", fullgraph=True)
@@ -321,7 +321,7 @@ def test_compiled_blocks():
     assert model.offload.buffers == 3 and model.offload.buffers_in_use == 0
 
 
-def test_a_compiled_loop_is_refused_or_left_uncompiled():
+def test_a_compiled_loop_is_refused_or_left_uncompiled(compiler):
     model, data = Stack(), batch()
     model.seen = None
     with pytest.raises(Exception, match="compile the blocks one by one") as error:
