@@ -311,11 +311,13 @@ def _birth_sites() -> dict[CodeType, object]:
     sites: dict[CodeType, object] = {}
 
     def add(owner, part) -> None:
+        module = getattr(owner, "__module__", owner.__name__)
         for value in vars(owner).values():
             value = getattr(value, "__func__", value)
             if isinstance(value, property):
                 value = value.fget
-            if isinstance(value, FunctionType):
+            # torch.compile leaves functions of torch's own in the classes that it has seen.
+            if isinstance(value, FunctionType) and value.__module__ == module:
                 sites[inspect.unwrap(value).__code__] = part
 
     add(GPT, "stream")

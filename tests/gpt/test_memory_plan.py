@@ -93,8 +93,9 @@ def train(config, steps: int = 2) -> None:
 def test_the_peak_is_what_is_measured(values):
     config = resolved(**values)
     found = simulate(config, model_config(config, VOCAB))
+    others = peak_bytes(lambda: None)  # of tests before this one
     # What oneDNN takes for a product in bfloat16, about 0.4 MiB, is not predicted.
-    assert found.peak == pytest.approx(peak_bytes(lambda: train(config)), rel=0.04)
+    assert found.peak == pytest.approx(peak_bytes(lambda: train(config)) - others, rel=0.04)
     kept = sum(found.of(phase) for phase in ("forward", "backward")) / 2
     held = sum(found.held.values())
     assert kept > 1.2 * held  # the passes matter at these sizes
