@@ -232,8 +232,9 @@ def measured_peaks(
     config: MemoryBenchConfig, name: str, tokens: int, depth: int = 0
 ) -> tuple[int, int] | None:
     """Bytes at the peak of two training steps, and at that of the next step's forward and backward
-    pass; None where they do not fit the GPU."""
+    pass, without what the process holds besides; None where they do not fit the GPU."""
     made: list[Training] = []
+    others = peak_bytes(lambda: None, config.device)
 
     def train() -> None:
         made.append(_training(config, name, tokens, depth))
@@ -243,7 +244,8 @@ def measured_peaks(
     found = None
     with contextlib.suppress(torch.cuda.OutOfMemoryError):
         whole = peak_bytes(train, config.device)
-        found = whole, peak_bytes(lambda: made[0].loss().backward(), config.device)
+        passes = peak_bytes(lambda: made[0].loss().backward(), config.device)
+        found = whole - others, passes - others
     made.clear()
     _clean()  # now, as the error held on to what was there
     return found
