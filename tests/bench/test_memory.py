@@ -145,9 +145,9 @@ def test_the_deepest_model_is_tried_downwards(monkeypatch):
 def test_a_peak_is_the_trainings_alone():
     config = MemoryBenchConfig(variants=PLAIN, **TINY)
     first = measured_peaks(config, PLAIN, 32)
-    kept = torch.zeros(2**20)  # counts, as the device has to hold it too
+    kept = torch.zeros(2**20)  # of somebody else
     again = measured_peaks(config, PLAIN, 32)
-    assert again[0] - first[0] == pytest.approx(kept.nbytes, abs=2**16)
+    assert again == pytest.approx(first, abs=2**16) and kept.nbytes > 2**20
 
 
 def test_slope():
