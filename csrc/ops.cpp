@@ -1,6 +1,6 @@
 // Registers the CPU kernels of torch.ops.molegrad. Schemas, fake kernels and autograd are defined
-// in molegrad/registry.py; this file turns tensors into plain memory for csrc/cpu, through LibTorch's
-// stable ABI only, so that one build loads in every torch from 2.10 on.
+// in molegrad/registry.py; this file turns tensors into plain memory for csrc/cpu, through
+// LibTorch's stable ABI only, so that one build loads in every torch from 2.10 on.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>
