@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from molegrad import streaming
+from molegrad import build_info, streaming
 from molegrad.clip import clip_grad_norm_
 from molegrad.config import PRESETS
 from molegrad.gpt import memory_cuda, memory_plan, memory_sim, setup
@@ -94,8 +94,10 @@ def test_the_peak_is_what_is_measured(values):
     config = resolved(**values)
     found = simulate(config, model_config(config, VOCAB))
     others = peak_bytes(lambda: None)  # of tests before this one
-    # What oneDNN takes for a product in bfloat16, about 0.4 MiB, is not predicted.
-    assert found.peak == pytest.approx(peak_bytes(lambda: train(config)) - others, rel=0.04)
+    # Not predicted: what oneDNN takes for a product in bfloat16, about 0.4 MiB, and, where no
+    # kernels are built, some of what references make in a chunk.
+    near = 0.04 if build_info()["native"] else 0.08
+    assert found.peak == pytest.approx(peak_bytes(lambda: train(config)) - others, rel=near)
     kept = sum(found.of(phase) for phase in ("forward", "backward")) / 2
     held = sum(found.held.values())
     assert kept > 1.2 * held  # the passes matter at these sizes
