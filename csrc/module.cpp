@@ -14,7 +14,10 @@
 #include "cuda/info.h"
 
 // Of cuda/ops_products.h, without the headers of CUDA that what stands beside it may need.
-extern "C" __attribute__((visibility("default"))) int molegrad_sketch_path(int dtype, int64_t rank);
+extern "C" __attribute__((visibility("default"))) int molegrad_sketch_path(int dtype, int64_t n,
+                                                                           int64_t m,
+                                                                           int64_t tokens,
+                                                                           int64_t rank);
 #endif
 
 namespace py = pybind11;
@@ -46,35 +49,35 @@ py::dict cuda_paths(int capability, int cublaslt) {
   return paths;
 }
 
-// The path that a sketch of A and B takes now, by the name of their dtype.
-std::string sketch_path(const std::string& dtype, int64_t rank) {
+// The path that a sketch of A (tokens, n) and B (tokens, m) takes now, by the name of their dtype.
+std::string sketch_path(const std::string& dtype, int64_t n, int64_t m, int64_t tokens,
+                        int64_t rank) {
   const int code = molegrad::cuda::sketch_dtype(dtype);
   if (code < 0)
     throw std::invalid_argument("dtype must be float32, float64, bfloat16 or float16, got " +
                                 dtype);
 #ifdef MOLEGRAD_WITH_CUDA
-  const int path = molegrad_sketch_path(code, rank);
+  const int path = molegrad_sketch_path(code, n, m, tokens, rank);
   return molegrad::cuda::path_name(static_cast<molegrad::cuda::SketchPath>(path));
 #else
-  static_cast<void>(rank);
+  static_cast<void>(n), static_cast<void>(m), static_cast<void>(tokens), static_cast<void>(rank);
   throw std::runtime_error(kCpuOnly);
 #endif
 }
 
 #ifdef MOLEGRAD_WITH_CUDA
-// What MOLEGRAD_SKETCH_PATH asks for, and the path of every dtype at the ranks of one pass.
+// What MOLEGRAD_SKETCH_PATH asks for, and the path of every dtype at the ranks of one pass for
+// layers that none of its rules means.
 py::dict sketch_paths(bool found) {
   using namespace molegrad::cuda;
   const char* text = std::getenv("MOLEGRAD_SKETCH_PATH");
-  const std::optional<SketchPath> wanted = parse_sketch_path(text);
-  if (!wanted.has_value())
-    return path_dict({false, std::string("MOLEGRAD_SKETCH_PATH must be auto, own, cublaslt or "
-                                         "fused, got ") +
-                                 text});
+  if (!wanted_path(text, {}).has_value())
+    return path_dict(
+        {false, std::string("MOLEGRAD_SKETCH_PATH must be ") + kSketchPathForm + "; got " + text});
   py::dict entry = path_dict(
       {found, found ? "by dtype, up to rank " + std::to_string(kRankMax) : "no CUDA device"});
-  entry["wanted"] = path_name(*wanted);
-  for (const char* dtype : kSketchDtypes) entry[dtype] = sketch_path(dtype, kRankMax);
+  entry["wanted"] = text == nullptr || *text == 0 ? "auto" : text;
+  for (const char* dtype : kSketchDtypes) entry[dtype] = sketch_path(dtype, 0, 0, 0, kRankMax);
   return entry;
 }
 
@@ -137,9 +140,11 @@ PYBIND11_MODULE(_C, m) {
         "FP8 and products of several layers for a compute capability (89, 90, 120, ...; 0 for "
         "none) and a "
         "cublasLtGetVersion().");
-  m.def("sketch_path", &sketch_path, py::arg("dtype"), py::arg("rank"),
-        "The path (own, cublaslt or fused) that a sketch on a GPU takes now, for the name of its "
-        "operands' dtype and bases of up to `rank` columns; RuntimeError in a build without CUDA.");
+  m.def("sketch_path", &sketch_path, py::arg("dtype"), py::arg("n"), py::arg("m"),
+        py::arg("tokens"), py::arg("rank"),
+        "The path (own, cublaslt or fused) that a sketch of A (tokens, n) and B (tokens, m) on a "
+        "GPU takes now, for the name of their dtype and bases of up to `rank` columns; "
+        "RuntimeError in a build without CUDA.");
   m.def("fused_fits", &molegrad::cuda::fused_fits, py::arg("tokens"), py::arg("n"), py::arg("m"),
         py::arg("rank"), py::arg("multiprocessors"), py::arg("shared_memory"),
         "Whether the fused path has room for a sketch of bfloat16 operands on a GPU with so many "

@@ -52,7 +52,8 @@ def build_info() -> dict:
         "cublaslt_grouped" (the library's own way, not used) and "sketch" whether they are
         "supported" and the "reason". A CUDA build adds "cuda_built" and "cuda_found", and to
         "sketch" what MOLEGRAD_SKETCH_PATH has "wanted" and which path (own, cublaslt or fused) each
-        dtype takes now. Without the extension: "reason".
+        dtype takes now where no rule of that variable means the layer. Without the extension:
+        "reason".
     """
     module, reason = load()
     info = {"native": module is not None, "torch": torch.__version__}

@@ -274,22 +274,26 @@ def test_build_info():
         none = {"supported": False, "reason": "this build has the CPU ops only"}
         assert all(path == none for path in info["paths"].values())
         with pytest.raises(RuntimeError, match="this build has the CPU ops only"):
-            MODULE.sketch_path("bfloat16", 32)
+            MODULE.sketch_path("bfloat16", 768, 3072, 8192, 32)
 
 
 def test_the_path_of_a_sketch_is_read_at_every_call(monkeypatch):
     if not _native.build_info()["cuda"]:
         pytest.skip("this build has the CPU ops only")
 
-    def path(wanted, dtype="bfloat16", rank=32):
+    def path(wanted, dtype="bfloat16", tokens=8192):
         monkeypatch.setenv("MOLEGRAD_SKETCH_PATH", wanted)
-        return MODULE.sketch_path(dtype, rank)
+        return MODULE.sketch_path(dtype, 768, 3072, tokens, 32)
 
     assert [path(x) for x in ("own", "fused", "auto", "own")] == ["own", "fused", "own", "own"]
     assert path("fused", "float16") == "own"
     known = _native.build_info()["paths"]["sketch"]
     assert known["wanted"] == "fused" and known["bfloat16"] == "fused" and known["float16"] == "own"
-    with pytest.raises(RuntimeError, match="must be auto, own, cublaslt or fused, got fast"):
+    rules = "768x3072x4096=fused,own"
+    assert path(rules) == "fused" and path(rules, tokens=4095) == "own"
+    known = _native.build_info()["paths"]["sketch"]
+    assert known["wanted"] == rules and known["bfloat16"] == "own"
+    with pytest.raises(RuntimeError, match="must be auto, own, cublaslt or fused, .*; got fast"):
         path("fast")
     known = _native.build_info()["paths"]["sketch"]
     assert not known["supported"] and known["reason"].endswith("got fast")
@@ -297,7 +301,7 @@ def test_the_path_of_a_sketch_is_read_at_every_call(monkeypatch):
 
 def test_a_dtype_that_no_sketch_takes_is_named():
     with pytest.raises(ValueError, match="float32, float64, bfloat16 or float16, got int8"):
-        MODULE.sketch_path("int8", 32)
+        MODULE.sketch_path("int8", 768, 3072, 8192, 32)
 
 
 def test_which_sketches_the_fused_launch_takes():

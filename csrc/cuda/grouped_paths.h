@@ -39,7 +39,7 @@ inline bool takes_group(GroupedPath wanted, SketchPath sketch, int dtype, int64_
 
 // The rule in words, for build_info(): `sketch` and `grouped` are the variables' values.
 inline std::string describe_grouped(const char* sketch, const char* grouped) {
-  const auto path = parse_sketch_path(sketch);
+  const auto path = wanted_path(sketch, {});
   const auto wanted = parse_grouped_path(grouped);
   if (!path.has_value()) return std::string("MOLEGRAD_SKETCH_PATH is ") + sketch;
   if (!wanted.has_value()) return std::string("MOLEGRAD_GROUPED_PATH is ") + grouped;

@@ -82,12 +82,11 @@ void sketch_accumulate_many_(std::vector<Tensor> y, std::vector<Tensor> w, std::
   std::vector<size_t> alone;
   for (size_t i = 0; i < a.size(); ++i) {
     const int64_t rank = larger(u[i].size(1), v[i].size(1));
-    const int64_t columns = a[i].size(a[i].dim() - 1) + b[i].size(b[i].dim() - 1);
-    const int64_t tokens =
-        a[i].size(a[i].dim() - 1) > 0 ? a[i].numel() / a[i].size(a[i].dim() - 1) : 0;
+    const int64_t n = a[i].size(a[i].dim() - 1), m = b[i].size(b[i].dim() - 1);
+    const int64_t tokens = n > 0 ? a[i].numel() / n : 0;
     if (tokens == 0 || b[i].numel() == 0) continue;  // a sum of nothing
-    if (!takes_group(wanted_grouping(), wanted_sketch_path(), dtype_code(a[i]), rank,
-                     tokens * columns * 2, chunk)) {
+    if (!takes_group(wanted_grouping(), wanted_sketch_path({n, m, tokens, rank}), dtype_code(a[i]),
+                     rank, tokens * (n + m) * 2, chunk)) {
       alone.push_back(i);
       continue;
     }

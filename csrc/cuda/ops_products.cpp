@@ -84,7 +84,8 @@ class Products {
     const bool narrow = !wide(a_);
     // A float8 dtype where there is one: they have the larger codes.
     const SketchPath path =
-        choose_sketch_path(wanted_sketch_path(), a_.dtype < b_.dtype ? b_.dtype : a_.dtype, rank);
+        choose_sketch_path(wanted_sketch_path({a_.cols, b_.cols, a_.rows, rank}),
+                           a_.dtype < b_.dtype ? b_.dtype : a_.dtype, rank);
     if (path == SketchPath::kFused && v && u && sketch_fused(*v, *u, y, w, add)) return;
     if (path == SketchPath::kCublasLt) {
       if (v != nullptr && half_by_library(a_, b_, *v, y, add)) v = nullptr;
@@ -342,10 +343,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lowrank_grad(
 }  // namespace
 
 // Read at every call, so that a benchmark can time one path after the other.
-SketchPath wanted_sketch_path() {
-  const std::optional<SketchPath> wanted = parse_sketch_path(std::getenv(kPathVariable));
-  require(wanted.has_value(), "sketch", kPathVariable,
-          " must be auto, own, cublaslt or fused, got ", std::getenv(kPathVariable));
+SketchPath wanted_sketch_path(const SketchCall& call) {
+  const char* text = std::getenv(kPathVariable);
+  const std::optional<SketchPath> wanted = wanted_path(text, call);
+  require(wanted.has_value(), "sketch", kPathVariable, " must be ", kSketchPathForm, "; got ",
+          text == nullptr ? "" : text);
   return *wanted;
 }
 
@@ -363,9 +365,9 @@ STABLE_TORCH_LIBRARY_IMPL(molegrad, CUDA, m) {
 
 }  // namespace molegrad::cuda
 
-extern "C" int molegrad_sketch_path(int dtype, int64_t rank) {
+extern "C" int molegrad_sketch_path(int dtype, int64_t n, int64_t m, int64_t tokens, int64_t rank) {
   using namespace molegrad::cuda;
-  const SketchPath path = choose_sketch_path(wanted_sketch_path(), dtype, rank);
+  const SketchPath path = choose_sketch_path(wanted_sketch_path({n, m, tokens, rank}), dtype, rank);
   return static_cast<int>(path == SketchPath::kCublasLt && lt_version() == 0 ? SketchPath::kOwn
                                                                              : path);
 }

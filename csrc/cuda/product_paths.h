@@ -2,11 +2,13 @@
 // rules are tested where there is no GPU.
 #pragma once
 
+#include <charconv>
 #include <cstdint>
-#include <cstring>
 #include <map>
 #include <mutex>
 #include <optional>
+#include <string_view>
+#include <system_error>
 #include <tuple>
 
 namespace molegrad::cuda {
@@ -19,13 +21,61 @@ enum class SketchPath : int {
   kFused = 3,     // one launch of ours, sketch_fused.cuh; where it does not fit, as kOwn
 };
 
-// MOLEGRAD_SKETCH_PATH: auto, own, cublaslt or fused. Nothing where it is none of these.
-inline std::optional<SketchPath> parse_sketch_path(const char* text) {
-  if (text == nullptr || *text == 0 || std::strcmp(text, "auto") == 0) return SketchPath::kAuto;
-  if (std::strcmp(text, "own") == 0) return SketchPath::kOwn;
-  if (std::strcmp(text, "cublaslt") == 0) return SketchPath::kCublasLt;
-  if (std::strcmp(text, "fused") == 0) return SketchPath::kFused;
+// What a path of a sketch may depend on: A (tokens, n), B (tokens, m), `rank` the larger number of
+// columns of U and V.
+struct SketchCall {
+  int64_t n = 0, m = 0, tokens = 0, rank = 0;
+};
+
+inline std::optional<SketchPath> path_named(std::string_view name) {
+  if (name == "auto") return SketchPath::kAuto;
+  if (name == "own") return SketchPath::kOwn;
+  if (name == "cublaslt") return SketchPath::kCublasLt;
+  if (name == "fused") return SketchPath::kFused;
   return std::nullopt;
+}
+
+// Whether NxM, NxMxTOKENS or NxMxTOKENSxRANK means a call: of these numbers of features, whichever
+// of them goes in, at least so many tokens and at most that rank. Nothing where `sizes` is none of
+// these.
+inline std::optional<bool> means_call(std::string_view sizes, const SketchCall& call) {
+  int64_t size[4] = {0, 0, 0, INT64_MAX};
+  int count = 0;
+  for (const char *at = sizes.data(), *end = at + sizes.size(); at != end; ++count) {
+    if (count == 4 || (count > 0 && *at++ != 'x')) return std::nullopt;
+    const auto [next, error] = std::from_chars(at, end, size[count]);
+    if (error != std::errc() || size[count] < 0) return std::nullopt;
+    at = next;
+  }
+  if (count < 2) return std::nullopt;
+  const bool features = (call.n == size[0] && call.m == size[1]) ||
+                        (call.n == size[1] && call.m == size[0]);
+  return features && call.tokens >= size[2] && call.rank <= size[3];
+}
+
+constexpr const char* kSketchPathForm =
+    "auto, own, cublaslt or fused, or rules and one of these for the rest, such as "
+    "1280x5120x8192x32=fused,1280x5120=own,auto";
+
+// The path that MOLEGRAD_SKETCH_PATH, of kSketchPathForm, wants for a call: that of the first rule
+// which means it. Nothing where `text` is no such list.
+inline std::optional<SketchPath> wanted_path(const char* text, const SketchCall& call) {
+  std::string_view rest = text == nullptr ? "" : text;
+  std::optional<SketchPath> found;
+  for (bool last = rest.empty(); !last;) {
+    const size_t comma = rest.find(',');
+    const std::string_view entry = rest.substr(0, comma);
+    const size_t equals = entry.find('=');
+    last = comma == std::string_view::npos;
+    if (!last) rest.remove_prefix(comma + 1);
+
+    const bool rule = equals != std::string_view::npos;
+    const std::optional<SketchPath> path = path_named(rule ? entry.substr(equals + 1) : entry);
+    const std::optional<bool> meant = rule ? means_call(entry.substr(0, equals), call) : true;
+    if (!path || !meant || (!rule && !last)) return std::nullopt;  // nothing after "the rest"
+    if (*meant && !found) found = path;
+  }
+  return found.value_or(SketchPath::kAuto);
 }
 
 // By arithmetic, not measured yet:

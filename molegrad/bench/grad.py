@@ -20,7 +20,7 @@ must (dense and sketch once, power twice); the ratio to dense; that ratio as a s
 arithmetic limit mn / (2k (m + n)), which a kernel exceeds where its rate is higher than the
 library's dense one; "of floor", how much of the time those reads alone would take at the memory's
 bandwidth, which is measured in the same run; the ratio to the reference. What has not been measured
-has a note that says why.
+has a note that says why. Last the MOLEGRAD_SKETCH_PATH that takes the fastest path of every size.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from molegrad.bench.layers import (
     bench_sampled,
     row_of,
 )
-from molegrad.bench.paths import FORCED, FP8, Problem, has_native
+from molegrad.bench.paths import FORCED, FP8, VARIABLE, Problem, fastest, has_native
 from molegrad.bench.products import basis, bench_gradients
 from molegrad.bench.table import table
 from molegrad.bench.timing import bandwidth, measure_cells, time_interleaved
@@ -242,6 +242,7 @@ def bench(config: GradBenchConfig, show: Callable[[str, list[dict]], None] | Non
             **rows,
             "device": device_name(device),
             "bandwidth": rate,
+            "sketch_path": fastest(rows["gradients"]),
             "config": flags.resolved(config),
             "threads": torch.get_num_threads(),
             "native": has_native("sketch", device),
@@ -310,6 +311,8 @@ def main(argv: list[str] | None = None) -> int:
         f"{result['device']}; memory: {rate['read'] / 1e9:.1f} GB/s read by a sum, "
         f"{rate['copy'] / 1e9:.1f} GB/s copied (read and written)"
     )
+    if result["sketch_path"] is not None:
+        print(f"the fastest sketches of {config.dtype}: export {VARIABLE}={result['sketch_path']}")
     if config.json:
         print(json.dumps(result))
     failed = (row.get("note", "").startswith("failed") for name in TABLES for row in result[name])

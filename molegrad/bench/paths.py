@@ -3,13 +3,14 @@ and why one of them is not there.
 
 A sketch of bfloat16 operands on a GPU has several paths (csrc/cuda/product_paths.h): "own" kernels
 in two launches a chunk, products of "cublaslt", one "fused" launch. MOLEGRAD_SKETCH_PATH names one,
-and is read at every call. "native" is what the op does unasked. "fp8 A" is the op on an A that the
-forward pass has kept in float8 (E4M3, a scale for each token), "fp8 A, B" with B in E5M2 too; what
-quantising takes is a row of its own, `quantize_rows`.
+or one for each size, and is read at every call. "native" is what the op does unasked. "fp8 A" is
+the op on an A that the forward pass has kept in float8 (E4M3, a scale for each token), "fp8 A, B"
+with B in E5M2 too; what quantising takes is a row of its own, `quantize_rows`.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import os
 from collections.abc import Iterator
@@ -79,6 +80,32 @@ def obstacle(op: str, way: str, problem: Problem) -> str | None:
     return _path_obstacle(way, problem) if way in FORCED else None
 
 
+def fastest(rows: list[dict]) -> str | None:
+    """The value of MOLEGRAD_SKETCH_PATH that takes the fastest measured path of every size.
+
+    A rule holds for layers from n to m features and from m to n, so many tokens or more and ranks
+    up to its own; what no rule means stays with "auto".
+
+    Args:
+        rows: of `molegrad.bench.products.bench_gradients`; those of forced sketches count.
+
+    Returns:
+        None where at most one path of a size was measured: there is nothing to choose.
+    """
+    best: dict[tuple[int, int, int, int], dict] = {}
+    counts = collections.Counter()
+    for row in rows:
+        if row["op"] == "sketch" and row["how"] in FORCED and "us_p50" in row:
+            size = row["n"], row["m"], row["k"], -row["tokens"]
+            counts[size] += 1
+            best[size] = min(best.get(size, row), row, key=lambda r: r["us_p50"])
+    chosen = [size for size in sorted(best) if counts[size] > 1]
+    if not chosen:
+        return None
+    rules = (f"{n}x{m}x{-tokens}x{k}={best[n, m, k, tokens]['how']}" for n, m, k, tokens in chosen)
+    return ",".join([*rules, "auto"])
+
+
 def _fp8_obstacle(op: str, problem: Problem) -> str | None:
     if not takes(op, "a_scale"):
         return "not built: the op takes no float8 operands"
@@ -93,7 +120,7 @@ def _path_obstacle(way: str, problem: Problem) -> str | None:
     module, _ = _native.load()
     dtype = str(problem.dtype).removeprefix("torch.")
     with forced(way):
-        taken = module.sketch_path(dtype, problem.k)
+        taken = module.sketch_path(dtype, problem.n, problem.m, problem.tokens, problem.k)
     if taken != way:
         return f"not supported: {dtype} takes {taken}"
     if way == "fused":

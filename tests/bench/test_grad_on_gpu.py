@@ -39,7 +39,7 @@ class Event:
 
 
 class Module:
-    def sketch_path(self, dtype, rank):
+    def sketch_path(self, dtype, n, m, tokens, rank):
         return os.environ[paths.VARIABLE]
 
     def fused_fits(self, tokens, n, m, rank, multiprocessors, shared_memory):

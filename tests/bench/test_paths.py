@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from molegrad.bench import paths, products
-from molegrad.bench.paths import Problem, forced, obstacle, ways
+from molegrad.bench.paths import Problem, fastest, forced, obstacle, ways
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -34,7 +34,7 @@ def test_ways_of_an_op():
 class Module:
     """What molegrad._C says of an H100 whose torch has loaded no cuBLASLt."""
 
-    def sketch_path(self, dtype, rank):
+    def sketch_path(self, dtype, n, m, tokens, rank):
         wanted = os.environ[paths.VARIABLE]
         if dtype == "float16" or wanted == "cublaslt":
             return "own"
@@ -102,6 +102,20 @@ def test_rows_of_every_way_of_a_gpu(gpu, monkeypatch):
     row = found["sketch", "native"]
     floor = 32 * (64 + 48) * 2 / 1e10
     assert row["of_floor"] == pytest.approx(floor / (row["us_p50"] * 1e-6))
+
+
+def test_the_fastest_paths_as_rules():
+    def row(how, us, tokens=8192, k=32, op="sketch", n=768):
+        return {"op": op, "how": how, "n": n, "m": 3072, "tokens": tokens, "k": k, "us_p50": us}
+
+    rows = [row("native", 1), row("own", 5), row("cublaslt", 9), row("fused", 4)]
+    rows += [row("own", 2, 2048), row("fused", 3, 2048)]
+    rows += [row("own", 7, k=64), row("cublaslt", 6, k=64), row("own", 1, n=64)]
+    rows += [row("own", 1, op="power"), row("cublaslt", 0.5, op="power")]
+    del (missing := row("fused", 0, n=64))["us_p50"]
+    text = "768x3072x8192x32=fused,768x3072x2048x32=own,768x3072x8192x64=cublaslt,auto"
+    assert fastest([*rows, missing]) == text  # of n = 64 there is one path only
+    assert fastest([row("own", 1), row("native", 2)]) is None and fastest([]) is None
 
 
 def test_float8_operands_count_their_own_bytes(monkeypatch):

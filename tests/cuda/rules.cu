@@ -1,4 +1,5 @@
 // The rules of csrc/cuda/*_plan.h and *_paths.h, for test_rules.py.
+#include <cstring>
 #include <thread>
 #include <vector>
 
@@ -25,9 +26,11 @@ extern "C" int64_t rule_alignment(int64_t address) {
 extern "C" int64_t rule_path(int wanted, int dtype, int64_t rank) {
   return static_cast<int64_t>(choose_sketch_path(static_cast<SketchPath>(wanted), dtype, rank));
 }
-extern "C" int64_t rule_parse(int which) {
-  const char* texts[] = {nullptr, "", "auto", "own", "cublaslt", "fused", "OWN"};
-  const auto path = parse_sketch_path(texts[which]);
+// What a value of MOLEGRAD_SKETCH_PATH wants; null where `text` starts with "null".
+extern "C" int64_t rule_wanted(const char* text, int64_t n, int64_t m, int64_t tokens,
+                               int64_t rank) {
+  const bool unset = std::strncmp(text, "null", 4) == 0;
+  const auto path = wanted_path(unset ? nullptr : text, {n, m, tokens, rank});
   return path.has_value() ? static_cast<int64_t>(*path) : -1;
 }
 

@@ -90,7 +90,7 @@ def library(tmp_path_factory):
     return build.build_products(tmp_path_factory.mktemp("ops_products"), *SOURCES)
 
 
-@pytest.mark.parametrize("path", ["own", "cublaslt", "auto", "fused"])
+@pytest.mark.parametrize("path", ["own", "cublaslt", "auto", "fused", "24x40x64=fused,cublaslt"])
 def test_ops(library, path):
     done = build.run_check(_CHECK, library, MOLEGRAD_SKETCH_PATH=path)
     assert done.returncode == 0 and done.stdout == "fine\n", done.stderr
@@ -98,19 +98,22 @@ def test_ops(library, path):
 
 def test_a_path_that_does_not_exist_is_named(library):
     done = build.run_check(_CHECK, library, MOLEGRAD_SKETCH_PATH="fast")
-    assert "MOLEGRAD_SKETCH_PATH must be auto, own, cublaslt or fused, got fast" in done.stderr
+    assert "MOLEGRAD_SKETCH_PATH must be auto, own, cublaslt or fused, or rules" in done.stderr
+    assert "; got fast" in done.stderr
 
 
 def test_the_path_taken_is_visible(library):
     code = (
         f"import ctypes, torch; f = ctypes.CDLL({str(library)!r}).molegrad_sketch_path\n"
-        "print([f(dtype, ctypes.c_int64(rank)) for dtype in range(4) for rank in (32, 200)])"
+        "n, m, tokens, *ranks = [ctypes.c_int64(x) for x in (768, 3072, 8192, 32, 200)]\n"
+        "print([f(dtype, n, m, tokens, rank) for dtype in range(4) for rank in ranks])"
     )
     for path, expected in (
         ("auto", [2, 2, 2, 2, 1, 2, 1, 1]),
         ("own", [1] * 8),
         ("cublaslt", [2, 2, 2, 2, 2, 2, 1, 1]),
         ("fused", [2, 2, 2, 2, 3, 3, 1, 1]),
+        ("768x3072x8192x32=fused,cublaslt", [2, 2, 2, 2, 3, 2, 1, 1]),
     ):
         env = os.environ | {"MOLEGRAD_SKETCH_PATH": path}
         done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
@@ -122,7 +125,7 @@ def test_the_path_is_read_at_every_call(library):
         f"import ctypes, os, torch; f = ctypes.CDLL({str(library)!r}).molegrad_sketch_path\n"
         "for path in ('own', 'fused', 'cublaslt', 'own'):\n"
         "    os.environ['MOLEGRAD_SKETCH_PATH'] = path\n"
-        "    print(f(2, ctypes.c_int64(32)))"
+        "    print(f(2, *(ctypes.c_int64(x) for x in (768, 3072, 8192, 32))))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.split() == ["1", "3", "2", "1"], done.stderr

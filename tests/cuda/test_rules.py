@@ -90,7 +90,38 @@ def test_the_path(rules):
     assert all(path(own, dtype, 200) == own for dtype in range(4))
     assert [path(library, dtype) for dtype in range(4)] == [library] * 3 + [own]
     assert [path(fused, dtype) for dtype in range(4)] == [library, library, fused, own]
-    assert [rules.value("rule_parse", i) for i in range(7)] == [0, 0, 0, 1, 2, 3, -1]
+
+
+def wanted(rules, text, n=768, m=3072, tokens=8192, rank=32):
+    characters = torch.tensor([*text.encode(), 0], dtype=torch.uint8)
+    return rules.value("rule_wanted", characters, n, m, tokens, rank)
+
+
+def test_a_path_by_name(rules):
+    names = ("null", "", "auto", "own", "cublaslt", "fused", "OWN", "own ", ",", "own,")
+    assert [wanted(rules, x) for x in names] == [0, 0, 0, 1, 2, 3, -1, -1, -1, -1]
+
+
+def test_a_path_by_rules(rules):
+    auto, own, library, fused = range(4)
+    text = "768x3072x8192x32=fused,768x3072=cublaslt,64x64x10=own"
+    assert wanted(rules, text) == fused
+    assert wanted(rules, text, tokens=10_000, rank=16) == fused
+    assert wanted(rules, text, tokens=8191) == library and wanted(rules, text, rank=33) == library
+    assert wanted(rules, text, 3072, 768) == fused and wanted(rules, text, 3072, 769) == auto
+    assert wanted(rules, text, 64, 64, 10) == own and wanted(rules, text, 64, 64, 9) == auto
+    assert wanted(rules, text + ",fused", 64, 64, 9) == fused
+    assert wanted(rules, "768x3072=own,768x3072=fused") == own  # the first that fits
+    assert wanted(rules, "768x3072=auto,own") == auto
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["768=own", "768x=own", "x3072=own", "768x3072x1x1x1=own", "-1x3=own", "768x3072=fast", "=own",
+     "768x3072=", "own,768x3072=own", "own,fused", "768x3072=own,,own", "768 x 3072=own"],
+)  # fmt: skip
+def test_malformed_rules_are_refused_whatever_the_call(rules, text):
+    assert wanted(rules, text) == wanted(rules, text, 1, 1, 1, 1) == -1
 
 
 def test_sums_are_cut_where_tiles_are_few(rules):
