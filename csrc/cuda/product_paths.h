@@ -48,8 +48,8 @@ inline std::optional<bool> means_call(std::string_view sizes, const SketchCall& 
     at = next;
   }
   if (count < 2) return std::nullopt;
-  const bool features = (call.n == size[0] && call.m == size[1]) ||
-                        (call.n == size[1] && call.m == size[0]);
+  const bool features =
+      (call.n == size[0] && call.m == size[1]) || (call.n == size[1] && call.m == size[0]);
   return features && call.tokens >= size[2] && call.rank <= size[3];
 }
 
