@@ -2,6 +2,8 @@
 // there is no GPU.
 #pragma once
 
+#include <cstring>
+#include <optional>
 #include <string>
 
 #include "product_paths.h"
