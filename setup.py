@@ -40,8 +40,13 @@ class CMakeBuild(build_ext):
         atexit.register(print, self.plan.summary(), flush=True)
 
     def build_extension(self, ext):
-        import pybind11
-
+        try:
+            import pybind11
+        except ImportError:
+            sys.exit(
+                "molegrad: pybind11 was not found. Remedy: pip install pybind11 cmake ninja, or "
+                "leave out --no-build-isolation"
+            )
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         work = Path(self.build_temp).resolve() / "cmake"
         work.mkdir(parents=True, exist_ok=True)

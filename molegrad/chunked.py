@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from molegrad.amp import without_autocast
 from molegrad.autograd import STATS, tangent_estimate, tangent_start
 from molegrad.config import explored_directions
 from molegrad.linear import MoleLinear
@@ -75,6 +76,7 @@ class ChunkedGradient:
         self.layer = layer
         self._bias: Tensor | None = None
 
+    @without_autocast
     def add(self, a: Tensor, b: Tensor) -> None:
         """A chunk's inputs A (…, n) and output gradients B (…, m)."""
         a, b = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])
@@ -83,6 +85,7 @@ class ChunkedGradient:
             self._bias = part if self._bias is None else self._bias.add_(part)
         self._add(a, b)
 
+    @without_autocast
     def finish(self) -> tuple[Tensor | None, ...]:
         """Gradients of `parameters_of(layer)`; None where there is none to give."""
         own = self._finish()

@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from molegrad import checks
+from molegrad.amp import without_autocast
 from molegrad.autograd import _grad_x_and_bias, _tokens, linear_setup
 from molegrad.reference import dequantize_rows
 
@@ -157,6 +158,7 @@ class _GroupedLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx, grad: Tensor):
         basis_u, basis_v, group = ctx.rest
         weight, a, *scale = ctx.saved_tensors  # once: activation checkpointing insists on it

@@ -265,8 +265,7 @@ class MoleLinear(nn.Linear):
 
         The layers that x is the input of (query, key and value) share what the first of them has
         made, its basis too: an estimate has the right mean whatever the basis. A layer that meets
-        the same x once more makes it anew. Compiled code cannot tell whether x has been changed in
-        between, so there each layer has its own.
+        the same x once more makes it anew. Where nothing can be shared each layer has its own.
         """
         c, ops, a = self.config, torch.ops.molegrad, x.detach()
 
@@ -275,7 +274,7 @@ class MoleLinear(nn.Linear):
             data, scale = ops.quantize_rows(rows) if c.saved_inputs == "fp8" else (rows, None)
             return *ops.project_tokens(a, self.basis_v), data, scale, index
 
-        if torch.compiler.is_compiling():
+        if _makes_anew(x):
             return make()
         key = (x._version, self.rank, c.project_stride, c.saved_inputs, _product_dtype(x))
         known = getattr(x, "_molegrad_projection", None)
@@ -404,9 +403,21 @@ def _float8_works(device_type: str) -> bool:
     return True
 
 
+def _makes_anew(x: Tensor) -> bool:
+    """Whether what is made of x cannot be kept for the other layers that x is the input of.
+
+    Compiled code cannot tell whether x has been changed in between (and has equal calls only once
+    anyway). What a CUDA graph computes does not exist until it is replayed, and what was computed
+    before would be replayed for every later content of x.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def _float8(x: Tensor) -> tuple[Tensor, Tensor]:
     """`quantize_rows` of x, once for all layers that x is the input of (query, key and value)."""
-    if torch.compiler.is_compiling():  # a compiled graph has equal calls only once anyway
+    if _makes_anew(x):
         return torch.ops.molegrad.quantize_rows(x.detach())
     known = getattr(x, "_molegrad_float8", None)
     if known is None or known[0] != x._version:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from molegrad import _native, autograd, checks, fake, projected, reference
+from molegrad.amp import autocast_key, without_autocast
 from molegrad.reference import acc_dtype
 
 # data and scale are x in float8, to be kept for the backward pass in place of x, or None.
@@ -244,27 +245,10 @@ def _checked(op: Op, kernel: Callable) -> Callable:
     return run
 
 
-def _autocast_key(device_type: str) -> torch._C.DispatchKeySet:
-    return torch._C.DispatchKeySet(torch._C._dispatch_key_parse(f"Autocast{device_type.upper()}"))
-
-
-_AUTOCAST = _autocast_key("cpu") | _autocast_key("cuda")
-
-
-def _without_autocast(kernel: Callable) -> Callable:
-    """The reference's products in the dtypes that it says, as in the native kernels."""
-
-    def run(*args, **kwargs):
-        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
-            return kernel(*args, **kwargs)
-
-    return run
-
-
 def _autocast(name: str, cast: int, device_type: str) -> Callable:
     """The first `cast` arguments (of a linear: x, weight and bias) in autocast's dtype, as torch's
     own linear has them; bases in float32."""
-    key = _autocast_key(device_type)
+    key = autocast_key(device_type)
 
     def run(*args):
         dtype = torch.get_autocast_dtype(device_type)
@@ -280,13 +264,14 @@ def _autocast(name: str, cast: int, device_type: str) -> Callable:
 def _register(name: str, op: Op) -> None:
     tags = (torch.Tag.pt2_compliant_tag,)
     _LIBRARY.define(name + op.schema, tags=tags)
-    kernel = _without_autocast(_checked(op, op.reference))
+    # The reference's products have the dtypes that it says, as those of the native kernels.
+    kernel = without_autocast(_checked(op, op.reference))
     _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
     qualified = f"molegrad::{name}"
     torch.library.register_fake(qualified, _checked(op, op.fake), lib=_LIBRARY)
     if op.backward is not None:
         torch.library.register_autograd(
-            qualified, op.backward, setup_context=op.setup, lib=_LIBRARY
+            qualified, without_autocast(op.backward), setup_context=op.setup, lib=_LIBRARY
         )
     if op.cast:
         _LIBRARY.impl(name, _autocast(name, op.cast, "cpu"), "AutocastCPU")

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from molegrad.amp import without_autocast
 from molegrad.chunked import chunked_gradient, parameters_of, require_chunkable
 
 Function = Callable[..., "Tensor | tuple[Tensor, ...]"]
@@ -154,6 +155,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx, b: Tensor):
         (x,) = ctx.saved_tensors
         ctx.layer.gradient.add(x, b)

@@ -125,6 +125,12 @@ class Description {
   bool complete_ = false;
 };
 
+// What the library says of a product that it has no algorithm for, of ones we changed too.
+bool unsupported(cublasStatus_t status) {
+  return status == CUBLAS_STATUS_NOT_SUPPORTED || status == CUBLAS_STATUS_INVALID_VALUE ||
+         status == CUBLAS_STATUS_ARCH_MISMATCH;
+}
+
 // The algorithm cut along the sum, if it is not and that fills the device: the library itself does
 // not cut small products on every GPU.
 void cut_along_depth(cublasLtHandle_t handle, const Description& d, int64_t workspace, int parts,
@@ -149,7 +155,9 @@ void cut_along_depth(cublasLtHandle_t handle, const Description& d, int64_t work
   }
 }
 
-Choice look_for(cublasLtHandle_t handle, const Description& d, const ProductKey& key, int parts) {
+// Nothing where the library failed for a reason that may pass, such as memory.
+std::optional<Choice> look_for(cublasLtHandle_t handle, const Description& d, const ProductKey& key,
+                               int parts) {
   const Library& lt = library();
   const auto set = [&](cublasLtMatmulPreferenceAttributes_t attribute, const auto& value) {
     return Description::done(lt.preference_set(d.preference, attribute, &value, sizeof value));
@@ -167,10 +175,12 @@ Choice look_for(cublasLtHandle_t handle, const Description& d, const ProductKey&
       !set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, right) ||
       !set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, left) ||
       !set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, out) ||
-      !set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, out) ||
-      !Description::done(lt.heuristic(handle, d.operation, d.right, d.left, d.result, d.result,
-                                      d.preference, 1, &found, &count)) ||
-      count == 0 || found.state != CUBLAS_STATUS_SUCCESS)
+      !set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, out))
+    return choice;
+  const cublasStatus_t status = lt.heuristic(handle, d.operation, d.right, d.left, d.result,
+                                             d.result, d.preference, 1, &found, &count);
+  if (status != CUBLAS_STATUS_SUCCESS && !unsupported(status)) return std::nullopt;
+  if (status != CUBLAS_STATUS_SUCCESS || count == 0 || found.state != CUBLAS_STATUS_SUCCESS)
     return choice;
   choice.supported = true;
   choice.algorithm = found.algo;
@@ -181,8 +191,10 @@ Choice look_for(cublasLtHandle_t handle, const Description& d, const ProductKey&
 
 bool capturing(cudaStream_t stream) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  return cudaStreamIsCapturing(stream, &status) != cudaSuccess ||
-         status != cudaStreamCaptureStatusNone;
+  if (cudaStreamIsCapturing(stream, &status) == cudaSuccess)
+    return status != cudaStreamCaptureStatusNone;
+  cudaGetLastError();  // told to nobody: the next to ask would take it for its own
+  return true;
 }
 
 }  // namespace
@@ -224,20 +236,22 @@ LtStatus lt_product(const LtProduct& p, void* workspace, int64_t bytes, int devi
   }
   const Description d(p);
   if (!d.complete()) return LtStatus::kNotSupported;
-  if (!choice.has_value())
-    choice = choices().keep(
-        key, look_for(*handle, d, key, split_k(p.rows, p.cols, p.depth, multiprocessors)));
+  if (!choice.has_value()) {
+    choice = look_for(*handle, d, key, split_k(p.rows, p.cols, p.depth, multiprocessors));
+    if (!choice.has_value()) return LtStatus::kNotSupported;
+    choice = choices().keep(key, *choice);
+  }
   if (!choice->supported) return LtStatus::kNotSupported;
 
-  const double one = 1, old = p.add ? 1 : 0;
-  const float one_32 = 1, old_32 = p.add ? 1 : 0;
+  const double old = p.add ? 1 : 0;
+  const float alpha_32 = static_cast<float>(p.alpha), old_32 = p.add ? 1 : 0;
   const bool wide = p.dtype == 1;
-  const void* alpha = wide ? static_cast<const void*>(&one) : &one_32;
+  const void* alpha = wide ? static_cast<const void*>(&p.alpha) : &alpha_32;
   const void* beta = wide ? static_cast<const void*>(&old) : &old_32;
   const cublasStatus_t status = lt.matmul(*handle, d.operation, alpha, p.right, d.right, p.left,
                                           d.left, beta, p.out, d.result, p.out, d.result,
                                           &choice->algorithm, workspace, choice->workspace, stream);
-  if (status == CUBLAS_STATUS_NOT_SUPPORTED) return LtStatus::kNotSupported;
+  if (unsupported(status)) return LtStatus::kNotSupported;
   return status == CUBLAS_STATUS_SUCCESS ? LtStatus::kDone : LtStatus::kFailed;
 }
 

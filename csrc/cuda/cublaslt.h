@@ -7,7 +7,7 @@
 
 namespace molegrad::cuda {
 
-// out (rows, cols) = or += left right, all by rows: left (rows, depth), or (depth, rows) if
+// out (rows, cols) = or += alpha left right, all by rows: left (rows, depth), or (depth, rows) if
 // transposed, right (depth, cols). Inputs are of DType 0, 1 or 2; the result and the sums are
 // float64 for float64 and float32 for the others (never TF32).
 struct LtProduct {
@@ -21,6 +21,7 @@ struct LtProduct {
   void* out;
   int64_t out_ld;
   bool add;
+  double alpha = 1;
 };
 
 enum class LtStatus {

@@ -1,4 +1,7 @@
 // The CUDA kernel of torch.ops.molegrad.sampled_grad_.
+#include "cublaslt.h"
+#include "ops_products.h"
+#include "quantized.h"
 #include "sampled.h"
 #include "tensors.h"
 #ifdef MOLEGRAD_EMULATED
@@ -10,7 +13,10 @@
 namespace molegrad::cuda {
 namespace {
 
-// grad += alpha BᵀA by the library, which adds to grad by itself.
+constexpr const char* kOp = "sampled_grad_";
+constexpr int kBFloat16 = 2, kFloat8 = 4, kFloat8E5M2 = 5;
+
+// grad += alpha BᵀA, all of one dtype, by torch's library.
 void add_product(const Tensor& grad, const Tensor& a, const Tensor& b, double alpha) {
 #ifdef MOLEGRAD_EMULATED
   const auto addmm_out = aoti_torch_cpu_addmm_out;
@@ -19,6 +25,43 @@ void add_product(const Tensor& grad, const Tensor& a, const Tensor& b, double al
 #endif
   const Tensor left = torch::stable::transpose(b, 0, 1);
   STABLE_TORCH_ERROR_CODE_CHECK(addmm_out(grad.get(), grad.get(), left.get(), a.get(), 1.0, alpha));
+}
+
+// The same for a float32 grad beside bfloat16 A and B; false where it has not been done.
+bool add_to_wide(const Tensor& grad, const Matrix& a, const Matrix& b, double alpha,
+                 const Place& place) {
+  const bool by_rows = grad.stride(1) == 1;
+  if (!by_rows && grad.stride(0) != 1) return false;
+  const Matrix &left = by_rows ? b : a, &right = by_rows ? a : b;
+  const Gpu gpu(grad);
+  const Tensor workspace = new_scratch(grad, kLtWorkspace);
+  const LtStatus status = lt_product(
+      {kBFloat16, true, left.cols, right.cols, left.rows, left.data, left.ld, right.data, right.ld,
+       grad.mutable_data_ptr(), grad.stride(by_rows ? 0 : 1), true, alpha},
+      workspace.mutable_data_ptr(), kLtWorkspace, gpu.device, gpu.multiprocessors, place.stream());
+  require(status != LtStatus::kFailed, kOp, "cuBLASLt failed");
+  return status == LtStatus::kDone;
+}
+
+// All of grad += alpha BᵀA by a library, which adds to grad by itself, A in float8 as numbers of
+// B's dtype; false where none takes these dtypes. `scale` holds a number for each row of A, if any.
+bool add_whole(const Tensor& grad, const Matrix& a, const Matrix& b, const Tensor& scale,
+               double alpha, const Place& place) {
+  const int to = dtype_code(grad);
+  if (to != b.dtype && (to != 0 || b.dtype != kBFloat16)) return false;
+  const bool scaled = scale.numel() > 0;
+  const auto add = [&](const Matrix& whole) {
+    if (to != b.dtype) return add_to_wide(grad, whole, b, alpha, place);
+    add_product(grad, whole.tensor, b.tensor, alpha);
+    return true;
+  };
+  if (!scaled) return a.dtype == b.dtype && add(a);
+  if ((a.dtype != kFloat8 && a.dtype != kFloat8E5M2) || b.dtype == 1) return false;
+  const Tensor numbers = new_tensor(grad, {a.rows, a.cols}, b.tensor.scalar_type());
+  check_launch(kOp, molegrad_dequantize(a.dtype, a.data, a.rows, a.cols, a.ld,
+                                        static_cast<const float*>(scale.const_data_ptr()), 1,
+                                        b.dtype, numbers.mutable_data_ptr(), place.stream()));
+  return add(Matrix(numbers));
 }
 
 // Bytes for what is taken of X; where more is needed, features are taken in parts.
@@ -60,17 +103,13 @@ Tensor sampled_grad_(Tensor grad, Tensor a, Tensor b, std::optional<Tensor> a_sc
   args.feature_stride = grad.stride(wide_a ? 1 : 0);
   args.column_stride = grad.stride(wide_a ? 0 : 1);
   args.memory = kSampleMemory;
-  if (share >= 1 && !a_scale.has_value() && a.scalar_type() == b.scalar_type() &&
-      grad.scalar_type() == b.scalar_type()) {
-    add_product(grad, a_in.tensor, b_in.tensor, alpha);
+  if (share >= 1 && a_in.rows > 0 && add_whole(grad, a_in, b_in, scale, alpha, place))
     args.tokens = 0;  // nothing is left but to say that all was taken
-  }
 
   Tensor stats = new_tensor(b, {2}, ScalarType::Float);
   Tensor scratch = new_scratch(b, molegrad_sampled_scratch(&args));
-  check_launch("sampled_grad_",
-               molegrad_sampled_grad(&args, static_cast<float*>(stats.mutable_data_ptr()),
-                                     scratch.mutable_data_ptr(), place.stream()));
+  check_launch(kOp, molegrad_sampled_grad(&args, static_cast<float*>(stats.mutable_data_ptr()),
+                                          scratch.mutable_data_ptr(), place.stream()));
   return stats;
 }
 

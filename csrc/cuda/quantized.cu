@@ -84,14 +84,18 @@ extern "C" int molegrad_dequantize(int dtype, const void* x, int64_t rows, int64
   const auto run = [&](auto type, auto out_type) {
     using T = typename decltype(type)::Element;
     using Out = typename decltype(out_type)::Element;
-    return launch(dequantize_kernel<T, Out>, dim3(blocks_for(rows * cols)), dim3(kQuantizedThreads),
-                  0, stream, static_cast<const T*>(x), rows, cols, ld, scales, stride,
+    constexpr int kCount = 16 / sizeof(Out);
+    const bool packed = cols % kCount == 0 && ld % kCount == 0 &&
+                        reinterpret_cast<uintptr_t>(x) % kCount == 0 &&
+                        reinterpret_cast<uintptr_t>(out) % 16 == 0;
+    return launch(packed ? dequantize_kernel<T, Out, kCount> : dequantize_kernel<T, Out, 1>,
+                  dim3(blocks_for(rows * cols / (packed ? kCount : 1))), dim3(kQuantizedThreads), 0,
+                  stream, static_cast<const T*>(x), rows, cols, ld, scales, stride,
                   static_cast<Out*>(out));
   };
-  const auto run_to = [&](auto type) {
-    return out_dtype == 1 ? run(type, Type<double>()) : run(type, Type<float>());
-  };
-  return dtype == 5 ? run_to(Type<Float8E5M2>()) : run_to(Type<Float8>());
+  return with_dtype(out_dtype, [&](auto out_type) {
+    return dtype == 5 ? run(Type<Float8E5M2>(), out_type) : run(Type<Float8>(), out_type);
+  });
 }
 
 extern "C" int molegrad_add_quantized(int dtype, const void* x, int64_t rows, int64_t cols,

@@ -148,16 +148,23 @@ __global__ void __launch_bounds__(kQuantizedThreads)
         to_float8<kE5M2>(load_pack<kCount>(x + pack_at<kCount>(i, rows, of_row, ld)), scale));
 }
 
-// out (rows, cols) = x times the scale of its row (stride 1) or of all (stride 0).
-template <typename T, typename Out>
+// out (rows, cols) = x times the scale of its row (stride 1) or of all (stride 0), rounded once.
+template <typename T, typename Out, int kCount>
 __global__ void __launch_bounds__(kQuantizedThreads)
     dequantize_kernel(const T* x, int64_t rows, int64_t cols, int64_t ld, const float* scales,
                       int64_t stride, Out* out) {
-  for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < rows * cols;
+  using Wide = decltype(widen(Out()));
+  const int64_t of_row = cols / kCount, packs = rows * of_row;
+  for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < packs;
        i += int64_t{gridDim.x} * blockDim.x) {
-    const int64_t row = i / cols;
-    out[i] =
-        static_cast<Out>(widen(x[row * ld + i % cols])) * static_cast<Out>(scales[row * stride]);
+    const int64_t row = i / of_row;
+    const auto codes = load_pack<kCount>(x + row * ld + i % of_row * kCount);
+    const auto scale = static_cast<Wide>(scales[row * stride]);
+    Pack<Out, kCount> numbers;
+#pragma unroll
+    for (int j = 0; j < kCount; ++j)
+      narrow(static_cast<Wide>(widen(codes.at[j])) * scale, numbers.at[j]);
+    store_pack(out + i * kCount, numbers);
   }
 }
 

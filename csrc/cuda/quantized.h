@@ -16,8 +16,8 @@ int molegrad_quantize_tensor(int dtype, const void* x, int64_t rows, int64_t col
                              int e5m2, void* data, float* scale, void* scratch,
                              cudaStream_t stream);
 
-// out (rows, cols), float32 or float64, is x, float8, times scales: one a row, or with stride 0 the
-// first.
+// out (rows, cols), of any dtype but float8, is x, float8, times scales: one a row, or with stride
+// 0 the first.
 int molegrad_dequantize(int dtype, const void* x, int64_t rows, int64_t cols, int64_t ld,
                         const float* scales, int64_t stride, int out_dtype, void* out,
                         cudaStream_t stream);

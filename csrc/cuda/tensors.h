@@ -19,6 +19,10 @@
 #define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
 #endif
 
+#ifndef MOLEGRAD_CUDA_ARCHITECTURES
+#define MOLEGRAD_CUDA_ARCHITECTURES "none"
+#endif
+
 namespace molegrad::cuda {
 
 #ifdef MOLEGRAD_EMULATED
@@ -45,11 +49,20 @@ class Place {
 };
 #endif
 
-// For what a launcher returns.
+// For what a launcher returns. A failed launch is told here and not once more by whoever asks next.
 inline void check_launch(const char* op, int status) {
   const auto error = static_cast<cudaError_t>(status);
-  require(error == cudaSuccess, op, "CUDA error ", cudaGetErrorName(error), ": ",
-          cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  cudaGetLastError();
+  const bool no_code = error == cudaErrorNoKernelImageForDevice ||
+                       error == cudaErrorInvalidDeviceFunction ||
+                       error == cudaErrorUnsupportedPtxVersion;
+  require(false, op, "CUDA error ", cudaGetErrorName(error), ": ", cudaGetErrorString(error),
+          no_code ? ". The native kernels were built for " MOLEGRAD_CUDA_ARCHITECTURES
+                    " and not for this GPU. For compute capability 9.0 and newer: "
+                    "MOLEGRAD_CUDA_ARCHITECTURES=native pip install -e . builds them for it; for "
+                    "an older one there are none: MOLEGRAD_BUILD=0 runs the ops on plain torch"
+                  : "");
 }
 
 // As kernels know it: DType of csrc/cpu/kernels.h.

@@ -75,8 +75,8 @@ class Bucket(NamedTuple):
         states = self.states_u if side == "u" else self.states_v
         mask = finite.view(-1, *[1] * (new.dim() - 1))
         old = torch.stack([state[name] for state in states])
-        for state, value in zip(states, torch.where(mask, new, old), strict=True):
-            state[name].copy_(value)
+        kept = torch.where(mask, new, old).unbind()
+        torch._foreach_copy_([state[name] for state in states], kept)
 
 
 class Estimate(NamedTuple):
@@ -203,10 +203,9 @@ def turn(bucket: Bucket, est: Estimate, new_u: Tensor, new_v: Tensor, condition,
         if probes:
             random = _random(new, probes, step, seed + offset)
             new = torch.cat([new, random], dim=-1)
-        for basis, value in zip(params, new, strict=True):
-            basis.copy_(value)
-    for basis, state, row in zip(bucket.bases_v, bucket.states_v, stats, strict=True):
-        state["stats"].copy_(row)
+        torch._foreach_copy_(list(params), new.unbind())
+    torch._foreach_copy_([state["stats"] for state in bucket.states_v], stats.unbind())
+    for basis, state in zip(bucket.bases_v, bucket.states_v, strict=True):
         basis.molegrad_stats = state["stats"]
 
 

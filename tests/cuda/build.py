@@ -69,7 +69,7 @@ def build(folder: Path, *sources: Path, extra: tuple[str, ...] = ()) -> Library:
     return Library(library)
 
 
-def _beside_torch() -> tuple[str, ...]:
+def beside_torch() -> tuple[str, ...]:
     """Flags of the compiler for sources that use torch's stable ABI."""
     root = Path(torch.__file__).parent
     flags = (f"-isystem{root / 'include'}", "-DTORCH_TARGET_VERSION=0x020a000000000000")
@@ -81,7 +81,8 @@ def build_op(folder: Path, name: str, *kernels: str) -> None:
     other files are named: `call_op` runs them."""
     sources = [KERNELS / f"ops_{name}.cpp"]
     sources += [KERNELS / f"{kernel}.cu" for kernel in kernels or (name,)]
-    torch.ops.load_library(build(folder, *sources, extra=_beside_torch()).path)
+    sources.append(HERE / "cublaslt_stub.cpp")
+    torch.ops.load_library(build(folder, *sources, extra=beside_torch()).path)
 
 
 def build_products(folder: Path, *sources: str) -> Path:
@@ -90,7 +91,7 @@ def build_products(folder: Path, *sources: str) -> Path:
     if GPU_LIBRARIES or compiler() is None or torch.version.cuda is not None:
         pytest.skip("emulated ops: for a torch without CUDA, with a C++ compiler")
     files = (*(KERNELS / name for name in sources), HERE / "cublaslt_stub.cpp")
-    return build(folder, *files, extra=_beside_torch()).path
+    return build(folder, *files, extra=beside_torch()).path
 
 
 def run_check(check: str, library: Path, **environment: str) -> subprocess.CompletedProcess:

@@ -1,4 +1,4 @@
-// What stands in for cuBLASLt in test_ops_products.py.
+// What stands in for cuBLASLt where ops are emulated.
 #include "cuda/cublaslt.h"
 
 namespace molegrad::cuda {
@@ -26,10 +26,10 @@ LtStatus lt_product(const LtProduct& p, void*, int64_t, int, int, cudaStream_t) 
       const int64_t at = i * p.out_ld + j;
       if (p.dtype == 1) {
         double& out = static_cast<double*>(p.out)[at];
-        out = (p.add ? out : 0) + sum;
+        out = (p.add ? out : 0) + p.alpha * sum;
       } else {
         float& out = static_cast<float*>(p.out)[at];
-        out = (p.add ? out : 0) + static_cast<float>(sum);
+        out = (p.add ? out : 0) + static_cast<float>(p.alpha * sum);
       }
     }
   return LtStatus::kDone;

@@ -100,7 +100,7 @@ def test_float8_of_a_whole_tensor_bit_for_bit(emulated, t, n, dtype, e5m2):
 
 @pytest.mark.parametrize("dtype", reference.FLOAT8)
 @pytest.mark.parametrize("by_row", [True, False])
-@pytest.mark.parametrize("out", [F32, F64])
+@pytest.mark.parametrize("out", [F32, F64, BF16, F16])
 def test_dequantized(emulated, dtype, by_row, out):
     codes = torch.arange(256, dtype=torch.uint8).repeat(3).view(dtype).view(12, 64)
     scale = torch.rand(12) if by_row else torch.rand(1)
@@ -111,7 +111,8 @@ def test_dequantized(emulated, dtype, by_row, out):
         emulated("quantized").molegrad_dequantize(
             dtype, x, 12, 64, x.stride(0), scale, int(by_row), out, got
         )
-        expected = codes.to(out) * scale.to(out)[:, None]
+        wide_out = F64 if out == F64 else F32
+        expected = (codes.to(wide_out) * scale.to(wide_out)[:, None]).to(out)
         torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
 
 
