@@ -34,16 +34,18 @@ py::dict path_dict(const molegrad::cuda::Path& path) {
 }
 
 // The sketches of several layers, as this process computes them.
-molegrad::cuda::Path grouped_path(int capability) {
-  if (capability == 0) return {false, "no CUDA device"};
+molegrad::cuda::Path grouped_path(const molegrad::cuda::Path& kernels) {
+  if (!kernels.supported) return kernels;
   return {true, molegrad::cuda::describe_grouped(std::getenv("MOLEGRAD_SKETCH_PATH"),
                                                  std::getenv("MOLEGRAD_GROUPED_PATH"))};
 }
 
-py::dict cuda_paths(int capability, int cublaslt) {
+py::dict cuda_paths(int capability, int cublaslt, const std::string& architectures) {
   py::dict paths;
-  paths["fp8"] = path_dict(molegrad::cuda::fp8_path(capability));
-  paths["grouped"] = path_dict(grouped_path(capability));
+  const auto kernels = molegrad::cuda::kernels_path(capability, architectures);
+  paths["kernels"] = path_dict(kernels);
+  paths["fp8"] = path_dict(molegrad::cuda::fp8_path(kernels));
+  paths["grouped"] = path_dict(grouped_path(kernels));
   paths["cublaslt_grouped"] =
       path_dict(molegrad::cuda::cublaslt_grouped_path(capability, cublaslt));
   return paths;
@@ -102,7 +104,8 @@ void add_cuda(py::dict& info) {
   info["cuda_built"] = built;
   info["cuda_found"] = found;
   const bool device = cuda.device_count > 0;
-  py::dict paths = cuda_paths(device ? 10 * cuda.major + cuda.minor : 0, cuda.cublaslt);
+  py::dict paths = cuda_paths(device ? 10 * cuda.major + cuda.minor : 0, cuda.cublaslt,
+                              MOLEGRAD_CUDA_ARCHITECTURES);
   paths["sketch"] = sketch_paths(device);
   info["paths"] = paths;
 }
@@ -110,10 +113,8 @@ void add_cuda(py::dict& info) {
 void add_cuda(py::dict& info) {
   const molegrad::cuda::Path none = {false, kCpuOnly};
   py::dict paths;
-  paths["fp8"] = path_dict(none);
-  paths["grouped"] = path_dict(none);
-  paths["sketch"] = path_dict(none);
-  paths["cublaslt_grouped"] = path_dict(none);
+  for (const char* name : {"kernels", "fp8", "grouped", "sketch", "cublaslt_grouped"})
+    paths[name] = path_dict(none);
   info["cuda"] = false;
   info["paths"] = paths;
 }
@@ -137,9 +138,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info,
         "Versions at build and at run time, the CPU instruction set picked, CUDA paths.");
   m.def("cuda_paths", &cuda_paths, py::arg("capability"), py::arg("cublaslt"),
-        "FP8 and products of several layers for a compute capability (89, 90, 120, ...; 0 for "
-        "none) and a "
-        "cublasLtGetVersion().");
+        py::arg("architectures"),
+        "Kernels, FP8 and products of several layers for a compute capability (90, 120, ...; 0 for "
+        "none), a cublasLtGetVersion() and what the kernels were built for (\"90a-real,120\").");
   m.def("sketch_path", &sketch_path, py::arg("dtype"), py::arg("n"), py::arg("m"),
         py::arg("tokens"), py::arg("rank"),
         "The path (own, cublaslt or fused) that a sketch of A (tokens, n) and B (tokens, m) on a "

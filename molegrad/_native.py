@@ -48,9 +48,9 @@ def build_info() -> dict:
     Returns:
         "native" (bool) and "torch" (the running version) always. With the extension: "torch_built",
         "torch_abi_floor", "torch_abi", "compiler", "cpu_capability" (baseline, avx2 or avx512),
-        "cuda" (bool), and "paths", which says for "fp8", "grouped" (several layers at once),
-        "cublaslt_grouped" (the library's own way, not used) and "sketch" whether they are
-        "supported" and the "reason". A CUDA build adds "cuda_built" and "cuda_found", and to
+        "cuda" (bool), and "paths", which says for "kernels" (all of ours, on the GPU that is
+        there), "fp8", "grouped" (several layers at once), "cublaslt_grouped" (the library's own
+        way, not used) and "sketch" whether they are "supported" and the "reason". A CUDA build adds "cuda_built" and "cuda_found", and to
         "sketch" what MOLEGRAD_SKETCH_PATH has "wanted" and which path (own, cublaslt or fused) each
         dtype takes now where no rule of that variable means the layer. Without the extension:
         "reason".

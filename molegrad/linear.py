@@ -225,6 +225,8 @@ class MoleLinear(nn.Linear):
         if not (torch.is_grad_enabled() and self.trains):
             return F.linear(input, self.weight, self.bias)
         c = self.config
+        if self.momentum is not None and not torch.compiler.is_compiling():
+            _tell_of_float16(input.device.type)
         if c.method == "projected":
             return self._forward_projected(input)
         fp8 = c.products == "fp8"
@@ -401,6 +403,22 @@ def _float8_works(device_type: str) -> bool:
         )
         return False
     return True
+
+
+def _tell_of_float16(device_type: str) -> None:
+    enabled = torch.is_autocast_enabled(device_type)
+    if enabled and torch.get_autocast_dtype(device_type) == torch.float16:
+        _warn_of_float16()
+
+
+@functools.cache
+def _warn_of_float16() -> None:
+    warnings.warn(
+        "gradient_mode='momentum' under float16 autocast: GradScaler cannot unscale what backward "
+        "passes add to the momentum, and what overflows stays there. Use bfloat16 autocast, or "
+        "gradient_mode='dense' or 'factored' (said once)",
+        stacklevel=2,
+    )
 
 
 def _makes_anew(x: Tensor) -> bool:

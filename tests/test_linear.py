@@ -185,6 +185,24 @@ def test_autocast(mode, method):
         assert p.grad is None or (p.grad.dtype == torch.float32 and p.grad.isfinite().all())
 
 
+@pytest.mark.parametrize(("mode", "method"), MODES)
+def test_a_backward_pass_inside_of_autocast_is_the_same(mode, method):
+    found = []
+    for inside in (False, True):
+        mole = perceptron(config(mode, method))
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = mole(torch.randn(2, 9, 24, generator=torch.Generator().manual_seed(1))).sum()
+            if inside:
+                loss.backward()
+        if not inside:
+            loss.backward()
+        found.append([p.grad for p in mole.parameters()] + list(mole.buffers()))
+    for one, other in zip(*found, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("mode", ["dense", "factored"])
 def test_other_dtypes_keep_bases_in_full_precision(mode, dtype):

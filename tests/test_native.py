@@ -268,7 +268,7 @@ def test_build_info():
     info = _native.build_info()
     assert info["native"] and info["torch"] == torch.__version__
     assert info["cpu_capability"] in ("baseline", "avx2", "avx512")
-    assert set(info["paths"]) == {"fp8", "grouped", "cublaslt_grouped", "sketch"}
+    assert set(info["paths"]) == {"kernels", "fp8", "grouped", "cublaslt_grouped", "sketch"}
     assert all(set(path) >= {"supported", "reason"} for path in info["paths"].values())
     if not info["cuda"]:
         none = {"supported": False, "reason": "this build has the CPU ops only"}
@@ -317,12 +317,14 @@ def test_which_sketches_the_fused_launch_takes():
 
 def test_cuda_paths_follow_capability_and_library():
     def supported(capability, cublaslt):
-        paths = MODULE.cuda_paths(capability, cublaslt)
-        return [paths[name]["supported"] for name in ("fp8", "grouped", "cublaslt_grouped")]
+        paths = MODULE.cuda_paths(capability, cublaslt, "90a-real,100,120-real")
+        names = ("kernels", "fp8", "grouped", "cublaslt_grouped")
+        found = [paths[name]["supported"] for name in names]
+        assert found[0] == found[1] == found[2]
+        return found[1:]
 
     assert supported(0, 130400) == [False, False, False]
-    assert supported(80, 130400) == [False, True, False]
-    assert supported(89, 130400) == [True, True, False]
+    assert supported(80, 130400) == supported(89, 130400) == [False, False, False]
     assert supported(90, 130300) == [True, True, False]
     assert supported(90, 130400) == [True, True, True]
     assert supported(100, 130200) == [True, True, True]
@@ -346,7 +348,30 @@ def test_cuda_paths_follow_capability_and_library():
 def test_how_layers_are_grouped_is_told(monkeypatch, sketch, grouped, words):
     monkeypatch.setenv("MOLEGRAD_SKETCH_PATH", sketch)
     monkeypatch.setenv("MOLEGRAD_GROUPED_PATH", grouped)
-    assert words in MODULE.cuda_paths(90, 130000)["grouped"]["reason"]
+    assert words in MODULE.cuda_paths(90, 130000, "90")["grouped"]["reason"]
+
+
+@pytest.mark.parametrize(
+    "architectures, runs",
+    [
+        ("90a-real,120-real,120-virtual", {90, 120, 121}),
+        ("90", {90, 100, 103, 120, 121}),
+        ("90-real", {90}),
+        ("90-virtual", {90, 100, 103, 120, 121}),
+        ("100-real", {100, 103}),
+        ("120a-real", {120}),
+        ("native", {90, 100, 103, 120, 121}),
+    ],
+)
+def test_which_gpus_the_kernels_run_on(architectures, runs):
+    for capability in (0, 75, 80, 89, 90, 100, 103, 120, 121):
+        path = MODULE.cuda_paths(capability, 130000, architectures)["kernels"]
+        assert path["supported"] == (capability in runs), capability
+    older = MODULE.cuda_paths(89, 130000, architectures)["kernels"]["reason"]
+    assert "9.0 or newer" in older and "MOLEGRAD_BUILD=0" in older
+    if runs == {120}:
+        reason = MODULE.cuda_paths(90, 130000, architectures)["kernels"]["reason"]
+        assert reason.startswith("built for 120a-real, not for this GPU") and "=native" in reason
 
 
 @pytest.mark.parametrize("dtype", [F32, F64, BF16, F16])

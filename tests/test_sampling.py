@@ -2,11 +2,13 @@
 mode built on it; inputs kept in float8."""
 
 import copy
+import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from molegrad import MoleGradConfig, MoleLinear, clip_grad_norm_, convert, ops, plan
+from molegrad import MoleGradConfig, MoleLinear, clip_grad_norm_, convert, linear, ops, plan
 from molegrad.config import PRESETS
 from molegrad.monitor import layer_metrics, memory_bytes
 from molegrad.optim import SGD, Muon, matrix_param_groups
@@ -216,6 +218,51 @@ def test_layers_with_one_input_keep_one_copy_of_it():
         x.mul_(2)
         layers[0](x)
         assert len(kept - own) == 4  # x has changed since
+
+
+def test_a_cuda_graph_in_the_making_shares_nothing(monkeypatch):
+    """What was computed before it would be replayed for every later content of x, and what is
+    computed in it does not exist until it is replayed."""
+    x, made = randn(32, 16), []
+    layers = [layer(saved_inputs="fp8") for _ in range(2)]
+    original = linear.torch.ops.molegrad.quantize_rows
+    counting = SimpleNamespace(quantize_rows=lambda x: made.append(1) or original(x))
+    layers[0](x)
+
+    monkeypatch.setattr(linear, "_makes_anew", lambda x: True)  # as while one is captured
+    known = x._molegrad_float8
+    for each in layers:
+        each(x)
+    assert x._molegrad_float8 is known
+    monkeypatch.setattr(linear, "torch", SimpleNamespace(ops=SimpleNamespace(molegrad=counting)))
+    for _ in range(3):
+        linear._float8(x)
+    assert len(made) == 3
+
+
+def test_whether_a_cuda_graph_is_in_the_making(monkeypatch):
+    x = SimpleNamespace(is_cuda=True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert linear._makes_anew(x) and not linear._makes_anew(randn(2, 2))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert not linear._makes_anew(x)
+
+
+def test_momentum_under_float16_autocast_is_warned_of_once():
+    linear._warn_of_float16.cache_clear()
+    moled, x = layer(), randn(4, 16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with torch.autocast("cpu", torch.bfloat16):
+            moled(x)
+    with (
+        torch.autocast("cpu", torch.float16),
+        pytest.warns(UserWarning, match="GradScaler cannot unscale .* Use bfloat16 autocast"),
+    ):
+        moled(x)
+    with warnings.catch_warnings(), torch.autocast("cpu", torch.float16):
+        warnings.simplefilter("error")
+        moled(x)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])

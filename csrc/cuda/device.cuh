@@ -88,13 +88,16 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], const
 // where `valid` is not set, and then nothing is read.
 __device__ __forceinline__ void copy_async(void* shared, const void* global, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
-               "l"(global), "r"(valid ? 16 : 0));
+               "l"(global), "r"(valid ? 16 : 0)
+               : "memory");
 }
-__device__ __forceinline__ void copies_commit() { asm volatile("cp.async.commit_group;"); }
+__device__ __forceinline__ void copies_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
 // All but the newest kPending groups have arrived, for this thread.
 template <int kPending>
 __device__ __forceinline__ void copies_wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending));
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
 // ---- launches that follow each other (launch_early in launch.h) ---------------------------------

@@ -37,16 +37,37 @@ __host__ __device__ cudaError_t launch_clusters(int, void (*)(Parameters...), di
 #include <cuda_runtime.h>
 
 #include <cstddef>
+#include <mutex>
+#include <set>
+#include <utility>
 
 namespace molegrad::cuda {
 
-// As much dynamic shared memory as a kernel asks for.
+// Lets a kernel have all the dynamic shared memory there is, once for every kernel and device: a
+// limit of what one call asks for could be lowered by another thread's before the launch.
+inline cudaError_t allow_all_shared(const void* kernel) {
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int> > allowed;
+  int device = 0, most = 0;
+  cudaFuncAttributes own = {};
+  cudaError_t status = cudaGetDevice(&device);
+  if (status != cudaSuccess) return status;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (allowed.count({kernel, device}) > 0) return cudaSuccess;
+  status = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (status == cudaSuccess) status = cudaFuncGetAttributes(&own, kernel);
+  if (status == cudaSuccess)
+    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  most - static_cast<int>(own.sharedSizeBytes));
+  if (status == cudaSuccess) allowed.insert({kernel, device});
+  return status;
+}
+
 template <typename... Parameters>
 cudaError_t allow_shared(void (*kernel)(Parameters...), size_t shared) {
   constexpr size_t kWithoutAsking = 48 << 10;
   if (shared <= kWithoutAsking) return cudaSuccess;
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              static_cast<int>(shared));
+  return allow_all_shared(reinterpret_cast<const void*>(kernel));
 }
 
 // kernel<<<grid, block, shared, stream>>>(args...), with as much shared memory as it asks for.

@@ -207,7 +207,8 @@ __device__ void finish_by_householder(const OrthFinish& p, int64_t matrix, C* sh
 }
 
 template <typename C>
-__global__ void __launch_bounds__(kTallThreads, 3) orth_finish_kernel(OrthFinish p) {
+__global__ void __launch_bounds__(kTallThreads, sizeof(C) == 8 ? 2 : 3)
+    orth_finish_kernel(OrthFinish p) {
   MOLEGRAD_SHARED(memory);
   in_sequence();
   const int64_t pieces = apply_tiles(p.m, p.k) + 1;

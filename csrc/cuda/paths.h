@@ -15,10 +15,40 @@ struct Path {
   std::string reason;  // why not, or which kind
 };
 
-// Products of float8 operands, sketch.cuh. `capability` is 10 * major + minor; 0 means no device.
-inline Path fp8_path(int capability) {
+// Whether code for an architecture, as CMake names it (90a-real, 120-virtual, 90), runs on a GPU.
+inline bool runs_on(const std::string& architecture, int capability) {
+  const size_t digits = architecture.find_first_not_of("0123456789");
+  if (digits == 0) return true;  // native, all, all-major: what was there when it was built
+  const int built = std::stoi(architecture.substr(0, digits));
+  const std::string rest = digits == std::string::npos ? "" : architecture.substr(digits);
+  if (rest[0] == 'a') return capability == built;
+  const bool machine_code = rest != "-virtual", intermediate = rest != "-real";
+  return (machine_code && capability / 10 == built / 10 && capability >= built) ||
+         (intermediate && capability >= built);
+}
+
+// All kernels of ours. `capability` is 10 * major + minor, 0 means no device; `architectures` are
+// what they were built for, separated by commas.
+inline Path kernels_path(int capability, const std::string& architectures) {
   if (capability == 0) return {false, "no CUDA device"};
-  if (capability < 89) return {false, "FP8 needs compute capability 8.9 or newer"};
+  if (capability < 90)
+    return {false,
+            "the kernels need compute capability 9.0 or newer: MOLEGRAD_BUILD=0 runs the ops "
+            "on plain torch"};
+  for (size_t first = 0; first <= architectures.size();) {
+    size_t end = architectures.find(',', first);
+    if (end == std::string::npos) end = architectures.size();
+    if (runs_on(architectures.substr(first, end - first), capability))
+      return {true, "built for " + architectures};
+    first = end + 1;
+  }
+  return {false, "built for " + architectures +
+                     ", not for this GPU: MOLEGRAD_CUDA_ARCHITECTURES=native pip install -e ."};
+}
+
+// Products of float8 operands, sketch.cuh: wherever the kernels run.
+inline Path fp8_path(const Path& kernels) {
+  if (!kernels.supported) return kernels;
   return {true, "kernels of ours, any layout, one scale or one for each token"};
 }
 

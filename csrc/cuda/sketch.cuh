@@ -37,6 +37,7 @@
 namespace molegrad::cuda {
 
 constexpr int kSketchThreads = 256, kSketchWarps = 8;
+constexpr int kLeastShared = 99 << 10;  // bytes that a block may have, of an RTX 5090 the least
 constexpr int kSkew = 8;  // numbers after each row of shared memory: rows start in other banks
 
 struct ProjectHalf {
@@ -99,6 +100,7 @@ struct ProjectShape {
   static constexpr int kBasisRow = kPieces * kRank + kSkew;
   static constexpr int kX = kProjectTokens * kXRow, kStage = kX + kColumns * kBasisRow;
   static constexpr int kBytes = kStages * kStage * 2;
+  static_assert(kBytes <= kLeastShared, "more shared memory than the smallest of our GPUs has");
 };
 
 template <int kRank, Stored kStored>
@@ -108,8 +110,8 @@ __device__ __forceinline__ void load_project(const ProjectHalf& half, uint16_t* 
   constexpr int kOfX = Shape::kColumns / Shape::kPack, kOfBasis = kPieces * kRank / 8;
   const auto* x = static_cast<const typename Shape::Bits*>(half.x);
 #pragma unroll
-  for (int i = threadIdx.x; i < kProjectTokens * kOfX; i += kSketchThreads) {
-    const int row = i / kOfX, pack = i % kOfX;
+  for (int n = 0; n < kProjectTokens * kOfX / kSketchThreads; ++n) {
+    const int i = n * kSketchThreads + threadIdx.x, row = i / kOfX, pack = i % kOfX;
     const bool valid = first_token + row < tokens;
     load_pack_of_row(
         stage + row * Shape::kXRow + pack * 8, x + (valid ? first_token + row : 0) * half.ld,
@@ -117,8 +119,9 @@ __device__ __forceinline__ void load_project(const ProjectHalf& half, uint16_t* 
   }
   const uint16_t* basis = half.basis + int64_t{step} * Shape::kColumns * (kPieces * kRank);
 #pragma unroll
-  for (int i = threadIdx.x; i < Shape::kColumns * kOfBasis; i += kSketchThreads) {
-    const int row = i / kOfBasis, column = i % kOfBasis * 8;
+  for (int n = 0; n < (Shape::kColumns * kOfBasis + kSketchThreads - 1) / kSketchThreads; ++n) {
+    const int i = n * kSketchThreads + threadIdx.x, row = i / kOfBasis, column = i % kOfBasis * 8;
+    if (Shape::kColumns * kOfBasis % kSketchThreads != 0 && i >= Shape::kColumns * kOfBasis) break;
     copy_async(stage + Shape::kX + row * Shape::kBasisRow + column,
                basis + row * (kPieces * kRank) + column, true);
   }
@@ -177,15 +180,25 @@ __device__ __forceinline__ bool add_to_parts(const ProjectHalf& half, int token_
   __syncthreads();
   if (!last) return false;
   __threadfence();
+  // All loads of a round are under way at once; every sum keeps the order of the parts.
+  constexpr int kAtOnce = kRank / 8 < 4 ? kRank / 8 : 4;
 #pragma unroll
-  for (int j = 0; j < kRank / 8; ++j) {
-    sum[j][0] = sum[j][1] = sum[j][2] = sum[j][3] = 0;
+  for (int first = 0; first < kRank / 8; first += kAtOnce) {
+#pragma unroll
+    for (int j = first; j < first + kAtOnce; ++j) sum[j][0] = sum[j][1] = sum[j][2] = sum[j][3] = 0;
+#pragma unroll 2
     for (int p = 0; p < half.parts; ++p) {
-      const float4 x = __ldcg(tile + int64_t{p} * kPart + j * kSketchThreads + threadIdx.x);
-      sum[j][0] += x.x;
-      sum[j][1] += x.y;
-      sum[j][2] += x.z;
-      sum[j][3] += x.w;
+      float4 x[kAtOnce];
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j)
+        x[j] = __ldcg(tile + int64_t{p} * kPart + (first + j) * kSketchThreads + threadIdx.x);
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        sum[first + j][0] += x[j].x;
+        sum[first + j][1] += x[j].y;
+        sum[first + j][2] += x[j].z;
+        sum[first + j][3] += x[j].w;
+      }
     }
   }
   return true;
@@ -321,6 +334,7 @@ struct GatherShape {
   static constexpr int kQRow = kPieces * kRank + kSkew;
   static constexpr int kZ = kGatherTokens * kZRow, kStage = kZ + kGatherTokens * kQRow;
   static constexpr int kBytes = kStages * kStage * 2;
+  static_assert(kBytes <= kLeastShared, "more shared memory than the smallest of our GPUs has");
 };
 
 template <int kRank, Stored kStored>
@@ -437,13 +451,8 @@ __device__ __forceinline__ void gather_half(const GatherHalf& half, int tile, in
   for (int i = 0; i < Shape::kStages - 1; ++i) load_narrow(i);
 
   float sum[2][kRank / 8][4] = {};
-  float scale = 1;  // of the sums, float16 only
-  if (accumulate != 0)
-    for_sums<kRank, kStored>(half, tile, split, sum, [](const float2* p, float& x, float& y) {
-      const float2 before = __ldcg(p);
-      x = before.x;
-      y = before.y;
-    });
+  float scale = 1;      // of the sums, float16 only
+  int64_t scaled = -1;  // the tile of tokens that it is the scale of
   const auto rescale = [&](float to) {
     if (to == scale) return;
     const float factor = scale / to;
@@ -460,11 +469,22 @@ __device__ __forceinline__ void gather_half(const GatherHalf& half, int tile, in
     __syncthreads();
     load_wide(i + Shape::kStages - 1);
     load_narrow(i + Shape::kStages - 1);
-    if constexpr (kFloat16) rescale(__ldcg(half.scale + first_token(i) / kProjectTokens));
+    if constexpr (kFloat16) {
+      const int64_t now = first_token(i) / kProjectTokens;
+      if (now != scaled) rescale(__ldcg(half.scale + now));
+      scaled = now;
+    }
     gather_step<kFloat16, kRank, kStored>(sum, stage(i));
   }
   copies_wait<0>();
   if constexpr (kFloat16) rescale(1);
+  // To the chunks before by additions that round to nearest: tensor cores cut off.
+  if (accumulate != 0)
+    for_sums<kRank, kStored>(half, tile, split, sum, [](const float2* p, float& x, float& y) {
+      const float2 before = __ldcg(p);
+      x += before.x;
+      y += before.y;
+    });
   for_sums<kRank, kStored>(half, tile, split, sum,
                            [](float2* p, float x, float y) { *p = make_float2(x, y); });
 }

@@ -54,24 +54,33 @@ struct FusedShape {
 
 // Rows 2 (lane % 4) and so on of a basis as operand B of the tensor cores has them, in pieces: the
 // high ones stay in registers, the low ones in the thread's own shared memory.
-template <int kRank, int kNumbers>
-__device__ __forceinline__ void load_fused_basis(const FusedSide& side, int first_column,
-                                                 uint32_t (&high)[kRank / 8][2], uint4* low) {
+template <int kRank, int kNumbers, typename T>
+__device__ __forceinline__ void load_fused_basis(const FusedSide& side, const T* basis,
+                                                 int first_column, uint32_t (&high)[kRank / 8][2],
+                                                 uint4* low) {
   const int lane = threadIdx.x % 32;
+  float x[kRank / 8][2][2];  // all under way at once
+#pragma unroll
+  for (int j = 0; j < kRank / 8; ++j)
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int row = first_column + lane % 4 * 2 + i * 8 + r, column = j * 8 + lane / 4;
+        const bool inside = row < side.columns && column < side.k;
+        x[j][i][r] = inside ? static_cast<float>(
+                                  widen(basis[row * side.row_stride + column * side.column_stride]))
+                            : 0.0f;
+      }
 #pragma unroll
   for (int j = 0; j < kRank / 8; j += 2) {
     uint32_t rest[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int row = first_column + lane % 4 * 2 + i % 2 * 8, column = (j + i / 2) * 8 + lane / 4;
-      float x[2] = {0, 0};
-      for (int r = 0; r < 2; ++r)
-        if (row + r < side.columns && column < side.k)
-          x[r] = read_number<float>(side.basis, side.dtype,
-                                    (row + r) * side.row_stride + column * side.column_stride);
-      const uint32_t pair = pack_bf16(x[0], x[1]);
+      const float (&pair_of)[2] = x[j + i / 2][i % 2];
+      const uint32_t pair = pack_bf16(pair_of[0], pair_of[1]);
       high[j + i / 2][i % 2] = pair;
-      rest[i] = pack_bf16(x[0] - low_of<false>(pair), x[1] - high_of<false>(pair));
+      rest[i] = pack_bf16(pair_of[0] - low_of<false>(pair), pair_of[1] - high_of<false>(pair));
     }
     if constexpr (kNumbers == 2)
       low[j / 2 * kFusedThreads + threadIdx.x] = make_uint4(rest[0], rest[1], rest[2], rest[3]);
@@ -126,13 +135,30 @@ struct Fused {
     end = begin + args.tokens_per_cluster < args.tokens ? begin + args.tokens_per_cluster
                                                         : args.tokens;
 #pragma unroll
-    for (int t = 0; t < Shape::kTiles; ++t) {
-      load_fused_basis<kRank, kNumbers>(args.side[kind],
-                                        t < tiles ? column(t) : args.side[kind].columns, high[t],
-                                        low + t * (kRank / 16) * kFusedThreads);
+    for (int t = 0; t < Shape::kTiles; ++t)
 #pragma unroll
       for (int j = 0; j < kRank / 8; ++j)
         sum[t][j][0] = sum[t][j][1] = sum[t][j][2] = sum[t][j][3] = 0;
+  }
+
+  // Rows of the basis, once the first tokens are under way.
+  __device__ __forceinline__ void load_bases() {
+    const FusedSide& side = args.side[kind];
+    const auto load_as = [&](const auto* basis) {
+#pragma unroll
+      for (int t = 0; t < Shape::kTiles; ++t)
+        load_fused_basis<kRank, kNumbers>(side, basis, t < tiles ? column(t) : side.columns,
+                                          high[t], low + t * (kRank / 16) * kFusedThreads);
+    };
+    switch (side.dtype) {
+      case 0:
+        return load_as(static_cast<const float*>(side.basis));
+      case 1:
+        return load_as(static_cast<const double*>(side.basis));
+      case 2:
+        return load_as(static_cast<const BFloat16*>(side.basis));
+      default:
+        return load_as(static_cast<const Float16*>(side.basis));
     }
   }
 
@@ -297,6 +323,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_sketch_kernel(FusedArg
     if (i < count) fused.load(i);
     copies_commit();
   }
+  fused.load_bases();
   cluster_arrive();  // until every block is there to be written to
   cluster_wait();
   for (int i = 0; i <= count; ++i) {

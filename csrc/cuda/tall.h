@@ -93,6 +93,7 @@ inline int64_t count_apply_tiles(int64_t rows, int64_t cols) {
 
 template <typename C>
 cudaError_t launch_apply(const TallApply& p, int64_t batch, cudaStream_t stream) {
+  if (batch * count_apply_tiles(p.rows, p.cols) == 0) return cudaSuccess;
   return launch_early(tall_apply_kernel<C>, grid_of(batch * count_apply_tiles(p.rows, p.cols)),
                       dim3(kTallThreads), sizeof(ApplyTiles<C>), stream, p);
 }

@@ -48,6 +48,13 @@ def compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "g++"))
 
 
+def shared_memory() -> int:
+    """Bytes of a multiprocessor: of the GPU under test, else of an H100."""
+    if not GPU_LIBRARIES:
+        return 228 << 10
+    return torch.cuda.get_device_properties(0).shared_memory_per_multiprocessor
+
+
 def build(folder: Path, *sources: Path, extra: tuple[str, ...] = ()) -> Library:
     """Compiles sources into one library in `folder` and loads it."""
     library = folder / f"lib{sources[0].stem}.so"

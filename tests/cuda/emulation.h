@@ -223,6 +223,8 @@ void warp_product(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
           for (int k = 0; k < kK; ++k)
             sum += static_cast<double>(warp.left[side][row][k]) * warp.right[side][k][column];
           d[i] = static_cast<float>(sum);
+          if (std::fabs(static_cast<double>(d[i])) > std::fabs(sum))
+            d[i] = std::nextafter(d[i], 0.0f);
         }
         return 0;
       });
@@ -314,7 +316,7 @@ void copies_wait() {
   }
 }
 
-inline void wait_for_launch_before() {}
+inline void wait_for_launch_before() { emulation::current().waited = true; }
 inline void let_next_launch_start() {}
 
 inline int cluster_rank() { return emulation::block().rank; }
@@ -348,6 +350,8 @@ template <typename... Parameters, typename... Arguments>
 cudaError_t launch_clusters(int size, void (*kernel)(Parameters...), dim3 grid, dim3 block,
                             size_t shared, cudaStream_t, Arguments... args) {
   ++*emulation::emulation_launches();
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535)
+    emulation::fail("a grid that no GPU takes");
   if (shared > emulation::kShared - 1024) emulation::fail("more shared memory than a GPU has");
   if (size < 1 || size > emulation::kMostBlocks || grid.x % size != 0)
     emulation::fail("clusters of this size do not divide the grid");
@@ -373,7 +377,10 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch_early(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared,
                          cudaStream_t stream, Arguments... args) {
-  return launch(kernel, grid, block, shared, stream, args...);
+  emulation::must_wait() = true;
+  const cudaError_t status = launch(kernel, grid, block, shared, stream, args...);
+  emulation::must_wait() = false;
+  return status;
 }
 
 }  // namespace molegrad::cuda

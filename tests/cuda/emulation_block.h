@@ -97,6 +97,7 @@ struct Fiber {
   int number = 0;
   uint64_t cluster_barrier = 0;  // the one that it has arrived at
   bool started = false, done = true;
+  bool waited = false;  // for the launch before
 };
 
 // What the lanes of a warp exchange; generations tell one rendezvous from the next.
@@ -230,11 +231,19 @@ auto exchange(uint32_t mask, const T& value, const F& fn) {
       });
 }
 
+// Whether the launch at work may start before the one before it is done.
+inline bool& must_wait() {
+  static bool value = false;
+  return value;
+}
+
 // A fiber runs one thread of a block after the other, for as long as the process lives.
 [[noreturn]] inline void enter() {
   for (;;) {
     Block& b = block();
     (*b.body)();
+    if (must_wait() && !b.running->waited)
+      fail("a launch may end before the one before it: wait_for_launch_before was not called");
     b.running->done = true;
     --b.alive;
     ++b.progress;
@@ -268,7 +277,7 @@ inline void prepare_block(Block& b, dim3 index, dim3 grid, dim3 size,
   for (int i = 0; i < count; ++i) {
     Fiber& fiber = *b.fibers[i];
     fiber.number = i;
-    fiber.done = false;
+    fiber.done = fiber.waited = false;
     fiber.thread = dim3(i % size.x, i / size.x % size.y, i / (size.x * size.y));
   }
   std::memset(b.shared.data(), 0xff, b.shared.size());  // NaN
