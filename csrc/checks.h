@@ -138,6 +138,14 @@ inline void check_matrix(const char* op, const char* name, const Tensor& x) {
   require(x.dim() == 2, op, name, " must be a matrix, got shape ", shape(x));
 }
 
+// No two numbers of x share memory, as those of an expanded one.
+inline void check_in_place(const char* op, const std::string& name, const Tensor& x) {
+  for (int64_t i = 0; i < x.dim(); ++i)
+    require(x.stride(i) != 0 || x.size(i) <= 1, op, name, " ", shape(x),
+            " is expanded, and numbers that share memory cannot be updated in place: give a clone "
+            "of it");
+}
+
 inline void check_tokens(const char* op, const Tensor& a, const Tensor& b, bool same_dtype = true) {
   require(a.dim() >= 2 && b.dim() >= 2, op,
           "a and b need at least two dimensions (…, T, features), got a ", shape(a), " and b ",
@@ -151,6 +159,26 @@ inline void check_tokens(const char* op, const Tensor& a, const Tensor& b, bool 
           dtype_name(b.scalar_type()));
 }
 
+// A scale where x is float8, and none where it is not: one for each token, or where `whole` is
+// allowed one for all of x.
+inline void check_scale(const char* op, const char* name, const Tensor& x,
+                        const std::optional<Tensor>& scale, bool whole = true) {
+  const std::string dtype = dtype_name(x.scalar_type());
+  require(is_float8(x) || !scale.has_value(), op, name, "_scale belongs to a float8 ", name,
+          ", got ", name, " of ", dtype, ": multiply ", name, " by it, or leave it out");
+  if (!is_float8(x)) return;
+  require(scale.has_value(), op, name, " of ", dtype, " needs ", name,
+          "_scale, what quantize_rows ", whole ? "or quantize_tensor " : "", "returned with it");
+  bool fits = (whole && scale->dim() == 0) || scale->dim() + 1 == x.dim();
+  for (int64_t i = 0; fits && i < scale->dim(); ++i) fits = scale->size(i) == x.size(i);
+  require(fits && scale->scalar_type() == ScalarType::Float, op, "expected ", name,
+          "_scale in torch.float32, ", whole ? "one number or " : "", "one for each token of ",
+          name, " ", shape(x), ", got ", shape(*scale), " of ", dtype_name(scale->scalar_type()));
+  const auto device = x.device(), got = scale->device();
+  require(device == got, op, "expected ", name, " and ", name, "_scale on the same device, got ",
+          device_name(device), " and ", device_name(got));
+}
+
 // a and b of one dtype, or one or both in float8 with a scale: one number, or one for each token.
 inline void check_factors(const char* op, const Tensor& a, const Tensor& b,
                           const std::optional<Tensor>& a_scale,
@@ -159,25 +187,8 @@ inline void check_factors(const char* op, const Tensor& a, const Tensor& b,
   if (!is_float8(b)) check_floating(op, "b", b);
   check_same_device(op, {"a", a}, {"b", b});
   check_tokens(op, a, b, !is_float8(a) && !is_float8(b));
-  const auto check_scale = [&](const char* name, const Tensor& x,
-                               const std::optional<Tensor>& scale) {
-    const std::string dtype = dtype_name(x.scalar_type());
-    require(is_float8(x) || !scale.has_value(), op, name, "_scale belongs to a float8 ", name,
-            ", got ", name, " of ", dtype, ": multiply ", name, " by it, or leave it out");
-    if (!is_float8(x)) return;
-    require(scale.has_value(), op, name, " of ", dtype, " needs ", name,
-            "_scale, what quantize_rows or quantize_tensor returned with it");
-    bool fits = scale->dim() == 0 || scale->dim() + 1 == x.dim();
-    for (int64_t i = 0; fits && i < scale->dim(); ++i) fits = scale->size(i) == x.size(i);
-    require(fits && scale->scalar_type() == ScalarType::Float, op, "expected ", name,
-            "_scale in torch.float32, one number or one for each token of ", name, " ", shape(x),
-            ", got ", shape(*scale), " of ", dtype_name(scale->scalar_type()));
-    const auto device = x.device(), got = scale->device();
-    require(device == got, op, "expected ", name, " and ", name, "_scale on the same device, got ",
-            device_name(device), " and ", device_name(got));
-  };
-  check_scale("a", a, a_scale);
-  check_scale("b", b, b_scale);
+  check_scale(op, "a", a, a_scale);
+  check_scale(op, "b", b, b_scale);
 }
 
 inline void check_basis(const char* op, const char* name, const Tensor& x, int64_t rows,
@@ -306,6 +317,7 @@ inline void check_lowrank_update(const Tensor& weight, const Tensor& u, const Te
   const char* op = "lowrank_update_";
   check_inputs(op, {{"weight", weight}, {"u", u}, {"w", w}});
   check_matrix(op, "weight", weight);
+  check_in_place(op, "weight", weight);
   check_basis(op, "u", u, weight.size(0));
   check_basis(op, "w", w, weight.size(1));
   require(u.size(1) == w.size(1), op, "expected u and w of one rank k, got ", shape(u), " and ",
@@ -335,10 +347,12 @@ inline void check_lowrank_update_many(const std::vector<Tensor>& weights, const 
   const auto described = [](const Tensor& x) {
     return shape(x) + " of " + dtype_name(x.scalar_type()) + " on " + device_name(x.device());
   };
-  for (size_t i = 0; i < weights.size(); ++i)
+  for (size_t i = 0; i < weights.size(); ++i) {
     require(described(weights[i]) == described(first), op,
             "expected weights of one shape, dtype and device, got ", described(first), " and, at ",
             i, ", ", described(weights[i]));
+    check_in_place(op, "weights[" + std::to_string(i) + "]", weights[i]);
+  }
   const auto count = static_cast<int64_t>(weights.size());
   check_update_factor(op, "u", u, count, first.size(0));
   check_update_factor(op, "w", w, count, first.size(1));
@@ -379,11 +393,7 @@ inline void check_sampled_grad(const Tensor& grad, const Tensor& a, const Tensor
   const int64_t m = b.size(b.dim() - 1), n = a.size(a.dim() - 1);
   require(grad.dim() == 2 && grad.size(0) == m && grad.size(1) == n, op, "expected grad of shape (",
           m, ", ", n, "), got ", shape(grad));
-  int64_t tokens = 1;
-  for (int64_t i = 0; i + 1 < b.dim(); ++i) tokens *= b.size(i);
-  require(!a_scale.has_value() || a_scale->numel() == tokens, op,
-          "expected a_scale with one number for each of the ", tokens, " tokens, got ",
-          a_scale.has_value() ? shape(*a_scale) : "none");
+  check_scale(op, "a", a, a_scale, false);
   check_counter(op, counter);
   if (!counter.is_cpu()) check_same_device(op, {"b", b}, {"counter", counter});
   require(share > 0, op, "share must be positive, got ", number(share));

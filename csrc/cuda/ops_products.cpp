@@ -81,20 +81,25 @@ class Products {
   // Y = or += Bᵀ(A V) and W = or += Aᵀ(B U); without V or U that half is left out.
   void sketch(const Tensor* v, const Tensor* u, const Output& y, const Output& w, bool add) {
     const int64_t rank = larger(v ? v->size(1) : 0, u ? u->size(1) : 0);
-    const bool narrow = !wide(a_);
     // A float8 dtype where there is one: they have the larger codes.
     const SketchPath path =
         choose_sketch_path(wanted_sketch_path({a_.cols, b_.cols, a_.rows, rank}),
                            a_.dtype < b_.dtype ? b_.dtype : a_.dtype, rank);
     if (path == SketchPath::kFused && v && u && sketch_fused(*v, *u, y, w, add)) return;
-    if (path == SketchPath::kCublasLt) {
-      if (v != nullptr && half_by_library(a_, b_, *v, y, add)) v = nullptr;
-      if (u != nullptr && half_by_library(b_, a_, *u, w, add)) u = nullptr;
-      if (v == nullptr && u == nullptr) return;
-    }
-    if (narrow) return sketch_narrow(v, u, y, w, add);
-    if (v != nullptr) half_wide(a_, b_, *v, y, add);
-    if (u != nullptr) half_wide(b_, a_, *u, w, add);
+    if (path != SketchPath::kCublasLt) return sketch_own(a_, b_, v, u, y, w, add);
+    // Chunks of tokens that the second half finds in L2; one half alone reads nothing twice.
+    const int64_t row = (a_.cols + b_.cols) * element_bytes(a_.dtype);
+    const int64_t chunk = v && u && a_.rows > 0 ? chunk_tokens(a_.rows, row, gpu_.l2) : a_.rows;
+    int64_t first = 0;
+    do {  // once without tokens too
+      const int64_t count = smaller(chunk, a_.rows - first);
+      const Matrix a = rows_of(a_, first, count), b = rows_of(b_, first, count);
+      const bool more = add || first > 0;
+      const Tensor* own_v = v && !half_by_library(a, b, *v, y, more) ? v : nullptr;
+      const Tensor* own_u = u && !half_by_library(b, a, *u, w, more) ? u : nullptr;
+      if (own_v || own_u) sketch_own(a, b, own_v, own_u, y, w, more);
+      first += count;
+    } while (first < a_.rows);
   }
 
   // out(i, j) = Σ_r left(r, i) right(r, j) for `rows` i and `cols` j; strides of r, then of i or j.
@@ -113,6 +118,24 @@ class Products {
 
  private:
   static bool wide(const Matrix& x) { return x.dtype == 0 || x.dtype == 1; }
+  static int64_t element_bytes(int dtype) {
+    return dtype == 1 ? 8 : dtype == 0 ? 4 : dtype > 3 ? 1 : 2;
+  }
+
+  static Matrix rows_of(const Matrix& x, int64_t first, int64_t count) {
+    Matrix part = x;
+    part.data = static_cast<const char*>(x.data) + first * x.ld * element_bytes(x.dtype);
+    part.rows = count;
+    return part;
+  }
+
+  // Kernels of ours. Scales are those of all tokens, so where there are any, so are a and b.
+  void sketch_own(const Matrix& a, const Matrix& b, const Tensor* v, const Tensor* u,
+                  const Output& y, const Output& w, bool add) {
+    if (!wide(a)) return sketch_narrow(a, b, v, u, y, w, add);
+    if (v != nullptr) half_wide(a, b, *v, y, add);
+    if (u != nullptr) half_wide(b, a, *u, w, add);
+  }
 
   // A float8 operand times its scale in float32 or float64, exactly; the scale is used up.
   Matrix widened(const Matrix& x, Scale& scale) {
@@ -131,7 +154,8 @@ class Products {
     return Matrix(out);
   }
 
-  void sketch_narrow(const Tensor* v, const Tensor* u, const Output& y, const Output& w, bool add) {
+  void sketch_narrow(const Matrix& a, const Matrix& b, const Tensor* v, const Tensor* u,
+                     const Output& y, const Output& w, bool add) {
     struct Basis {
       int dtype = 0;
       const void* data = nullptr;
@@ -146,21 +170,21 @@ class Products {
       }
     };
     const Basis right(v), left(u);
-    const int64_t tokens = a_.rows, n = a_.cols, m = b_.cols;
+    const int64_t tokens = a.rows, n = a.cols, m = b.cols;
     // One half alone reads nothing twice.
-    const auto bytes = [](const Matrix& x) { return x.cols * (x.dtype > 3 ? 1 : 2); };
+    const auto bytes = [](const Matrix& x) { return x.cols * element_bytes(x.dtype); };
     const int64_t chunk = v != nullptr && u != nullptr
-                              ? chunk_tokens(tokens, bytes(a_) + bytes(b_), gpu_.l2)
+                              ? chunk_tokens(tokens, bytes(a) + bytes(b), gpu_.l2)
                               : round_up_to(tokens, kProjectTokens);
     const Tensor scratch =
         new_scratch(like_, molegrad_sketch_scratch(tokens, n, m, right.k, left.k, chunk,
                                                    gpu_.multiprocessors, gpu_.shared_memory));
     check(molegrad_sketch_scaled(
-        a_.dtype, a_.data, a_.ld, a_scale_.data, a_scale_.stride, b_.dtype, b_.data, b_.ld,
-        b_scale_.data, b_scale_.stride, tokens, n, m, right.dtype, right.data, right.row,
-        right.column, right.k, left.dtype, left.data, left.row, left.column, left.k,
-        static_cast<float*>(y.data), y.ld, static_cast<float*>(w.data), w.ld, add, chunk,
-        gpu_.multiprocessors, gpu_.shared_memory, scratch.mutable_data_ptr(), stream()));
+        a.dtype, a.data, a.ld, a_scale_.data, a_scale_.stride, b.dtype, b.data, b.ld, b_scale_.data,
+        b_scale_.stride, tokens, n, m, right.dtype, right.data, right.row, right.column, right.k,
+        left.dtype, left.data, left.row, left.column, left.k, static_cast<float*>(y.data), y.ld,
+        static_cast<float*>(w.data), w.ld, add, chunk, gpu_.multiprocessors, gpu_.shared_memory,
+        scratch.mutable_data_ptr(), stream()));
   }
 
   // False where the columns do not fit.
