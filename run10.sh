@@ -7,11 +7,12 @@
 #
 # Stages: tokenizer dense molegrad sft eval report
 #
-#   PROFILE        cpu (about 12 minutes on 2 cores), rtx5090 (the $10 run), smoke (seconds)
+#   PROFILE        cpu (a quarter of an hour on 2 cores), rtx5090 (the $10 run), smoke (seconds)
 #   RUN            name of the run (default: the profile's); two models train, RUN-dense and RUN
 #   BASELINE       0 leaves the dense baseline out
 #   DATA           corpus: embedded, a file or folder of text, or climbmix:SHARDS (default: by profile)
 #   BASE_FLAGS     further flags for both trainings, e.g. "--num-iterations=20"
+#   SFT_FLAGS      further flags for fine-tuning, e.g. "--num-iterations=50"
 #   MOLEGRAD_FLAGS further flags for the MoleGrad training, e.g. "--streaming_sample_share=0.5"
 #   MOLEGRAD_HOME  where everything is written (default ~/.cache/molegrad)
 #   MOLEGRAD_VENV, MOLEGRAD_TORCH, MOLEGRAD_BUILD, MOLEGRAD_CUDA: see scripts/setup.sh
@@ -71,6 +72,7 @@ case "$PROFILE" in
 esac
 base+=" --data=$DATA ${BASE_FLAGS:-}"
 estimate+=" ${MOLEGRAD_FLAGS:-}"
+sft+=" ${SFT_FLAGS:-}"
 
 say "Profile $PROFILE${gpu:+ on $gpu}, run $RUN, everything under $MOLEGRAD_HOME"
 if [ "$PROFILE" = rtx5090 ]; then
@@ -101,6 +103,16 @@ state() {
   fi
 }
 
+# trained EVALUATION --run=NAME: whether there is a model to evaluate; a line that says so if not
+trained() {
+  local kind=base stage=molegrad run="${2#--run=}"
+  if [ "$run" = "$RUN-dense" ]; then stage=dense; fi
+  if [ "$1" = chat_eval ]; then kind=sft stage=sft; fi
+  if compgen -G "$MOLEGRAD_HOME/runs/$run/$kind/step_*" >/dev/null; then return; fi
+  echo "-- eval leaves out $1 of run $run, which has no such model yet: bash run10.sh $stage"
+  return 1
+}
+
 # stage NAME MODULE FLAGS...: one command of the pipeline; trainings get --overwrite or --resume
 stage() {
   local name="$1" module="$2" mark now
@@ -109,6 +121,7 @@ stage() {
   mark="$marks/$(echo "$name-${module##*.}-$1" | tr -c 'A-Za-z0-9.\n' -)"
   chain+="$module $flags"$'\n'
   if [ "$wanted" != "  " ] && [[ "$wanted" != *" $name "* ]]; then return; fi
+  if [ "$name" = eval ] && ! trained "${module##*.}" "$1"; then return; fi
   now="$(state "$mark")"
   if [ "$now" = done ]; then
     echo "-- $name is done (bash run10.sh $name does it anew): python -m $module $flags"

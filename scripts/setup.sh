@@ -5,6 +5,8 @@
 #   MOLEGRAD_TORCH  what pip installs as torch where there is none (default: the newest release
 #                   built for CUDA 12.8 beside an NVIDIA GPU, otherwise torch==2.13.0)
 #   MOLEGRAD_BUILD  0 leaves the native extension out (see README)
+#   MOLEGRAD_DEPS   0 installs MoleGrad without what it depends on, with no network; what its commands
+#                   need and is not there is named, and is an error
 #   MOLEGRAD_SKIP_INSTALL  1 takes the environment as it is
 
 set -euo pipefail
@@ -49,11 +51,22 @@ setup_environment() {
 
   # Installing again is needed only when what is installed or built has changed. An environment
   # with the extension serves MOLEGRAD_BUILD=0 too: the extension is then not loaded.
-  local sources build="${MOLEGRAD_BUILD:-1}" known=""
+  # Likewise one that has the dependencies serves MOLEGRAD_DEPS=0.
+  local sources build=1 deps=1 known="" had_build=0 had_deps=0
+  if [ "${MOLEGRAD_BUILD:-1}" = 0 ]; then build=0; fi
+  if [ "${MOLEGRAD_DEPS:-1}" = 0 ]; then deps=0; fi
   sources="$(cat pyproject.toml setup.py CMakeLists.txt $(find csrc -type f | sort) | sha256sum)"
-  sources="${sources%% *} cuda=${MOLEGRAD_CUDA:-AUTO} $PWD"
-  if [ -f "$stamp" ]; then known="$(cat "$stamp")"; fi
-  if [ "$known" = "$sources built" ] || [ "$build$known" = "0$sources unbuilt" ]; then
+  sources="${sources%% *} ${MOLEGRAD_CUDA:-AUTO} ${MOLEGRAD_CUDA_ARCHITECTURES:-default} $PWD"
+  if [ -f "$stamp" ]; then read -r had_build had_deps known <"$stamp" || true; fi
+  if [ "$known" = "$sources" ] && [ "$had_build" -ge "$build" ] && [ "$had_deps" -ge "$deps" ]; then
+    return
+  fi
+  if [ "$deps" = 0 ]; then
+    "$PYTHON" - <molegrad/_needs.py
+    say "Installing MoleGrad alone and building its extension"
+    "$PYTHON" -m pip install --disable-pip-version-check --quiet --no-index --no-deps \
+      --no-build-isolation -e .
+    installed "$stamp" "$build 0 $sources"
     return
   fi
   if ! "$PYTHON" -c 'import torch' 2>/dev/null; then
@@ -70,11 +83,20 @@ setup_environment() {
   fi
   say "Installing MoleGrad [gpt,test] and building its extension"
   if [ "$venv" = none ]; then
-    "$PYTHON" -m pip install --quiet --disable-pip-version-check setuptools cmake ninja pybind11 ||
-      echo "pip could not reach an index: using the build tools that are installed"
+    "$PYTHON" -m pip install --quiet --disable-pip-version-check "setuptools>=77" cmake ninja \
+      pybind11 || echo "pip could not reach an index: using the build tools that are installed"
   fi
-  "$PYTHON" -m pip install --disable-pip-version-check --quiet "${isolation[@]}" -e ".[gpt,test]"
-  if [ "$build" = 0 ]; then echo "$sources unbuilt" >"$stamp"; else echo "$sources built" >"$stamp"; fi
+  if ! "$PYTHON" -m pip install --disable-pip-version-check --quiet "${isolation[@]}" \
+    -e ".[gpt,test]"; then
+    echo "Without a network, with what is installed: MOLEGRAD_VENV=none MOLEGRAD_DEPS=0" >&2
+    return 1
+  fi
+  installed "$stamp" "$build 1 $sources"
+}
+
+# STAMP TEXT: notes what was installed, and says it.
+installed() {
+  echo "$2" >"$1"
   "$PYTHON" -c 'import molegrad; print("MoleGrad:", molegrad.build_info())'
 }
 

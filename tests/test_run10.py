@@ -96,6 +96,21 @@ def test_the_large_profile_trains_its_first_steps_at_a_reduced_size(first, home)
     assert "step 00020/00020" in result.stdout
 
 
+def test_fine_tuning_has_flags_of_its_own(first, home):
+    result = run10(home, "sft", SFT_FLAGS="--num-iterations=2")
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert "--num-iterations=6 --eval-every=3 --num-iterations=2" in result.stdout
+    assert "step 00002/00002" in result.stdout
+
+
+def test_evaluation_leaves_out_models_that_are_not_there(home):
+    result = run10(home, "eval", RUN="nothing")
+    assert result.returncode == 0, result.stderr
+    left_out = [line for line in result.stdout.splitlines() if "eval leaves out" in line]
+    assert [line.rpartition("run10.sh ")[2] for line in left_out] == ["dense", "molegrad", "sft"]
+    assert "chat_eval of run nothing, which has no such model yet" in left_out[-1]
+
+
 def test_unknown_profiles_and_stages_are_named(home):
     assert "PROFILE=abacus is unknown" in run10(home, PROFILE="abacus").stderr
     assert "unknown stage chat" in run10(home, "chat").stderr

@@ -3,12 +3,13 @@
     python -m scripts.gpu_report --folder=gpu_check
 
 The folder has parts.txt, a line "name exit-status seconds" for every part that ran, and the logs
-grad.log, step.log and memory.log, whose last line is the benchmark's JSON. What is missing there
-is said to be missing, and not measured is not guessed.
+grad.log, step.log, compiled.log (steps too) and memory.log, with the benchmark's JSON on a line of
+its own. What is missing there is said to be missing, and not measured is not guessed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 from dataclasses import dataclass
@@ -24,9 +25,11 @@ from molegrad.gpt import flags
 from molegrad.gpt.flags import flag
 from molegrad.gpt.hardware import device_name
 
-BENCHMARKS = ("grad", "step", "memory")
+BENCHMARKS = ("grad", "step", "compiled", "memory")
 # Of a part, by its exit status: `timeout` ends with 124, or 137 where it had to kill.
-STATUS = {0: "passed", None: "not run", 124: "out of time", 137: "out of time"}
+STATUS = {
+    0: "passed", None: "not run", 124: "out of time", 130: "interrupted", 137: "out of time",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,7 @@ def collect(folder: Path) -> dict:
         last = said[-1][:200] if said and not said[-1].startswith("{") else ""
         parts.append({"name": name, "status": known, "seconds": int(seconds), "said": last})
     measured = {name: _last_json(folder / f"{name}.log") for name in BENCHMARKS}
+    measured["step"] = _joined(measured["step"], measured.pop("compiled"))
     return {
         "machine": machine(),
         "parts": parts,
@@ -83,16 +87,31 @@ def collect(folder: Path) -> dict:
 
 
 def _targets(grad: dict | None, step: dict | None, memory: dict | None) -> list[dict]:
-    of_memory = [] if memory is None else memory["targets"]
+    of_memory = [] if memory is None else memory.get("targets", [])
     return [*targets_of.targets(grad, step), *of_memory]
 
 
 def _last_json(log: Path) -> dict | None:
-    lines = log.read_text(errors="replace").strip().splitlines() if log.is_file() else []
-    try:
-        return json.loads(lines[-1]) if lines else None
-    except json.JSONDecodeError:
-        return None
+    """The last line that is a JSON object: what goes to stderr may follow it."""
+    lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
+    for line in reversed(lines):
+        if line.startswith("{"):
+            with contextlib.suppress(json.JSONDecodeError):
+                return json.loads(line)
+    return None
+
+
+def _joined(eager: dict | None, compiled: dict | None) -> dict | None:
+    """Steps of both runs of the benchmark in one result."""
+    if eager is None or compiled is None:
+        return eager or compiled
+    rows = [*eager["rows"], *compiled["rows"]]
+    stopped = {"interrupted": True} if compiled.get("interrupted") else {}
+    return {**eager, "rows": rows, **stopped}
+
+
+def _cut_short(measured: dict) -> list[str]:
+    return ["Interrupted: what was measured until then.", ""] if "interrupted" in measured else []
 
 
 def markdown(results: dict) -> str:
@@ -111,18 +130,20 @@ def markdown(results: dict) -> str:
     if results["grad"] is None:
         lines += ["Not measured.", ""]
     else:
-        lines += [_bandwidth_line(results["grad"]), ""]
+        lines += [*_cut_short(results["grad"]), _bandwidth_line(results["grad"]), ""]
         for name in grad.TABLES:
             lines += [table(results["grad"][name], markdown=True) or f"{name}: no rows", ""]
     lines += ["## Training steps", ""]
     if results["step"] is None:
         lines.append("Not measured.")
     else:
+        lines += _cut_short(results["step"])
         lines.append(step.shown(results["step"]["rows"], markdown=True))
     lines += ["", "## Memory", ""]
     if results["memory"] is None:
         lines.append("Not measured: FULL=1, or python -m scripts.bench_memory --device=cuda.")
     else:
+        lines += _cut_short(results["memory"])
         lines.append(memory_report.measured(results["memory"], markdown=True))
     return "\n".join(lines) + "\n"
 
@@ -159,6 +180,9 @@ def _version(number: int | None) -> str:
 
 def _bandwidth_line(measured: dict) -> str:
     rate, config = measured["bandwidth"], measured["config"]
+    if rate is None:
+        why = measured.get("bandwidth_note", "not measured")
+        return f"{measured['device']}, {config['dtype']}. Memory bandwidth: {why}."
     return (
         f"{measured['device']}, {config['dtype']}. Memory: {rate['read'] / 1e9:.0f} GB/s read by a "
         f"sum, {rate['copy'] / 1e9:.0f} GB/s copied (read and written); the larger is the floor "

@@ -20,7 +20,8 @@ must (dense and sketch once, power twice); the ratio to dense; that ratio as a s
 arithmetic limit mn / (2k (m + n)), which a kernel exceeds where its rate is higher than the
 library's dense one; "of floor", how much of the time those reads alone would take at the memory's
 bandwidth, which is measured in the same run; the ratio to the reference. What has not been measured
-has a note that says why. Last the MOLEGRAD_SKETCH_PATH that takes the fastest path of every size.
+has a note that says why. The size of the project's targets is measured first, with more time than
+others. Last the MOLEGRAD_SKETCH_PATH that takes the fastest path of every size.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from dataclasses import dataclass
 import torch
 
 from molegrad import build_info, ops, reference
+from molegrad.bench import targets
 from molegrad.bench.layers import (
     bench_bases,
     bench_layers,
@@ -39,10 +41,11 @@ from molegrad.bench.layers import (
     bench_sampled,
     row_of,
 )
+from molegrad.bench.partial import exit_status, until_interrupted
 from molegrad.bench.paths import FORCED, FP8, VARIABLE, Problem, fastest, has_native
 from molegrad.bench.products import basis, bench_gradients
 from molegrad.bench.table import table
-from molegrad.bench.timing import bandwidth, measure_cells, time_interleaved
+from molegrad.bench.timing import bandwidth, measure_cells, reason, time_interleaved
 from molegrad.gpt import flags
 from molegrad.gpt.flags import flag
 from molegrad.gpt.hardware import device_name
@@ -222,6 +225,10 @@ def _one_by_one(*lists: list[torch.Tensor]) -> None:
 def bench(config: GradBenchConfig, show: Callable[[str, list[dict]], None] | None = None) -> dict:
     """Every measurement of a configuration: a list of rows for each of TABLES, and on what machine.
 
+    A cell that fails has a row whose note says so. On Ctrl-C the rows so far are returned, and
+    "interrupted" is True. "bandwidth" is None where it could not be measured, for a reason that is
+    "bandwidth_note".
+
     Args:
         show: called with the name and the rows of each table as soon as it is finished.
     """
@@ -230,29 +237,41 @@ def bench(config: GradBenchConfig, show: Callable[[str, list[dict]], None] | Non
         raise ValueError("device=cuda, but torch finds no CUDA device; use --device=cpu")
     threads = torch.get_num_threads()
     torch.set_num_threads(config.threads or threads)
+    result: dict = {name: [] for name in TABLES}
     try:
-        torch.manual_seed(0)
-        rate = bandwidth(device)
-        rows = {}
-        for name, (cells, measure) in _tables(config, device, rate["best"]).items():
-            rows[name] = measure_cells(cells, measure, config.seconds, device)
-            if show is not None:
-                show(name, rows[name])
-        return {
-            **rows,
+        result |= {
             "device": device_name(device),
-            "bandwidth": rate,
-            "sketch_path": fastest(rows["gradients"]),
+            "bandwidth": None,
             "config": flags.resolved(config),
             "threads": torch.get_num_threads(),
             "native": has_native("sketch", device),
             "build_info": build_info(),
         }
+        with until_interrupted(result):
+            torch.manual_seed(0)
+            _measure(config, device, result, show)
     finally:
         torch.set_num_threads(threads)
+    return result | {"sketch_path": fastest(result["gradients"])}
 
 
-def _tables(config: GradBenchConfig, device: torch.device, rate: float) -> dict[str, tuple]:
+def _measure(config: GradBenchConfig, device: torch.device, result: dict, show) -> None:
+    """Adds the bandwidth and all rows to the result, as soon as they are there."""
+    try:
+        result["bandwidth"] = bandwidth(device)
+    except RuntimeError as error:
+        result["bandwidth_note"] = reason(error)
+    rate = result["bandwidth"]["best"] if result["bandwidth"] else None
+    for name, (cells, measure) in _tables(config, device, rate).items():
+        try:
+            first = targets.SHAPE if name == "gradients" else None
+            measure_cells(result[name], cells, measure, config.seconds, device, first)
+        finally:
+            if show is not None:
+                show(name, result[name])
+
+
+def _tables(config: GradBenchConfig, device: torch.device, rate: float | None) -> dict[str, tuple]:
     """Of every table: its cells, and what makes the rows of one of them."""
     dtype, repeats = DTYPES[config.dtype], config.repeats
     shapes = [{"n": n, "m": m} for n, m in config.shape_list]
@@ -291,7 +310,8 @@ def _tables(config: GradBenchConfig, device: torch.device, rate: float) -> dict[
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command; its status is 1 where something failed, whose rows say what."""
+    """The command; its status is 1 where something failed, whose rows say what, and 130 where it
+    was interrupted."""
     config = flags.parse(GradBenchConfig, argv, prog="python -m scripts.bench_grad")
     info = build_info()
     kernels = info.get("cpu_capability") or info["reason"]
@@ -306,17 +326,19 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"bench_grad: {error}")
         return 2
-    rate = result["bandwidth"]
-    print(
-        f"{result['device']}; memory: {rate['read'] / 1e9:.1f} GB/s read by a sum, "
-        f"{rate['copy'] / 1e9:.1f} GB/s copied (read and written)"
-    )
+    rate, memory = result["bandwidth"], result.get("bandwidth_note", "not measured")
+    if rate is not None:
+        memory = f"{rate['read'] / 1e9:.1f} GB/s read by a sum, "
+        memory += f"{rate['copy'] / 1e9:.1f} GB/s copied (read and written)"
+    print(f"{result['device']}; memory: {memory}")
     if result["sketch_path"] is not None:
         print(f"the fastest sketches of {config.dtype}: export {VARIABLE}={result['sketch_path']}")
+    if result.get("interrupted"):
+        print("interrupted: the rows so far")
     if config.json:
-        print(json.dumps(result))
+        print(json.dumps(result), flush=True)
     failed = (row.get("note", "").startswith("failed") for name in TABLES for row in result[name])
-    return int(any(failed))
+    return exit_status(result, any(failed) or "bandwidth_note" in result)
 
 
 def _show(rows: list[dict], markdown: bool) -> None:

@@ -95,7 +95,7 @@ def fastest(rows: list[dict]) -> str | None:
     best: dict[tuple[int, int, int, int], dict] = {}
     counts = collections.Counter()
     for row in rows:
-        if row["op"] == "sketch" and row["how"] in FORCED and "us_p50" in row:
+        if row.get("op") == "sketch" and row["how"] in FORCED and "us_p50" in row:
             size = row["n"], row["m"], row["k"], -row["tokens"]
             counts[size] += 1
             best[size] = min(best.get(size, row), row, key=lambda r: r["us_p50"])

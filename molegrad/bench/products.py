@@ -21,13 +21,17 @@ def basis(rows: int, k: int, device: torch.device) -> Tensor:
 
 
 def bench_gradients(
-    problem: Problem, repeats: int, limit: float, bandwidth: float, left_out: tuple[str, ...] = ()
+    problem: Problem,
+    repeats: int,
+    limit: float,
+    bandwidth: float | None,
+    left_out: tuple[str, ...] = (),
 ) -> list[dict]:
     """A row for every op and way, with a "note" in place of times where it is not measured.
 
     Args:
         limit: seconds all of it may take.
-        bandwidth: bytes a second of the device's memory, for "of_floor".
+        bandwidth: bytes a second of the device's memory, for "of_floor"; None: not known.
         left_out: ways that are not to run.
     """
     n, m, tokens, k = problem.n, problem.m, problem.tokens, problem.k
@@ -82,7 +86,8 @@ def bench_gradients(
             row["tflops"] = flop / row["us_p50"] / 1e6
         else:
             row["gflops"] = flop / row["us_p50"] / 1e3
-        row["of_floor"] = None if is_dense else bytes_ / bandwidth * 1e6 / row["us_p50"]
+        known = bandwidth is not None and not is_dense
+        row["of_floor"] = bytes_ / bandwidth * 1e6 / row["us_p50"] if known else None
         row["gbytes"] = (bytes_ + is_dense * n * m * a.element_size()) / row["us_p50"] / 1e3
         row["vs_dense"] = dense and median_ratio(dense, times)
         row["of_limit"] = None if is_dense or not dense else row["vs_dense"] / ceiling

@@ -127,7 +127,7 @@ def _bases_target(rows: list[dict]) -> Target:
 
 def _step_targets(step: dict | None) -> list[Target]:
     rows = [] if step is None else step["rows"]
-    rows = [row for row in rows if (row["sequences"], row["tokens"]) == BATCH]
+    rows = [row for row in rows if (row["sequences"], row["tokens"]) == BATCH and "ratio" in row]
     configs = {row["method"]: _streaming_config(row["method"]) for row in rows}
     taken = {
         method: _layers_taken(config, step["config"]["depth"], step["config"]["aspect_ratio"])

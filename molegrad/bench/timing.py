@@ -4,9 +4,10 @@ Several variants of one thing are run one after the other, round by round, so th
 program's load falls on all of them, and a ratio is the median of the rounds' own ratios.
 
 On a GPU a variant's time is what passes on the device between two events around it. Before the
-first event a buffer is overwritten that is larger than the L2 cache, as other layers' tensors would
-have been in a training step, and it is overwritten as often as the host needs to launch the
-variant: the device must not be seen to wait for launches.
+first event a buffer is read that is larger than the L2 cache, as other layers' tensors would have
+been in a training step, and it is read as often as the host needs to launch the variant: the device
+must not be seen to wait for launches. Were it written, the cache would hold what has yet to go to
+memory, and that would be the variant's to wait for.
 """
 
 from __future__ import annotations
@@ -20,9 +21,12 @@ from dataclasses import dataclass, field
 
 import torch
 
+from molegrad.bench.partial import no_room
+
 LEAST_ROUNDS = 3  # however little time there is
 FLUSH_BYTES = 256 << 20  # at least, and twice the L2 cache
 LONGEST_LAUNCH = 5e-3  # seconds of launching that are hidden behind the flush
+FIRST_COUNTS = 8  # cells for whose time a table's first cell is measured
 
 
 @dataclass
@@ -98,10 +102,11 @@ def clock_of(device: torch.device) -> HostClock | DeviceClock:
     if device.type != "cuda":
         return HostClock()
     l2 = torch.cuda.get_device_properties(device).L2_cache_size
-    buffer = torch.empty(max(2 * l2, FLUSH_BYTES), dtype=torch.int8, device=device)
+    buffer = torch.ones(max(2 * l2, FLUSH_BYTES) // 4, device=device)
+    sink = torch.empty((), device=device)
     return DeviceClock(
         lambda: torch.cuda.Event(enable_timing=True),
-        buffer.zero_,
+        lambda: torch.sum(buffer, dim=0, out=sink),
         lambda: torch.cuda.synchronize(device),
     )
 
@@ -119,7 +124,7 @@ def time_interleaved(
         repeats: rounds. limit: seconds after which no further round begins, once there are three.
         clock: by default `clock_of(device)`.
 
-    A variant that raises RuntimeError while it warms up is left out and named in `failed`.
+    A variant that raises RuntimeError is left out from then on and named in `failed`.
     """
     begun = time.perf_counter()
     clock = clock or clock_of(device)
@@ -138,17 +143,26 @@ def time_interleaved(
         start = time.perf_counter()
         if done >= LEAST_ROUNDS and start + last - begun > limit:
             break
-        for name, seconds in timed.seconds.items():
-            seconds.append(clock.time(variants[name], timed.host.get(name)))
+        for name in list(timed.seconds):
+            try:
+                taken = clock.time(variants[name], timed.host.get(name))
+            except RuntimeError as error:
+                del timed.seconds[name]
+                timed.failed[name] = reason(error)
+            else:
+                timed.seconds[name].append(taken)
         last = time.perf_counter() - start
     return timed
 
 
 def reason(error: Exception) -> str:
     """The first line of what went wrong, as a table's note."""
-    if isinstance(error, torch.OutOfMemoryError):
+    first = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+    if not no_room(error):
+        return f"failed: {first}"
+    if "out of memory" in str(error):
         return "failed: out of memory"
-    return "failed: " + (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+    return f"failed, out of memory as it seems: {first}"
 
 
 def percentiles(seconds: list[float]) -> dict[str, float]:
@@ -192,34 +206,44 @@ class Budget:
     """The seconds of a table, shared out among its cells, so that the last ones get some too.
 
     Args:
-        seconds: of the whole table; 0 is no limit. cells: how many there are.
+        seconds: of the whole table; 0 is no limit. cells: how many shares there are.
     """
 
     def __init__(self, seconds: float, cells: int) -> None:
         self._cells = cells
         self._end = time.perf_counter() + seconds if seconds else math.inf
 
-    def share(self) -> float | None:
-        """Seconds for the next cell; None where nothing is left."""
+    def share(self, cells: int = 1) -> float | None:
+        """Seconds for the next cell, which counts as so many; None where nothing is left."""
         left = self._end - time.perf_counter()
-        share = left / max(self._cells, 1)
-        self._cells -= 1
+        share = left * cells / max(self._cells, cells)
+        self._cells -= cells
         return share if left > 0 else None
 
 
 def measure_cells(
-    cells: list[dict], measure: Callable[[dict, float], list[dict]], seconds: float, device
-) -> list[dict]:
-    """The rows of all cells of a table. What is not measured has a row with a "note".
+    rows: list[dict],
+    cells: list[dict],
+    measure: Callable[[dict, float], list[dict]],
+    seconds: float,
+    device: torch.device,
+    first: dict | None = None,
+) -> None:
+    """Adds to `rows` those of all cells of a table. What is not measured has one with a "note".
 
     Args:
         cells: what tells one from the other, such as {"n": 768, "m": 3072}.
         measure: (cell, seconds it may take) -> its rows.
         seconds: of the whole table; 0 is no limit.
+        first: the cell that matters most. If it is among them, it goes before the others and has
+            the time of FIRST_COUNTS cells.
     """
-    budget, rows = Budget(seconds, len(cells)), []
-    for cell in cells:
-        limit = budget.share()
+    if first in cells:
+        cells = [first, *(cell for cell in cells if cell != first)]
+    counts = [FIRST_COUNTS if cell == first else 1 for cell in cells]
+    budget = Budget(seconds, sum(counts))
+    for cell, count in zip(cells, counts, strict=True):
+        limit = budget.share(count)
         if limit is None:
             rows.append(cell | {"note": f"not measured: the table's {seconds:g} s are spent"})
             continue
@@ -228,6 +252,5 @@ def measure_cells(
                 gc.collect()
                 torch.cuda.empty_cache()
             rows += measure(cell, limit)
-        except RuntimeError as error:
+        except Exception as error:  # whatever it was: the other cells are measured
             rows.append(cell | {"note": reason(error)})
-    return rows

@@ -44,6 +44,36 @@ def test_a_report_of_what_was_measured(tmp_path, capsys, monkeypatch):
     assert text.count("| not measured |") == 13
 
 
+def test_a_benchmark_s_result_is_found_whatever_follows_it(tmp_path):
+    log = tmp_path / "step.log"
+    said = ["{not json", '{"rows": [1]}', '{"rows": [2]}', "[3]", "{cut off", "Warning: bye"]
+    log.write_text("\n".join(said) + "\n")
+    assert gpu._last_json(log) == {"rows": [2]}
+    log.write_text("Traceback\n{'rows': 1}\n")
+    assert gpu._last_json(log) is None and gpu._last_json(tmp_path / "none.log") is None
+
+
+def test_compiled_steps_and_results_that_were_cut_short(tmp_path, capsys):
+    small = ["--depth=2", "--aspect-ratio=32", "--vocab=300", "--batches=2x16", "--steps=1"]
+    assert step.main([*small, "--methods=exact", "--json"]) == 0
+    eager = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    rows = [row | {"compiled": True} for row in eager["rows"]]
+    (tmp_path / "parts.txt").write_text("step 0 9\ncompiled 124 60\n")
+    (tmp_path / "step.log").write_text(json.dumps(eager) + "\n")
+    (tmp_path / "compiled.log").write_text(json.dumps(eager | {"rows": rows, "interrupted": True}))
+    stopped = {name: [] for name in grad.TABLES} | {"device": "a GPU", "interrupted": True}
+    stopped |= {"bandwidth": None, "config": {"dtype": "bfloat16", "device": "cuda"}}
+    (tmp_path / "grad.log").write_text(json.dumps(stopped) + "\n")
+    assert gpu.main([f"--folder={tmp_path}"]) == 0
+    text = (tmp_path / "gpu_check.md").read_text()
+    assert "| compiled | out of time | 60 |" in text
+    assert "| 2x16 | no | exact |" in text and "| 2x16 | yes | exact |" in text
+    assert text.count("Interrupted: what was measured until then.") == 2
+    assert "a GPU, bfloat16. Memory bandwidth: not measured." in text
+    (tmp_path / "step.log").unlink()
+    assert gpu.collect(tmp_path)["step"]["rows"] == rows
+
+
 def test_the_report_names_the_gpu_its_driver_and_the_versions():
     none = {"supported": False, "reason": "needs cuBLASLt 13.4 or newer"}
     taken = {"wanted": "auto", "bfloat16": "own", "float32": "cublaslt"}

@@ -1,13 +1,15 @@
 import json
 import os
+import signal
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from molegrad.bench import grad, layers, products
+from molegrad.bench import grad, layers, products, targets
 from molegrad.bench.layers import BLOCKS, SHARES, STRIDES, bench_bases, layer_shapes
+from molegrad.gpt import flags
 
 TINY = ["--shapes=24x16,16x40", "--tokens=8,20", "--ranks=2,4", "--repeats=2", "--depth=2"]
 CPU = torch.device("cpu")
@@ -111,6 +113,53 @@ def test_a_failure_shows_in_the_row_and_the_status(monkeypatch, capsys):
     failed = [row for row in result["gradients"] if "failed" in row.get("note", "")]
     assert {(row["op"], row["how"]) for row in failed} >= {("power", "reference")}
     assert failed[0]["note"] == "failed: the kernel broke"
+
+
+def test_rows_so_far_are_printed_on_ctrl_c(monkeypatch, capsys):
+    measured = grad.bench_small
+
+    def stop(n, **rest):
+        if n == 16:
+            os.kill(os.getpid(), signal.SIGINT)
+        return measured(n, **rest)
+
+    monkeypatch.setattr(grad, "bench_small", stop)
+    assert grad.main([*TINY, "--json"]) == 130
+    out = capsys.readouterr().out.strip().splitlines()
+    result = json.loads(out[-1])
+    assert result["interrupted"] is True and "interrupted: the rows so far" in out
+    assert len(result["gradients"]) == 2 * 2 * 2 * (6 + 4) and result["bandwidth"]["best"] == 1e9
+    assert {row["n"] for row in result["small"]} == {24}
+    assert result["layers"] == result["sampled"] == result["projected"] == []
+    assert any("quantize_rows" in line for line in out[:-1])  # a part of the table is shown
+
+
+def test_a_bandwidth_that_is_not_known_costs_its_column_only(monkeypatch, capsys):
+    def broken(device):
+        raise RuntimeError("memory bandwidth: no")
+
+    monkeypatch.setattr(grad, "bandwidth", broken)
+    assert grad.main([*TINY, "--json"]) == 1
+    out = capsys.readouterr().out.strip().splitlines()
+    result = json.loads(out[-1])
+    assert result["bandwidth"] is None and "failed: memory bandwidth: no" in out[-2]
+    times = [row for row in result["gradients"] if "note" not in row]
+    assert times and all(row["of_floor"] is None for row in times)
+
+
+def test_the_size_of_the_targets_comes_first(monkeypatch):
+    seen = []
+
+    def rows(problem, repeats, limit, *rest):
+        seen.append(({"n": problem.n, "m": problem.m, "k": problem.k}, limit))
+        return []
+
+    monkeypatch.setattr(grad, "bench_gradients", rows)
+    monkeypatch.setattr(targets, "SHAPE", {"n": 16, "m": 40, "tokens": 20, "k": 2})
+    sizes = ["--shapes=24x16,16x40", "--tokens=20", "--ranks=2,4", "--depth=0", "--repeats=1"]
+    grad.bench(flags.parse(grad.GradBenchConfig, [*sizes, "--seconds=10"]))
+    assert [(x["n"], x["k"]) for x, _ in seen] == [(16, 2), (24, 2), (24, 4), (16, 4)]
+    assert seen[0][1] > 5 > seen[1][1]
 
 
 @pytest.mark.parametrize(

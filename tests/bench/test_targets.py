@@ -140,6 +140,12 @@ def test_what_a_method_converts_decides_which_target_it_measures(method, target)
     assert measured == ([] if target is None else [target])
 
 
+def test_a_row_that_was_not_timed_measures_nothing():
+    failed = {k: v for k, v in STEP["rows"][0].items() if k not in ("ratio", "gradients_mib")}
+    rows = [*STEP["rows"], failed | {"method": "exact", "note": "out of memory"}]
+    assert targets(None, STEP | {"rows": rows}) == targets(None, STEP)
+
+
 def test_the_check_of_a_gpu_measures_every_target_of_a_step():
     text = GPU_CHECK.read_text()
     lists = re.findall(r"^ *steps=\((.*)\)$", text, re.MULTILINE)

@@ -1,7 +1,9 @@
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from molegrad.bench import timing
 from molegrad.bench.timing import Budget, DeviceClock, measure_cells, time_interleaved
@@ -100,6 +102,42 @@ def test_a_variant_that_fails_is_named_and_the_others_go_on():
     assert list(timed.seconds) == ["c"] and len(timed.seconds["c"]) == 2
 
 
+def test_a_variant_that_fails_in_a_later_round_is_named_and_the_others_go_on():
+    calls = []
+
+    def tired():
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("torch_call_dispatcher(…) API call failed at ops.h, line 9")
+
+    timed = time_interleaved({"a": tired, "b": lambda: None}, 4, CPU)
+    assert list(timed.seconds) == ["b"] and len(timed.seconds["b"]) == 4 and len(calls) == 3
+    assert timed.failed["a"].startswith("failed, out of memory as it seems: torch_call_disp")
+
+
+def test_the_flush_reads_and_writes_nothing_large(monkeypatch):
+    """Lines that a flush left dirty would be written back in the time of what is measured."""
+    made, properties = [], SimpleNamespace(L2_cache_size=1 << 10)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(timing, "FLUSH_BYTES", 1 << 16)
+    monkeypatch.setattr(timing, "DeviceClock", lambda event, flush, wait: made.append(flush))
+    for name in ("ones", "empty"):
+        make = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *size, device, make=make: make(*size))
+    timing.clock_of(torch.device("cuda"))
+    calls = []
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            written = (kwargs or {}).get("out")
+            calls.append((function._schema.name, args[0].nbytes, written.nbytes))
+            return function(*args, **(kwargs or {}))
+
+    with Calls():
+        made[0]()
+    assert calls == [("aten::sum", 1 << 16, 4)]
+
+
 def test_a_table_s_seconds_are_shared_and_what_is_left_out_says_so(device):
     given = []
 
@@ -108,7 +146,8 @@ def test_a_table_s_seconds_are_shared_and_what_is_left_out_says_so(device):
         device.host += 2.5
         return [cell | {"us_p50": 1.0}]
 
-    rows = measure_cells([{"n": n} for n in range(6)], measure, 6.0, CPU)
+    rows = []
+    measure_cells(rows, [{"n": n} for n in range(6)], measure, 6.0, CPU)
     assert given == pytest.approx([1.0, 0.7, 0.25])
     assert rows[:3] == [{"n": n, "us_p50": 1.0} for n in range(3)]
     assert rows[3:] == [
@@ -117,14 +156,48 @@ def test_a_table_s_seconds_are_shared_and_what_is_left_out_says_so(device):
     assert Budget(0, 5).share() == math.inf
 
 
-def test_a_cell_that_fails_has_a_row():
+def test_the_first_cell_has_the_time_of_several(device):
+    given = {}
+
     def measure(cell, limit):
-        if cell["n"] == 1:
-            raise RuntimeError("illegal memory access")
+        given[cell["n"]] = limit
+        device.host += limit
         return [cell]
 
-    rows = measure_cells([{"n": 0}, {"n": 1}, {"n": 2}], measure, 0, CPU)
-    assert rows == [{"n": 0}, {"n": 1, "note": "failed: illegal memory access"}, {"n": 2}]
+    rows = []
+    measure_cells(rows, [{"n": n} for n in range(5)], measure, 12.0, CPU, first={"n": 3})
+    assert rows == [{"n": n} for n in (3, 0, 1, 2, 4)]
+    assert timing.FIRST_COUNTS == 8 and given[3] == pytest.approx(8.0)
+    assert [given[n] for n in (0, 1, 2, 4)] == pytest.approx([1.0] * 4)
+    given.clear()
+    measure_cells(rows, [{"n": n} for n in range(4)], measure, 12.0, CPU, first={"n": 9})
+    assert list(given.values()) == pytest.approx([3.0] * 4)  # there is no such cell
+
+
+def test_a_cell_that_fails_has_a_row():
+    raised = {1: RuntimeError("illegal memory access"), 2: KeyError("k")}
+
+    def measure(cell, limit):
+        if cell["n"] in raised:
+            raise raised[cell["n"]]
+        return [cell]
+
+    rows = []
+    measure_cells(rows, [{"n": n} for n in range(4)], measure, 0, CPU)
+    notes = {1: "failed: illegal memory access", 2: "failed: 'k'"}
+    assert rows == [{"n": n} | ({"note": notes[n]} if n in notes else {}) for n in range(4)]
+
+
+def test_rows_before_an_interrupt_are_kept():
+    def measure(cell, limit):
+        if cell["n"] == 2:
+            raise KeyboardInterrupt
+        return [cell]
+
+    rows = []
+    with pytest.raises(KeyboardInterrupt):
+        measure_cells(rows, [{"n": n} for n in range(4)], measure, 0, CPU)
+    assert rows == [{"n": 0}, {"n": 1}]
 
 
 def test_bandwidth_counts_the_bytes_that_move(monkeypatch):

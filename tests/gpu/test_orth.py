@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from molegrad import ops, reference
+from tests.gpu.device import DEVICE, needs_device
 from tests.samples import error, orthonormal, randn
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+pytestmark = needs_device
 
-GPU = torch.device("cuda")
+GPU = DEVICE
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 LAYERS = [(12, 3072, 32), (12, 768, 64), (12, 64, 32), (2, 5120, 128), (1, 700, 250), (3, 40, 1)]
 

@@ -5,6 +5,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from molegrad import MoleGradConfig, MoleLinear, clip_grad_norm_
 from molegrad.autograd import STATS
@@ -240,6 +241,38 @@ def test_bases_that_have_turned_tell_no_effective_rank():
     assert all(math.isfinite(m["effective_rank"]) for m in before.values())
     after = layer_metrics(model, optimizers)
     assert all(math.isnan(m["effective_rank"]) for m in after.values())
+
+
+@pytest.mark.parametrize(("mode", "method"), LOW_RANK)
+def test_products_are_exact_where_training_allows_tf32(mode, method):
+    """QᵀQ of perfect bases in TF32 would be as far from I as health allows."""
+    model, optimizers = trained(mode, method)
+    settings = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    products = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function._schema.name in ("aten::mm", "aten::bmm"):
+                products.append((args[0].dtype, *(x.fp32_precision for x in settings)))
+            return function(*args, **(kwargs or {}))
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    allowed = [x.fp32_precision for x in settings]
+    try:
+        model.zero_grad()
+        watch = LayerMetrics(model, optimizers)
+        watch.snapshot()
+        backward(model)
+        with Watch(), torch.autocast("cpu", torch.bfloat16):
+            watch.after_backward()
+            watch.read()
+        assert "tf32" in allowed and [x.fp32_precision for x in settings] == allowed
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert len(products) >= 4  # QᵀQ and QᵀQ' of both sides at least
+    assert {entry[1:] for entry in products} == {("ieee", "ieee")}
+    assert torch.bfloat16 not in {entry[0] for entry in products}
 
 
 def test_orthogonality_error_and_status():
