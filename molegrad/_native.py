@@ -50,10 +50,10 @@ def build_info() -> dict:
         "torch_abi_floor", "torch_abi", "compiler", "cpu_capability" (baseline, avx2 or avx512),
         "cuda" (bool), and "paths", which says for "kernels" (all of ours, on the GPU that is
         there), "fp8", "grouped" (several layers at once), "cublaslt_grouped" (the library's own
-        way, not used) and "sketch" whether they are "supported" and the "reason". A CUDA build adds "cuda_built" and "cuda_found", and to
-        "sketch" what MOLEGRAD_SKETCH_PATH has "wanted" and which path (own, cublaslt or fused) each
-        dtype takes now where no rule of that variable means the layer. Without the extension:
-        "reason".
+        way, not used) and "sketch" whether they are "supported" and the "reason". A CUDA build adds
+        "cuda_built" and "cuda_found", and to "sketch" what MOLEGRAD_SKETCH_PATH has "wanted" and
+        which path (own, cublaslt or fused) each dtype takes now where no rule of that variable
+        means the layer. Without the extension: "reason".
     """
     module, reason = load()
     info = {"native": module is not None, "torch": torch.__version__}

@@ -1,9 +1,10 @@
-"""What autocast must leave alone: code that chooses the dtypes of its products itself."""
+"""What autocast and TF32 must leave alone: code that chooses the precision of its products."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -26,3 +27,18 @@ def without_autocast(function: Callable) -> Callable:
             return function(*args, **kwargs)
 
     return run
+
+
+@contextlib.contextmanager
+def exact_products(device: torch.device) -> Iterator[None]:
+    """Products of float32 matrices in float32, neither in autocast's dtype nor in TF32."""
+    settings = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before = [setting.fp32_precision for setting in settings]
+    try:
+        for setting in settings:
+            setting.fp32_precision = "ieee"
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for setting, value in zip(settings, before, strict=True):
+            setting.fp32_precision = value

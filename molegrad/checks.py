@@ -44,22 +44,28 @@ def factors(op: str, a: Tensor, b: Tensor, a_scale, b_scale, **others: Tensor | 
     floating(op, float8=("a", "b"), a=a, b=b, **others, a_scale=a_scale, b_scale=b_scale)
     tokens(op, a, b, same_dtype=all(x.dtype not in FLOAT8 for _, x, _ in both))
     for name, x, scale in both:
-        if x.dtype not in FLOAT8:
-            _require(
-                scale is None, op, f"{name}_scale belongs to a float8 {name}, got {name} of "
-                f"{x.dtype}: multiply {name} by it, or leave it out",
-            )  # fmt: skip
-            continue
+        scale_of(op, name, x, scale)
+
+
+def scale_of(op: str, name: str, x: Tensor, scale: Tensor | None, whole: bool = True) -> None:
+    """A scale where x is float8, and none where it is not: one for each token, or where `whole` is
+    allowed one for all of x."""
+    if x.dtype not in FLOAT8:
         _require(
-            scale is not None, op, f"{name} of {x.dtype} needs {name}_scale, what quantize_rows "
-            "or quantize_tensor returned with it",
+            scale is None, op, f"{name}_scale belongs to a float8 {name}, got {name} of "
+            f"{x.dtype}: multiply {name} by it, or leave it out",
         )  # fmt: skip
-        _require(
-            scale.dtype == torch.float32 and (scale.dim() == 0 or scale.shape == x.shape[:-1]),
-            op,
-            f"expected {name}_scale in torch.float32, one number or one for each token of {name} "
-            f"{_shape(x)}, got {_shape(scale)} of {scale.dtype}",
-        )
+        return
+    _require(
+        scale is not None, op, f"{name} of {x.dtype} needs {name}_scale, what quantize_rows "
+        f"{'or quantize_tensor ' if whole else ''}returned with it",
+    )  # fmt: skip
+    fits = scale.shape == x.shape[:-1] or (whole and scale.dim() == 0)
+    _require(
+        scale.dtype == torch.float32 and fits, op,
+        f"expected {name}_scale in torch.float32, {'one number or ' if whole else ''}one for each "
+        f"token of {name} {_shape(x)}, got {_shape(scale)} of {scale.dtype}",
+    )  # fmt: skip
 
 
 def matrix(op: str, name: str, x: Tensor) -> None:
@@ -83,6 +89,15 @@ def tokens(op: str, a: Tensor, b: Tensor, same_dtype: bool = True) -> None:
         op,
         f"expected a and b of the same dtype, got {a.dtype} and {b.dtype}",
     )
+
+
+def in_place(op: str, name: str, x: Tensor) -> None:
+    """x can be updated in place: none of its numbers share memory, as an expanded one's do."""
+    _require(
+        all(step != 0 or size <= 1 for size, step in zip(x.shape, x.stride(), strict=True)), op,
+        f"{name} {_shape(x)} is expanded, and numbers that share memory cannot be updated in "
+        "place: give a clone of it",
+    )  # fmt: skip
 
 
 def basis(op: str, name: str, x: Tensor, rows: int, rank_max: int | None = None) -> None:
@@ -194,6 +209,7 @@ def lowrank_update_(weight, u, w, alpha=-1.0, decay=0.0) -> None:
     op = "lowrank_update_"
     floating(op, weight=weight, u=u, w=w)
     matrix(op, "weight", weight)
+    in_place(op, "weight", weight)
     basis(op, "u", u, weight.shape[0])
     basis(op, "w", w, weight.shape[1])
     _require(
@@ -221,6 +237,7 @@ def lowrank_update_many_(
             f"{_shape(first)} of {first.dtype} on {first.device} and, at {i}, "
             f"{_shape(weight)} of {weight.dtype} on {weight.device}",
         )
+        in_place(op, f"weights[{i}]", weight)
     for name, x, rows in (("u", u, first.shape[0]), ("w", w, first.shape[1])):
         _require(
             x.dim() == 3 and x.shape[:2] == (len(weights), rows) and x.shape[2] >= 1,
@@ -272,13 +289,7 @@ def sampled_grad_(grad, a, b, a_scale, counter, share, block=2, alpha=1.0, seed=
     )
     shape = (b.shape[-1], a.shape[-1])
     _require(tuple(grad.shape) == shape, op, f"expected grad of shape {shape}, got {_shape(grad)}")
-    count = b.shape[:-1].numel()
-    _require(
-        a_scale is None or a_scale.numel() == count,
-        op,
-        f"expected a_scale with one number for each of the {count} tokens, "
-        f"got {'none' if a_scale is None else _shape(a_scale)}",
-    )
+    scale_of(op, "a", a, a_scale, whole=False)
     step_counter(op, counter)
     sample(op, share, block)
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from molegrad.amp import without_autocast
 from molegrad.autograd import STATS, tangent_estimate, tangent_start
@@ -29,10 +30,22 @@ def require_chunkable(layer: nn.Linear, where: str) -> None:
     """ValueError where the layer's gradient cannot be gathered from chunks of tokens.
 
     Args:
-        where: what asks for it, for the message.
+        where: what asks for it, for the message; a flag, "--sequence_chunk", also as the way out.
     """
     if not isinstance(layer, nn.Linear):
         raise ValueError(f"{where} takes linear layers, got {type(layer).__name__}")
+    off = f", or give {where}=0" if where.startswith("--") else ""
+    if parametrize.is_parametrized(layer):
+        raise ValueError(
+            f"{where} takes plain weights, and this layer's is parametrized (weight_norm and its "
+            f"like), so that its parameters would get no gradient: leave the layer out{off}"
+        )
+    if type(layer) not in (nn.Linear, MoleLinear) or "forward" in vars(layer):
+        raise ValueError(
+            f"{where} takes nn.Linear and MoleLinear, got {type(layer).__name__} with a forward "
+            "pass that may be its own, which chunks, products with its weight, would leave out: "
+            f"merge its adapter, or leave the layer out{off}"
+        )
     if not isinstance(layer, MoleLinear) or not layer.trains:
         return
     reason = {
@@ -42,7 +55,8 @@ def require_chunkable(layer: nn.Linear, where: str) -> None:
     if reason:
         raise ValueError(
             f"layer {layer.name or 'MoleLinear'}: method={layer.config.method!r} {reason}, which "
-            f"{where} cannot give it: choose method='tangent' or 'sampled', or leave the layer out"
+            f"{where} cannot give it: choose method='tangent' or 'sampled', or leave the layer "
+            f"out{off}"
         )
 
 

@@ -18,6 +18,7 @@ from molegrad.grouping import SketchGroup
 from molegrad.linear import MoleLinear
 from molegrad.names import ROLES, layer_role, matches
 from molegrad.overrides import TARGET_GROUPS
+from molegrad.steps import Steps
 
 logger = logging.getLogger("molegrad")
 
@@ -176,15 +177,13 @@ def convert(model: nn.Module, config: MoleGradConfig | None = None, **changes) -
         raise ValueError(f"no layer to convert:\n{conversion}")
     logger.info("%s", conversion)
     group = SketchGroup(config.group_mib) if config.group_mib else None
-    return _replace(
-        model,
-        {
-            id(model.get_submodule(layer.name)): MoleLinear.from_linear(
-                model.get_submodule(layer.name), config, layer.name, group
-            )
-            for layer in conversion.taken
-        },
-    )
+    steps, replacements = Steps(), {}
+    for layer in conversion.taken:
+        linear = model.get_submodule(layer.name)
+        made = MoleLinear.from_linear(linear, config, layer.name, group)
+        made.steps = steps
+        replacements[id(linear)] = made
+    return _replace(model, replacements)
 
 
 def revert(model: nn.Module) -> nn.Module:

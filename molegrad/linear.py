@@ -29,6 +29,7 @@ from molegrad.autograd import STATS
 from molegrad.config import MoleGradConfig, explored_directions
 from molegrad.grouping import SketchGroup, grouped_linear
 from molegrad.reference import FLOAT8, acc_dtype
+from molegrad.steps import Steps
 
 # Parameters that a layer works with and that are in no state_dict of the model.
 WORKING_PARAMETERS = ("basis_u", "basis_v", "momentum", "momentum_scale")
@@ -89,7 +90,7 @@ class MoleLinear(nn.Linear):
         """The nn.Linear with this layer's parameters, hooks and mode; gradients are not kept."""
         linear = nn.Linear.__new__(nn.Linear)
         linear.__dict__.update(_own_containers(self))
-        for attribute in ("config", "name", "_seed", "share", "_guard", "group"):
+        for attribute in ("config", "name", "_seed", "share", "_guard", "group", "steps"):
             linear.__dict__.pop(attribute, None)
         for key in _WORKING_STATE:
             linear._buffers.pop(key, None)
@@ -108,7 +109,7 @@ class MoleLinear(nn.Linear):
                 f"layer of at least {needed} features on both sides, this one is "
                 f"{self.in_features} -> {self.out_features}: lower rank_k or leave the layer dense"
             )
-        self.config, self.name = config, name
+        self.config, self.name, self.steps = config, name, Steps()
         self.group = (group or SketchGroup(config.group_mib)) if config.group_mib else None
         # The share of the products that method "sampled" takes; 1 for the other methods.
         self.share = config.share_of(name) if config.method == "sampled" else 1.0
@@ -225,8 +226,10 @@ class MoleLinear(nn.Linear):
         if not (torch.is_grad_enabled() and self.trains):
             return F.linear(input, self.weight, self.bias)
         c = self.config
-        if self.momentum is not None and not torch.compiler.is_compiling():
-            _tell_of_float16(input.device.type)
+        if c.gradient_mode != "dense" and not torch.compiler.is_compiling():
+            self.steps.expect(self)
+            if self.momentum is not None:
+                _tell_of_float16(input.device.type)
         if c.method == "projected":
             return self._forward_projected(input)
         fp8 = c.products == "fp8"

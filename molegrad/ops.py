@@ -193,7 +193,7 @@ def sampled_grad_(
     Args:
         grad: (m, n), any floating dtype, the gradient or the momentum that is added to.
         a, b: as in `lowrank_grad`; `a` may be float8_e4m3fn, from `quantize_rows`.
-        a_scale: (…, T) float32, the factor of each token's row of `a`; None is 1.
+        a_scale: (…, T) float32, the factor of each token's row of a float8 `a`; None for others.
         counter, seed: decide the sample, as in `rademacher`.
         share: of the pairs to take, > 0; from 1 on G itself is added.
         block: features per block, >= 1; the smaller, the smaller the variance.

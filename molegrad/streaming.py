@@ -16,20 +16,26 @@ DistributedDataParallel works, sums of sketches are exact, and no gradient matri
 layers' configuration needs none. Given `last`, its product is not computed a second time.
 
 Costs: the forward products of `layers` (not of `last`) once more.
+
+Random numbers that a function draws (dropout) are the same in both passes, by the generators'
+states as `torch.utils.checkpoint` keeps them; only in the making of a CUDA graph they are not.
 """
 
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import get_device_states, set_device_states
 
 from molegrad.amp import without_autocast
 from molegrad.chunked import chunked_gradient, parameters_of, require_chunkable
+from molegrad.linear import MoleLinear
 
 Function = Callable[..., "Tensor | tuple[Tensor, ...]"]
 
@@ -46,10 +52,10 @@ def stream(
     """`function(*inputs, *positional, *layers)`, a chunk of tokens at a time.
 
     Args:
-        function: token-wise, deterministic, the same in both passes, without parameters of its own
-            and without in-place changes of its arguments. Called with slices of `inputs` and
-            `positional` and with the layers as callables; returns a tensor (B, t, …) or a tuple of
-            them.
+        function: token-wise, the same in both passes, without trainable parameters of its own (such
+            as a LayerNorm's: give the normalised tensor as an input) and without in-place changes
+            of its arguments. Called with slices of `inputs` and `positional` and with the layers as
+            callables; returns a tensor (B, t, …) or a tuple of them.
         inputs: (B, T, …) each; what is differentiated, and all that is kept.
         layers: linear layers, plain or MoleLinear, that `function` may call, each once.
         chunk: tokens of all B sequences together that exist at a time: max(1, chunk // B)
@@ -58,15 +64,25 @@ def stream(
             result is last(h), or r + last(h).
         positional: (T, …) tensors without gradient, such as rotary tables.
 
-    Where one of the layers has forward hooks nothing is streamed: hooks want to see a layer's calls
-    as they are otherwise. Computed eagerly under torch.compile (the graph breaks here).
+    Where one of the layers has hooks nothing is streamed: hooks want to see a layer's calls as they
+    are otherwise. Computed eagerly under torch.compile (the graph breaks here).
 
     Raises:
-        ValueError: shapes do not fit, chunk is not positive, or a layer's method needs its whole
-            input (see `molegrad.chunked.require_chunkable`).
+        TypeError: chunk is no integer, or what `function` returns no tensor or tuple of tensors.
+        ValueError: shapes do not fit, chunk is not positive, `function` has trainable parameters of
+            its own or returns more than `last` takes, or a layer cannot be streamed (see
+            `molegrad.chunked.require_chunkable`).
     """
+    try:
+        chunk = operator.index(chunk)
+    except TypeError:
+        message = f"chunk must be an integer, a number of tokens, got {chunk!r}"
+        raise TypeError(message) from None
     if chunk < 1:
         raise ValueError(f"chunk must be a number of tokens >= 1, got {chunk}")
+    if not inputs or any(x.dim() < 2 for x in inputs):
+        shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
+        raise ValueError(f"inputs must be one or more tensors (B, T, …), got {shapes or 'none'}")
     batch, length = inputs[0].shape[:2]
     if any(x.shape[:2] != (batch, length) for x in inputs):
         shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
@@ -74,18 +90,30 @@ def stream(
     if any(x.shape[0] != length for x in positional):
         shapes = ", ".join(str(tuple(x.shape)) for x in positional)
         raise ValueError(f"positional tensors need T={length} rows, got {shapes}")
+    if torch.is_grad_enabled() and any(x.requires_grad for x in positional):
+        raise ValueError(
+            "positional tensors get no gradient, and one of them requires it: give it as one of "
+            "`inputs`, (B, T, …), or detach it"
+        )
     used = [*layers, *([] if last is None else [last])]
     for layer in used:
         require_chunkable(layer, "streaming")
-    positions = max(1, chunk // batch)
+    positions = max(1, chunk // max(1, batch))
     return _streamed(function, tuple(inputs), tuple(positional), tuple(layers), last, positions)
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 @torch.compiler.disable
 def _streamed(function, inputs, positional, layers, last, positions):
     used = (*layers, *(() if last is None else (last,)))
-    if any(layer._forward_hooks or layer._forward_pre_hooks for layer in used):
+    if any(getattr(layer, hooks) for layer in used for hooks in _HOOKS):
         return _whole(function, inputs, positional, layers, last)
+    if torch.is_grad_enabled():
+        for layer in used:
+            if isinstance(layer, MoleLinear) and layer.trains:
+                layer.steps.expect(layer)
     call = _Call(function, positional, layers, last, positions, inputs[0].device.type)
     parameters = [p for layer in used for p in parameters_of(layer)]
     return _Stream.apply(call, len(inputs), *inputs, *parameters)
@@ -93,10 +121,57 @@ def _streamed(function, inputs, positional, layers, last, positions):
 
 def _whole(function, inputs, positional, layers, last):
     result = function(*inputs, *positional, *layers)
+    outputs = _outputs(result, inputs[0].shape[:2], last)
     if last is None:
         return result
-    h, *rest = result if isinstance(result, tuple) else (result,)
+    h, *rest = outputs
     return rest[0] + last(h) if rest else last(h)
+
+
+def _outputs(result, size: torch.Size, last) -> tuple[Tensor, ...]:
+    """What a function has returned for (B, t) tokens, checked."""
+    outputs = result if isinstance(result, tuple) else (result,)
+    if not all(isinstance(y, Tensor) for y in outputs) or not outputs:
+        kinds = ", ".join(type(y).__name__ for y in outputs)
+        raise TypeError(
+            "a streamed function must return a tensor or a tuple of tensors, got "
+            + (f"({kinds})" if isinstance(result, tuple) else kinds)
+        )
+    if last is not None and len(outputs) > 2:
+        raise ValueError(
+            f"a streamed function before `last` returns its input h, or (h, r), got "
+            f"{len(outputs)} tensors: leave `last` out and call it after stream to return more"
+        )
+    if any(y.shape[:2] != size for y in outputs):
+        shapes = ", ".join(str(tuple(y.shape)) for y in outputs)
+        raise ValueError(
+            f"a streamed function must treat each token by itself: given (B, t) = {tuple(size)} "
+            f"tokens it returned {shapes}, expected {tuple(size)} in front"
+        )
+    return outputs
+
+
+def _require_no_parameters(outputs: tuple[Tensor, ...]) -> None:
+    """ValueError where outputs want a gradient although every argument was detached: the function
+    uses tensors of its own that would get none."""
+    nodes = [y.grad_fn for y in outputs if y.requires_grad and y.grad_fn is not None]
+    own = {id(y): y for y in outputs if y.requires_grad and y.grad_fn is None}
+    seen = set(nodes)
+    while nodes:
+        node = nodes.pop()
+        if hasattr(node, "variable"):
+            own[id(node.variable)] = node.variable
+        following = {after for after, _ in node.next_functions if after is not None} - seen
+        seen |= following
+        nodes += following
+    if own:
+        shapes = ", ".join(str(tuple(p.shape)) for p in own.values())
+        raise ValueError(
+            f"the streamed function uses parameters of its own, of shape {shapes}, which would get "
+            "no gradient: stream trains `inputs`, `layers` and `last` alone. Apply modules with "
+            "parameters (norms) before stream and give their result as one of `inputs`, leave this "
+            "part of the model out of stream, or freeze them with requires_grad_(False)"
+        )
 
 
 class _Call:
@@ -109,6 +184,8 @@ class _Call:
         self.autocast = torch.is_autocast_enabled(device_type)
         self.autocast_dtype = torch.get_autocast_dtype(device_type)
         self.several = False  # whether the result is a tuple
+        self.trains = torch.is_grad_enabled()
+        self._random: tuple | None = None
 
     def cast(self, x: Tensor | None) -> Tensor | None:
         """x as autocast has the operands of a product."""
@@ -123,7 +200,26 @@ class _Call:
         )
 
     def chunks(self, length: int):
-        return [slice(i, min(i + self.positions, length)) for i in range(0, length, self.positions)]
+        starts = range(0, max(1, length), self.positions)  # of no tokens an empty one
+        return [slice(i, min(i + self.positions, length)) for i in starts]
+
+    def keep_random(self, x: Tensor) -> None:
+        """Remember the generators' states of the host and of x's device; none of it waits."""
+        if self.trains and not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+            self._random = torch.get_rng_state(), *get_device_states(x)
+
+    @contextlib.contextmanager
+    def same_random(self):
+        """Random numbers as the forward pass drew them; afterwards the generators go on."""
+        if self._random is None:
+            yield
+            return
+        host, devices, states = self._random
+        kind = self.device_type if devices else "cuda"
+        with torch.random.fork_rng(devices, device_type=kind):
+            torch.set_rng_state(host)
+            set_device_states(devices, states, device_type=kind)
+            yield
 
 
 class _Layer:
@@ -170,11 +266,14 @@ class _Stream(torch.autograd.Function):
         layers = [_Layer(layer, call, backward=False) for layer in call.layers]
         last = None if call.last is None else _Layer(call.last, call, backward=False)
         whole: list[Tensor] = []
+        call.keep_random(inputs[0])
         for part in call.chunks(length):
-            pieces = (*(x[:, part] for x in inputs), *(x[part] for x in call.positional))
-            result = _whole(call.function, pieces, (), layers, last)
+            pieces = (*(x[:, part].detach() for x in inputs), *(x[part] for x in call.positional))
+            with torch.set_grad_enabled(call.trains):  # all is detached: it finds what is not
+                result = _whole(call.function, pieces, (), layers, last)
             call.several = isinstance(result, tuple)
             parts = result if call.several else (result,)
+            _require_no_parameters(parts)
             if not whole:
                 whole = [y.new_empty(y.shape[0], length, *y.shape[2:]) for y in parts]
             for y, piece in zip(whole, parts, strict=True):
@@ -193,29 +292,34 @@ class _Stream(torch.autograd.Function):
         needed = ctx.needs_input_grad[2 : 2 + count]
         layers = [_Layer(layer, call, backward=True) for layer in call.layers]
         last = None if call.last is None else _Layer(call.last, call, backward=True)
-        anchors = [layer.anchor for layer in layers]
         grad_inputs = [
             torch.empty_like(x) if need else None for x, need in zip(inputs, needed, strict=True)
         ]
         wanted = [grad for grad in grad_inputs if grad is not None]
-        for part in call.chunks(inputs[0].shape[1]):
-            pieces = [x[:, part].detach() for x in inputs]
-            sources = [x for x, need in zip(pieces, needed, strict=True) if need]
-            for x in sources:
-                x.requires_grad_()
-            with torch.enable_grad(), call.casts():
-                result = call.function(*pieces, *(x[part] for x in call.positional), *layers)
-            outputs = result if isinstance(result, tuple) else (result,)
-            given = [grad[:, part] for grad in grads]
-            if last is not None:
-                given = _through_last(last, outputs, given[0])
-            found = _gradients(outputs, given, [*sources, *anchors])
-            for grad, gradient in zip(wanted, found, strict=False):
-                grad[:, part] = 0.0 if gradient is None else gradient
-            del pieces, sources, result, outputs, given, found  # before the next chunk
+        with call.same_random():
+            for part in call.chunks(inputs[0].shape[1]):
+                found = _chunk_gradients(call, inputs, needed, grads, layers, last, part)
+                for grad, gradient in zip(wanted, found, strict=False):
+                    grad[:, part] = 0.0 if gradient is None else gradient
+                del found  # before the next chunk
         of_layers = [g for layer in layers for g in layer.gradient.finish()]
         of_last = [] if last is None else last.gradient.finish()
         return None, None, *grad_inputs, *of_layers, *of_last
+
+
+def _chunk_gradients(call: _Call, inputs, needed, grads, layers, last, part: slice):
+    """Gradients of the inputs that need one; the layers' are told of the chunk."""
+    pieces = [x[:, part].detach() for x in inputs]
+    sources = [x for x, need in zip(pieces, needed, strict=True) if need]
+    for x in sources:
+        x.requires_grad_()
+    with torch.enable_grad(), call.casts():
+        result = call.function(*pieces, *(x[part] for x in call.positional), *layers)
+    outputs = _outputs(result, pieces[0].shape[:2], last)
+    given = [grad[:, part] for grad in grads]
+    if last is not None:
+        given = _through_last(last, outputs, given[0])
+    return _gradients(outputs, given, [*sources, *(layer.anchor for layer in layers)])
 
 
 def _through_last(last: _Layer, outputs: tuple[Tensor, ...], grad: Tensor) -> list[Tensor]:

@@ -81,6 +81,7 @@ def sample_inputs(name: str, requires_grad: bool = False) -> list[tuple]:
     float8 = torch.ops.molegrad.quantize_rows(x.detach())
     a8, a8_scale = torch.ops.molegrad.quantize_tensor(a.detach())
     b8, b8_scale = torch.ops.molegrad.quantize_rows(b.detach(), True)
+    data8, scale8 = torch.ops.molegrad.quantize_rows(a3)
     projected = projection(a.detach(), v, counter, 3)
     float8_rows = torch.ops.molegrad.quantize_rows(projected[1])
     kept = projection(x.detach(), v, counter, 4)
@@ -124,7 +125,7 @@ def sample_inputs(name: str, requires_grad: bool = False) -> list[tuple]:
         ],
         "sampled_grad_": [
             (randn(13, 11), a.detach(), b.detach(), None, counter, 0.4, 4),
-            (randn(13, 11).bfloat16(), a3, b3, torch.rand(1, 19), counter, 0.5, 8, -2.0),
+            (randn(13, 11).bfloat16(), data8, b3, scale8, counter, 0.5, 8, -2.0),
             (randn(11, 13), b3, a3, None, counter, 2.0, 3, 1.0, 5),
         ],
         "project_tokens": [(a.detach(), v), (a3.bfloat16(), v)],

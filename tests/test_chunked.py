@@ -139,3 +139,12 @@ def test_methods_that_need_their_whole_input_are_refused():
         require_chunkable(nn.Tanh(), "streaming")
     layer.weight.requires_grad_(False)
     require_chunkable(layer, "streaming")  # a frozen layer has no gradient to gather
+
+
+def test_a_flag_that_asks_is_named_as_the_way_out():
+    """Where the layers are a whole model's, `leave the layer out` is not all that one can do."""
+    layer = MoleLinear(N, M, config=MoleGradConfig(method="power", rank_k=4))
+    with pytest.raises(ValueError, match="leave the layer out, or give --sequence_chunk=0$"):
+        require_chunkable(layer, "--sequence_chunk")
+    with pytest.raises(ValueError, match="leave the layer out$"):
+        require_chunkable(layer, "streaming")

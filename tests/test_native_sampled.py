@@ -135,7 +135,7 @@ def test_float8_activations(n, m, share, dtype):
     a, b = tokens(140, n, m, dtype)
     a8 = a.float().to(F8)
     assert (a8.float().abs() < 2**-6).any()  # subnormal numbers too
-    for scale in (None, torch.rand(140) + 0.5, (torch.rand(140, 1) + 0.5).to(dtype)):
+    for scale in (torch.ones(140), torch.rand(140) + 0.5):
         check(randn(m, n), a8, b, scale, share, 8)
     check(randn(m, n), a8.view(7, 20, n), b.view(7, 20, m), torch.rand(7, 20), share, 8)
 
@@ -145,12 +145,12 @@ def test_every_float8_number():
     finite = codes[codes.float().isfinite()]
     a, b = finite[:, None], torch.eye(len(finite))
     grad = torch.zeros(len(finite), 1)
-    ops.sampled_grad_(grad, a, b, None, STEP, 1.0)
+    ops.sampled_grad_(grad, a, b, torch.ones(len(finite)), STEP, 1.0)
     assert torch.equal(grad[:, 0], finite.float())
     for code in (0x7F, 0xFF):
         nan = torch.tensor([[code]], dtype=torch.uint8).view(F8)
         grad = torch.zeros(1, 1)
-        ops.sampled_grad_(grad, nan, torch.ones(1, 1), None, STEP, 1.0)
+        ops.sampled_grad_(grad, nan, torch.ones(1, 1), torch.ones(1), STEP, 1.0)
         assert grad.isnan().all()
 
 
@@ -260,6 +260,12 @@ def test_more_features_than_are_summed_at_a_time():
         {"a": randn(6, 4)},
         {"b": randn(5, 3).half()},
         {"a_scale": torch.ones(4)},
+        {"a_scale": torch.ones(5)},  # of what is not float8
+        {"a": randn(5, 4).to(F8)},  # without a scale
+        {"a": randn(5, 4).to(F8), "a_scale": torch.ones(5, dtype=F64)},
+        {"a": randn(5, 4).to(F8), "a_scale": torch.ones(5, 1)},
+        {"a": randn(5, 4).to(F8), "a_scale": torch.tensor(1.0)},
+        {"a": randn(5, 4).to(torch.float8_e5m2), "a_scale": torch.ones(5)},
         {"counter": torch.tensor(1.0)},
         {"counter": torch.zeros(1, dtype=torch.int64)},
         {"share": 0.0},

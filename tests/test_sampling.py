@@ -15,6 +15,7 @@ from molegrad.optim import SGD, Muon, matrix_param_groups
 from tests.samples import randn, tokens
 
 F64 = torch.float64
+FLOAT8 = torch.ones(30, 8).to(torch.float8_e4m3fn)
 
 
 def counter(step: int = 0) -> torch.Tensor:
@@ -126,7 +127,13 @@ def test_float8_rows():
         ({"share": 0.0}, "share must be positive, got 0.0"),
         ({"block": 0}, "block must be at least 1, got 0"),
         ({"grad": torch.zeros(3, 3)}, r"expected grad of shape \(12, 8\), got \(3, 3\)"),
-        ({"a_scale": torch.ones(4)}, r"one number for each of the 30 tokens, got \(4\)"),
+        ({"a_scale": torch.ones(30)}, "a_scale belongs to a float8 a, got a of torch.float32"),
+        ({"a": FLOAT8}, "a of torch.float8_e4m3fn needs a_scale, what quantize_rows returned"),
+        (
+            {"a": FLOAT8, "a_scale": torch.ones(30, 1)},
+            r"expected a_scale in torch.float32, one for each token of a \(30, 8\), got \(30, 1\)",
+        ),
+        ({"a": FLOAT8, "a_scale": torch.ones(30, dtype=F64)}, r"got \(30\) of torch.float64"),
         ({"counter": torch.zeros(2)}, "counter as an int64 scalar"),
     ],
 )

@@ -189,11 +189,154 @@ def test_an_output_that_nothing_depends_on():
     torch.testing.assert_close(layer.weight.grad[0], x.detach().sum((0, 1)))
 
 
+def with_dropout(x, c_fc):
+    return F.dropout(hidden(x, c_fc), 0.5), F.dropout(x, 0.3)
+
+
+def test_dropout_draws_the_same_in_both_passes_and_the_generator_goes_on():
+    mlp, x, masks = make(), sample(), []
+
+    def watched(x, c_fc):
+        h, r = with_dropout(x, c_fc)
+        masks.append((h != 0).detach())
+        return h, r
+
+    torch.manual_seed(11)
+    y = stream(watched, (x,), (mlp.c_fc,), 8, last=mlp.c_proj)
+    after_forward = torch.rand(3)
+    found = gradients(mlp, y, x)
+    after_backward = torch.rand(3)
+    half = len(masks) // 2
+    assert half == 6 and all(map(torch.equal, masks[:half], masks[half:]))
+    assert not torch.equal(masks[0], masks[1])
+
+    other, z, parts = make(), sample(), []
+    torch.manual_seed(11)  # chunk by chunk, by autograd
+    for part in z.split(4, 1):
+        h, r = with_dropout(part, other.c_fc)
+        parts.append(r + other.c_proj(h))
+    assert torch.equal(torch.rand(3), after_forward)
+    assert torch.equal(torch.rand(3), after_backward)
+    expected = torch.cat(parts, 1)
+    torch.testing.assert_close(y, expected)
+    for a, b in zip(found, gradients(other, expected, z), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("shape", [(B, 0, C), (0, T, C), (0, 0, C)])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        None,
+        {"rank_k": 2},
+        {"rank_k": 2, "products": "fp8"},
+        {"rank_k": 2, "gradient_mode": "factored"},
+        {"method": "sampled", "sample_share": 0.5},
+        {"method": "sampled", "gradient_mode": "momentum", "momentum_dtype": "int8"},
+    ],
+)
+def test_no_tokens(fields, shape):
+    config = None if fields is None else MoleGradConfig(**fields, min_layer_utilization=0.0)
+    mlp, x = make(config, bias=True, dtype=torch.float32), torch.zeros(shape).requires_grad_()
+    y = stream(with_residual, (x,), (mlp.c_fc,), 8, last=mlp.c_proj)
+    assert y.shape == shape
+    y.sum().backward()
+    assert x.grad.shape == shape and not mlp.c_fc.bias.grad.any()
+    if fields is None:
+        assert not mlp.c_fc.weight.grad.any()
+
+
+def test_parameters_of_the_functions_own_are_refused():
+    """They would get no gradient; frozen ones may be there, and none is asked for without."""
+    mlp, norm = make(), nn.LayerNorm(C).double()
+
+    def normed(x, c_fc):
+        return c_fc(norm(x)).relu(), x
+
+    def run(function=normed):
+        return stream(function, (sample(),), (mlp.c_fc,), 8, last=mlp.c_proj)
+
+    with pytest.raises(ValueError, match=r"parameters of its own, of shape \(12,\), \(12,\)"):
+        run()
+    with torch.no_grad():
+        run()
+    gate = nn.Parameter(torch.ones(3, dtype=torch.float64))
+    scale = gate.sum()  # no leaf itself
+    with pytest.raises(ValueError, match=r"parameters of its own, of shape \(3,\), which"):
+        run(lambda x, c_fc: (hidden(x, c_fc) * scale, x))
+    with pytest.raises(ValueError, match=r"of shape \(3,\), which"):  # where nothing else trains
+        mlp.requires_grad_(False)
+        x = sample().detach()
+        stream(lambda x, c_fc: c_fc(x).sum(-1, True) * gate, (x,), (mlp.c_fc,), 8)
+    norm.requires_grad_(False)
+    run().sum().backward()
+
+
+class Adapted(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) + 1.0
+
+
+def test_layers_that_are_more_than_their_weight_are_refused():
+    x = sample()
+    parametrized = nn.utils.parametrizations.weight_norm(make().c_fc)
+    patched = make().c_fc
+    patched.forward = lambda x: x
+    for layer, message in (
+        (Adapted(C, 4 * C), "got Adapted with a forward pass that may be its own"),
+        (patched, "got Linear with a forward pass that may be its own"),
+        (parametrized, "parametrized .* its parameters would get no gradient"),
+    ):
+        with pytest.raises(ValueError, match=f"streaming takes .*{message}"):
+            stream(hidden, (x,), (layer,), 8)
+        with pytest.raises(ValueError, match=message):
+            stream(hidden, (x,), (make().c_fc,), 8, last=layer)
+
+
+def test_hooks_of_either_pass_see_the_whole():
+    for register in ("register_full_backward_hook", "register_full_backward_pre_hook"):
+        mlp, x, seen = make(), sample(), []
+        getattr(mlp.c_fc, register)(
+            lambda layer, *grads, seen=seen: seen.append(grads[-1][0].shape)
+        )
+        stream(with_residual, (x,), (mlp.c_fc,), 8, last=mlp.c_proj).sum().backward()
+        assert seen == [(B, T, 4 * C)]
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_wrong_results_of_the_function(hooked):
+    mlp, x = make(), sample()
+    if hooked:
+        mlp.c_fc.register_forward_hook(lambda *_: None)
+
+    def run(function, last=mlp.c_proj):
+        return stream(function, (x,), (mlp.c_fc,), 8, last=last)
+
+    with pytest.raises(ValueError, match=r"returns its input h, or \(h, r\), got 3 tensors"):
+        run(lambda x, c_fc: (hidden(x, c_fc), x, x))
+    with pytest.raises(TypeError, match="must return a tensor or a tuple of tensors, got list"):
+        run(lambda x, c_fc: [hidden(x, c_fc), x])
+    with pytest.raises(TypeError, match=r"got \(Tensor, NoneType\)"):
+        run(lambda x, c_fc: (hidden(x, c_fc), None))
+    with pytest.raises(ValueError, match=r"treat each token by itself: .* returned \(2, 1, 48\)"):
+        run(lambda x, c_fc: hidden(x, c_fc).sum(1, keepdim=True), last=None)
+
+
 def test_wrong_calls_say_what_is_wrong():
     mlp, x = make(), sample()
     layers = (mlp.c_fc,)
     with pytest.raises(ValueError, match="chunk must be a number of tokens >= 1, got 0"):
         stream(hidden, (x,), layers, 0)
+    for chunk in ("16", 1.5, None):
+        with pytest.raises(TypeError, match=f"chunk must be an integer.*, got {chunk!r}"):
+            stream(hidden, (x,), layers, chunk)
+    with pytest.raises(ValueError, match=r"one or more tensors \(B, T, …\), got none"):
+        stream(hidden, (), layers, 8)
+    with pytest.raises(ValueError, match=r"one or more tensors \(B, T, …\), got \(12,\)"):
+        stream(hidden, (x[0, 0],), layers, 8)
+    angle = torch.ones(T, 1, requires_grad=True)
+    with pytest.raises(ValueError, match="positional tensors get no gradient, and one of them"):
+        stream(hidden, (x,), layers, 8, positional=(angle,))
     with pytest.raises(ValueError, match=r"inputs must agree in \(B, T\)"):
         stream(hidden, (x, x[:, 1:]), layers, 8)
     with pytest.raises(ValueError, match="positional tensors need T=21 rows"):

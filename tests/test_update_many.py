@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from molegrad import ops, reference
+from molegrad import checks, ops, reference
 from tests.samples import randn
 
 BF16 = torch.bfloat16
@@ -105,3 +105,20 @@ U, W = randn(2, 5, 3), randn(2, 6, 3)
 def test_bad_input_says_what_was_wrong(args, message):
     with pytest.raises(RuntimeError, match=f"molegrad::lowrank_update_many_: .*{message}"):
         torch.ops.molegrad.lowrank_update_many_(*args)
+
+
+@pytest.mark.parametrize("shape", [(5, 1), (1, 4)])
+def test_an_expanded_weight_is_refused_in_the_words_of_the_reference(shape):
+    """Its numbers share memory: each would be updated several times."""
+    wide, u, w = randn(*shape).expand(5, 4), randn(1, 5, 2), randn(1, 4, 2)
+    for name, given in (
+        ("lowrank_update_", (wide, u[0], w[0])),
+        ("lowrank_update_many_", ([wide], u, w)),
+    ):
+        with pytest.raises(RuntimeError, match=r"\(5, 4\) is expanded") as expected:
+            getattr(checks, name)(*given)
+        with pytest.raises(RuntimeError) as caught:
+            getattr(ops, name)(*given)
+        assert str(caught.value) == str(expected.value)
+    one = randn(1, 1).expand(1, 4)[:, :1]  # a stride without meaning
+    ops.lowrank_update_(one, randn(1, 2), randn(1, 2))

@@ -190,6 +190,7 @@ def _bandwidth_line(measured: dict) -> str:
     )
 
 
+@flags.command("gpu_report")
 def main(argv: list[str] | None = None) -> int:
     """The command; its status is 1 where there are no results."""
     config = flags.parse(GpuReportConfig, argv, prog="python -m scripts.gpu_report")

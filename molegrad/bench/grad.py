@@ -309,6 +309,7 @@ def _tables(config: GradBenchConfig, device: torch.device, rate: float | None) -
     }
 
 
+@flags.command("bench_grad")
 def main(argv: list[str] | None = None) -> int:
     """The command; its status is 1 where something failed, whose rows say what, and 130 where it
     was interrupted."""

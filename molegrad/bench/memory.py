@@ -17,184 +17,104 @@ of that shape) and as keys and values (what attention is called with).
 Step times are taken at one length, step by step in turn with dense's, and those of chunks also in
 turn with the same variant without them.
 
-What does not fit the device is a row that says so. With `--cap-gib` on a GPU the process may take
-that much and no more: then it is tried which variants train with 65,536 tokens, and how deep a
-model trains at 8192, from the depth on that the plan predicts, downwards.
+What does not fit the device, or fails, is a row that says so, and Ctrl-C ends with what has been
+measured. With `--cap-gib` on a GPU the process may take that much and no more: then it is tried
+which variants train with 65,536 tokens, and whether a model as deep as the plan predicts trains at
+8192, or else one with a block less. The cap counts what the allocator has reserved, gaps included;
+PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True keeps these small.
+
+On a GPU attention is FlashAttention-2, which predictions are of, even where torch would choose
+cuDNN's kernel, as training does there; `--attention=auto` measures that. The result says what ran.
+The libraries' workspaces are there before the first row is measured, and in none.
+
+Predictions take minutes and no GPU: see `molegrad.bench.memory_predictions` for how to make them
+beforehand.
 """
 
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
 import statistics
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 
 from molegrad import build_info
+from molegrad.bench import memory_predictions
+from molegrad.bench.memory_config import MemoryBenchConfig
+from molegrad.bench.memory_predictions import NOT_PREDICTED, Predictions
 from molegrad.bench.memory_report import (
     CHUNKS,
     DENSE,
-    DEPTH,
     LONG,
     PLAIN,
     TOKENS,
     memory_targets,
+    predicted,
     shown,
 )
-from molegrad.bench.step import StepBenchConfig, Training, settings
+from molegrad.bench.partial import exit_status, no_room, until_interrupted
+from molegrad.bench.step import Training, alone, attention_taken, prepared, tried
 from molegrad.gpt import flags
-from molegrad.gpt.flags import flag
-from molegrad.gpt.hardware import device_name, keep_freed_memory
-from molegrad.gpt.memory_plan import largest_depth, simulated
-from molegrad.gpt.memory_sim import PER_TOKEN
-from molegrad.gpt.train_config import BaseTrainConfig
-from molegrad.lab.methods import METHODS, Method
+from molegrad.gpt.hardware import device_name
+from molegrad.gpt.memory_plan import GIB
 from molegrad.lab.timing import median_interval
 from molegrad.monitor.peak import peak_bytes
 
-GIB = 2**30
 WARM_UP = 2
-
-
-@dataclass(frozen=True)
-class MemoryBenchConfig:
-    """Measure peak memory against sequence length.
-
-    Raises:
-        ValueError: a size or length that cannot be measured; the message names it.
-    """
-
-    device: str = flag("cpu", "cpu or cuda")
-    depth: int = flag(0, "transformer blocks; 0 takes 12 on CUDA, 4 elsewhere")
-    aspect_ratio: int = flag(64, "width per block")
-    vocab: int = flag(0, "entries of the vocabulary; 0 takes 32768 on CUDA, 2048 elsewhere")
-    lengths: str = flag(
-        "", "tokens of the one sequence, comma separated; empty takes 2048 to 65536 on CUDA, 256 "
-        "to 1024 elsewhere",
-    )  # fmt: skip
-    variants: str = flag("", "variants to measure, comma separated; empty takes all")
-    sequence_chunk: int = flag(0, "tokens in a chunk; 0 takes 4096 on CUDA, 128 elsewhere")
-    dtype: str = flag("auto", "of the matrix products: auto, bfloat16 or float32")
-    time_at: int = flag(
-        0, "length at which steps are timed; 0 takes 8192 on CUDA, 512 elsewhere; -1 times none"
-    )
-    steps: int = flag(8, "steps of every variant that are timed")
-    cap_gib: float = flag(0.0, "GiB that the process may take of a GPU; 0 is no limit")
-    threads: int = flag(0, "CPU threads; 0 leaves torch's own number")
-    seed: int = flag(0, "of weights and tokens")
-    json: bool = flag(False, "print one JSON object as the last line")
-    markdown: bool = flag(False, "print the tables as Markdown")
-
-    def __post_init__(self) -> None:
-        gpu = self.device.startswith("cuda")
-        defaults = {
-            "depth": DEPTH if gpu else 4,
-            "vocab": 32768 if gpu else 2048,
-            "lengths": "2048,8192,16384,32768,65536" if gpu else "256,512,1024",
-            "sequence_chunk": 4096 if gpu else 128,
-            "time_at": TOKENS if gpu else 512,
-            "variants": ",".join(variants_of(1)),
-        }
-        for name, value in defaults.items():
-            if not getattr(self, name):
-                object.__setattr__(self, name, value)
-        if self.cap_gib and not gpu:
-            raise ValueError(f"cap_gib={self.cap_gib} limits a GPU's memory, got device=cpu")
-        for name in ("depth", "aspect_ratio", "vocab", "steps", "sequence_chunk"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if len(self.length_list) < 2 or min(self.length_list) < 1:
-            raise ValueError(f"lengths={self.lengths} needs two lengths or more, for a slope")
-        unknown = [name for name in self.variant_list if name not in variants_of(1)]
-        if unknown:
-            known = ", ".join(variants_of(1))
-            raise ValueError(f"variants={', '.join(unknown)} is not among {known}")
-
-    @property
-    def length_list(self) -> list[int]:
-        try:
-            return sorted({int(part) for part in self.lengths.split(",")})
-        except ValueError:
-            raise ValueError(f"lengths={self.lengths} should look like 2048,8192") from None
-
-    @property
-    def variant_list(self) -> list[str]:
-        """Dense first, to compare with."""
-        named = [part.strip() for part in self.variants.split(",")]
-        return [DENSE, *(name for name in named if name != DENSE)]
-
-    @property
-    def methods(self) -> dict[str, Method]:
-        """The variants to measure."""
-        every = variants_of(self.sequence_chunk)
-        return {name: Method(name, every[name]) for name in self.variant_list}
-
-    def step_config(self, depth: int = 0) -> StepBenchConfig:
-        """The sizes, as `molegrad.bench.step` takes them."""
-        return StepBenchConfig(
-            device=self.device,
-            depth=depth or self.depth,
-            aspect_ratio=self.aspect_ratio,
-            vocab=self.vocab,
-            dtype=self.dtype,
-            seed=self.seed,
-        )
-
-
-def variants_of(chunk: int) -> dict[str, dict]:
-    """Name -> flags of base training."""
-    block = {"recompute": "block"}
-    chunks = {"sequence_chunk": chunk, "sequence_parts": "all"}
-    balanced = METHODS["balanced"]
-    return {
-        DENSE: {},
-        "dense + recompute": block,
-        PLAIN: balanced,
-        CHUNKS: {**balanced, **chunks},
-        "MoleGrad + recompute": {**balanced, **block},
-        f"{CHUNKS} + recompute": {**balanced, **chunks, **block},
-        f"{CHUNKS} + recompute + offload": {**balanced, **chunks, **block, "offload": True},
-    }
+ATTEMPTS = 2  # at the deepest model
 
 
 def bench(config: MemoryBenchConfig) -> dict:
-    """Every measurement of a configuration, and on what machine.
+    """Every measurement of a configuration, and on what machine; after Ctrl-C what there is, with
+    "interrupted".
 
     Raises:
-        ValueError: a device that is not there.
+        ValueError: a device that is not there, a kernel of attention that cannot be had, or a file
+            of predictions that is not of this configuration.
     """
-    device = torch.device(config.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device=cuda, but torch finds no CUDA device; use --device=cpu")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(config.threads or threads)
-    if device.type == "cpu":
-        keep_freed_memory()
-    try:
-        with _limited(config, device):
-            rows = [
-                _peak_row(config, name, tokens)
-                for name in config.methods
-                for tokens in config.length_list
-            ]
-            slopes = _slopes(config, rows)
-            times = _times(config) if config.time_at > 0 else []
-            capped = _capped(config) if config.cap_gib else []
-    finally:
-        torch.set_num_threads(threads)
-    result = {
-        "peaks": rows,
-        "slopes": slopes,
-        "times": times,
-        "capped": capped,
-        "device": device_name(device),
-        "config": flags.resolved(config),
-        "build_info": build_info(),
-    }
+    rows, times, capped = [], [], []
+    result = {"peaks": rows, "slopes": [], "times": times, "capped": capped}
+    with prepared(config) as device:
+        predictions = Predictions(config)
+        with _attention(config) as attention, _limited(config, device):
+            result |= {
+                "device": device_name(device),
+                "attention": attention,
+                "predictions": predictions.source,
+                "config": flags.resolved(config),
+                "build_info": build_info(),
+            }
+            with until_interrupted(result):
+                if device.type == "cuda":
+                    _make_workspaces(config)
+                for name in config.methods:
+                    for tokens in config.length_list:
+                        rows.append(_peak_row(config, name, tokens, predictions))
+                if config.time_at > 0:
+                    _times(config, times)
+                if config.cap_gib:
+                    _capped(config, rows, predictions, capped)
+    result["slopes"] = _slopes(config, rows)
     return {**result, "targets": memory_targets(result)}
+
+
+@contextlib.contextmanager
+def _attention(config: MemoryBenchConfig) -> Iterator[str]:
+    """Inside, attention takes the kernel that is asked for; gives its name."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(before and config.attention == "auto")
+    try:
+        taken = attention_taken(config.step_config())
+        if config.attention == "flash" and taken != "flash_attention":
+            raise ValueError(
+                f"attention=flash is not to be had here, with dtype={config.dtype}: torch takes "
+                f"{taken}; use --attention=auto"
+            )
+        yield taken
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 @contextlib.contextmanager
@@ -206,17 +126,13 @@ def _limited(config: MemoryBenchConfig, device: torch.device) -> Iterator[None]:
     total = torch.cuda.get_device_properties(device).total_memory
     if config.cap_gib * GIB > total:
         raise ValueError(f"cap_gib={config.cap_gib}, but the GPU has {total / GIB:.1f} GiB")
-    torch.cuda.set_per_process_memory_fraction(config.cap_gib * GIB / total, device)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    torch.cuda.set_per_process_memory_fraction(config.cap_gib * GIB / total, index)
     try:
         yield
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
-
-
-def _clean() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+        with contextlib.suppress(RuntimeError):  # of a device that an error inside has broken
+            torch.cuda.set_per_process_memory_fraction(1.0, index)
 
 
 def _training(config: MemoryBenchConfig, name: str, tokens: int, depth: int = 0) -> Training:
@@ -224,8 +140,11 @@ def _training(config: MemoryBenchConfig, name: str, tokens: int, depth: int = 0)
     return Training(config.step_config(depth), config.methods[name], (1, tokens), False)
 
 
-def _settings(config: MemoryBenchConfig, name: str, tokens: int) -> BaseTrainConfig:
-    return settings(config.step_config(), config.methods[name], (1, tokens))
+def _make_workspaces(config: MemoryBenchConfig) -> None:
+    """Small trainings, thrown away: what libraries allocate at their first call, for good, is there
+    before anything is measured."""
+    for name in config.capped_variants:
+        alone(measured_peaks, config, name, config.length_list[0], 1)
 
 
 def measured_peaks(
@@ -241,35 +160,26 @@ def measured_peaks(
         for _ in range(2):
             made[0].step()
 
-    found = None
-    with contextlib.suppress(torch.cuda.OutOfMemoryError):
+    try:
         whole = peak_bytes(train, config.device)
         passes = peak_bytes(lambda: made[0].loss().backward(), config.device)
-        found = whole - others, passes - others
-    made.clear()
-    _clean()  # now, as the error held on to what was there
-    return found
+        return whole - others, passes - others
+    except RuntimeError as error:
+        if no_room(error):
+            return None
+        raise
 
 
-def _peak_row(config: MemoryBenchConfig, name: str, tokens: int) -> dict:
-    found = simulated(_settings(config, name, tokens), config.vocab)
-    own = found.phases[found.passes]
-    row = {
-        "variant": name,
-        "tokens": tokens,
-        "measured": None,
-        "predicted": found.peak,
-        "phase": found.phase,
-        "parts": found.parts,
-        "measured_passes": None,
-        "predicted_passes": found.of(found.passes),
-        "own_passes": sum(own[part] for part in PER_TOKEN),
-        "host": found.host,
-    }
-    measured = measured_peaks(config, name, tokens)
+def _peak_row(config: MemoryBenchConfig, name: str, tokens: int, predictions: Predictions) -> dict:
+    row = {"variant": name, "tokens": tokens, "measured": None, "measured_passes": None}
+    known, not_predicted = tried(predictions.peak, name, tokens)
+    row |= known or NOT_PREDICTED
+    measured, not_measured = alone(measured_peaks, config, name, tokens)
     if measured is None:
-        return {**row, "note": "out of memory"}
+        return {**row, "note": "out of memory", **not_predicted, **not_measured}
     row["measured"], row["measured_passes"] = measured
+    if known is None:
+        return {**row, **not_predicted}
     return {**row, "measured_to_predicted": row["measured"] / row["predicted"]}
 
 
@@ -277,12 +187,14 @@ def _slopes(config: MemoryBenchConfig, rows: list[dict]) -> list[dict]:
     """For every variant the slopes of its passes' peaks, and the shares of dense's."""
     found = []
     for name in config.methods:
-        mine = [row for row in rows if row["variant"] == name]
+        mine = [row for row in rows if row["variant"] == name and row["predicted"] is not None]
         fitting = [row for row in mine if row["measured"] is not None]
         tokens = [row["tokens"] for row in fitting]
         measured = slope(tokens, [row["measured_passes"] for row in fitting])
         own = slope(tokens, [row["own_passes"] for row in fitting])
-        predicted = slope(config.length_list, [row["predicted_passes"] for row in mine])
+        predicted = slope(
+            [row["tokens"] for row in mine], [row["predicted_passes"] for row in mine]
+        )
         rest = None if measured is None else measured - own
         found.append(
             {"variant": name, "lengths": tokens, "measured": measured, "predicted": predicted,
@@ -303,21 +215,18 @@ def slope(x: list[int], y: list[int]) -> float | None:
     return statistics.linear_regression(x, y).slope
 
 
-def _times(config: MemoryBenchConfig) -> list[dict]:
-    """Milliseconds a step at one length, and ratios of steps that were made in turn."""
+def _times(config: MemoryBenchConfig, rows: list[dict]) -> None:
+    """Add milliseconds a step at one length, and ratios of steps that were made in turn, to
+    `rows`."""
     pairs = [(name, DENSE) for name in config.methods if name != DENSE]
     if CHUNKS in config.methods and PLAIN in config.methods:
         pairs.append((CHUNKS, PLAIN))
-    rows = []
     for name, reference in pairs:
+        found, why = alone(_in_turn, config, name, reference)
+        if why and not why.get("failed"):
+            why = {"note": "out of memory: the two do not fit the device together"}
         row = {"variant": name, "reference": reference, "tokens": config.time_at}
-        try:
-            row |= _in_turn(config, name, reference)
-        except torch.cuda.OutOfMemoryError:
-            row["note"] = "out of memory: the two do not fit the device together"
-        rows.append(row)
-        _clean()
-    return rows
+        rows.append({**row, **(found or why)})
 
 
 def _in_turn(config: MemoryBenchConfig, name: str, reference: str) -> dict:
@@ -339,45 +248,88 @@ def _in_turn(config: MemoryBenchConfig, name: str, reference: str) -> dict:
     }
 
 
-def _capped(config: MemoryBenchConfig) -> list[dict]:
-    """Under the cap: which variants train with long sequences, and how deep a model trains."""
-    rows = []
+def _capped(
+    config: MemoryBenchConfig, peaks: list[dict], predictions: Predictions, rows: list[dict]
+) -> None:
+    """Under the cap: which variants train with long sequences, and how deep a model trains; added
+    to `rows`.
+
+    Args:
+        peaks: rows that were measured under the same cap.
+    """
+    known = {row["variant"]: row for row in peaks if row["tokens"] == LONG}
     for name in config.methods:
-        peaks = measured_peaks(config, name, LONG)
-        rows.append({"what": f"{LONG} tokens", "variant": name, "depth": config.depth,
-                     "tokens": LONG, "measured": peaks and peaks[0],
-                     "trains": peaks is not None})  # fmt: skip
-    for name in dict.fromkeys((DENSE, list(config.methods)[-1])):
-        rows.append(_deepest(config, name))
-    return rows
+        row = {"what": f"{LONG} tokens", "variant": name, "depth": config.depth, "tokens": LONG}
+        if name in known:
+            measured = known[name]["measured"]
+            why = {k: known[name][k] for k in ("note", "failed") if k in known[name]}
+        else:
+            found, why = alone(measured_peaks, config, name, LONG)
+            measured = found and found[0]
+        rows.append({**row, **_trains(measured, why)})
+    for name in config.capped_variants:
+        rows.append(_deepest(config, name, predictions))
 
 
-def _deepest(config: MemoryBenchConfig, name: str) -> dict:
-    """The deepest model that trains at 8192 tokens: tried from what the plan predicts on."""
-    planned = largest_depth(
-        _settings(config, name, TOKENS), int(config.cap_gib * GIB), config.vocab
-    )
-    depth = predicted = planned[0] if planned else 0
-    peaks = None
-    while depth and (peaks := measured_peaks(config, name, TOKENS, depth)) is None:
-        depth -= 1
-    row = {"what": "deepest model", "variant": name, "depth": depth, "tokens": TOKENS}
-    found = {"predicted_depth": predicted, "measured": peaks and peaks[0], "trains": depth > 0}
-    return {**row, **found}
+def _trains(measured: int | None, why: dict) -> dict:
+    """Whether it does is not known where something else than memory was wanting."""
+    trains = None if measured is None and why.get("failed") else measured is not None
+    return {"measured": measured, "trains": trains, **why}
 
 
+def _deepest(config: MemoryBenchConfig, name: str, predictions: Predictions) -> dict:
+    """Whether a model as deep as is predicted trains at 8192 tokens, or one with a block less."""
+    row = {"what": "deepest model", "variant": name, "tokens": TOKENS, "depth": 0}
+    planned, why = tried(predictions.depth, name)
+    row["predicted_depth"] = planned
+    measured, row["tried"] = None, []
+    for depth in range(planned or 0, max(0, (planned or 0) - ATTEMPTS), -1):
+        row["tried"].append(depth)
+        found, why = alone(measured_peaks, config, name, TOKENS, depth)
+        if found is not None:
+            row["depth"], measured = depth, found[0]
+        if found is not None or why.get("failed"):
+            break
+    return {**row, **_trains(measured, why)}
+
+
+@flags.command("bench_memory")
 def main(argv: list[str] | None = None) -> int:
     """The command."""
     config = flags.parse(MemoryBenchConfig, argv, prog="python -m scripts.bench_memory")
+    sizes = f"depth {config.depth}, width {config.depth * config.aspect_ratio}"
+    sizes += f", vocabulary {config.vocab}, one sequence"
     try:
+        if config.predict_only:
+            return _predict(config, sizes)
         result = bench(config)
     except ValueError as error:
         print(f"bench_memory: {error}")
         return 2
-    sizes = f"depth {config.depth}, width {config.depth * config.aspect_ratio}"
-    versions = f"torch {result['build_info']['torch']}"
-    print(f"{result['device']}, {versions}, {sizes}, vocabulary {config.vocab}, one sequence\n")
+    versions = f"torch {result['build_info']['torch']}, attention {result['attention']}"
+    print(f"{result['device']}, {versions}, {sizes}\n")
+    if result["predictions"]:
+        print("predictions: {file}, simulated with torch {torch}\n".format(**result["predictions"]))
     print(shown(result, config.markdown))
+    if result.get("interrupted"):
+        print("\ninterrupted: what was measured before")
     if config.json:
-        print(json.dumps(result))
+        print(json.dumps(result), flush=True)
+    tables = (result["peaks"], result["times"], result["capped"])
+    return exit_status(result, failed=any(row.get("failed") for rows in tables for row in rows))
+
+
+def _predict(config: MemoryBenchConfig, sizes: str) -> int:
+    """Write the file of predictions."""
+    result: dict = {}
+    with until_interrupted(result):
+        result |= memory_predictions.predict(config)
+    if result.get("interrupted"):
+        print("interrupted: nothing is written")
+        return exit_status(result)
+    memory_predictions.write(config.predictions, result)
+    print(f"{config.device}, {sizes}; written: {config.predictions}\n")
+    print(predicted(result, config.markdown))
+    if config.json:
+        print(json.dumps(result), flush=True)
     return 0

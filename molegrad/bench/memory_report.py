@@ -29,7 +29,7 @@ def memory_targets(result: dict) -> list[dict]:
             note = f"{variant + ', ' if variant else ''}{at}: {value:{spec}}"
         return Target(name, wanted, value if counts else None, spec, more, note).row()
 
-    longest = max(row["tokens"] for row in rows)
+    longest = max((row["tokens"] for row in rows), default=TOKENS)
     at = TOKENS if any(row["tokens"] == TOKENS for row in rows) else longest
     share, leanest = _leanest(rows, at)
     rest = [s for s in result["slopes"] if _mole(s["variant"]) and s["rest_to_dense"] is not None]
@@ -66,11 +66,21 @@ def _mole(variant: str) -> bool:
 
 def _capped_targets(rows: list[dict], cap: float, official: bool) -> list[dict]:
     under = f"under {cap or 32:g} GiB"
-    trained = [row for row in rows if row["what"] != "deepest model" and row["trains"]]
+    long = [row for row in rows if row["what"] != "deepest model"]
+    trained = [row for row in long if row["trains"]]
+    known = trained or [row for row in long if row["trains"] is not None]
     deepest = next((r for r in rows if r["what"] == "deepest model" and _mole(r["variant"])), None)
-    tokens = (float(LONG) if trained else 0.0) if rows and official else None
-    share = deepest["depth"] / max(1, deepest["predicted_depth"]) if deepest else None
-    note = f"{deepest['variant']}: d{deepest['depth']} trains" if deepest else ""
+    tokens = (float(LONG) if trained else 0.0) if known and official else None
+    share, note = None, ""
+    if deepest is not None:
+        name, tried = deepest["variant"], " or ".join(f"d{depth}" for depth in deepest["tried"])
+        note = f"{name}: d{deepest['depth']} trains" if deepest["trains"] else (
+            f"{name}: no {tried} trains" if tried else f"{name}: no depth is predicted to fit"
+        )  # fmt: skip
+        if deepest["trains"] is None:
+            note = f"{name}: {deepest['note']}"
+        else:
+            share = deepest["depth"] / max(1, deepest["predicted_depth"])
     names = ", ".join(row["variant"] for row in trained)
     return [
         Target(f"d{DEPTH} {under}, tokens of a sequence that trains", LONG, tokens, ".0f",
@@ -101,6 +111,11 @@ _CAPPED = {
     "what": ("what", "s"), "variant": ("variant", "s"), "depth": ("depth", "d"),
     "predicted depth": ("predicted_depth", "d"), "tokens": ("tokens", "d"),
     "trains": ("trains_shown", "s"), "peak MiB": ("measured_mib", ",.0f"),
+    "note": ("note", "s"),
+}  # fmt: skip
+_PREDICTED = {
+    "variant": ("variant", "s"), "tokens": ("tokens", "d"), "predicted": ("predicted_mib", ",.1f"),
+    "phase": ("phase", "s"), "host MiB": ("host_mib", ",.0f"),
 }  # fmt: skip
 
 
@@ -119,21 +134,37 @@ def measured(result: dict, markdown: bool = False) -> str:
             {
                 **row,
                 "measured_mib": _mib(row["measured"]),
-                "predicted_mib": row["predicted"] / MIB,
-                "own_mib": row["own_passes"] / MIB,
+                "predicted_mib": _mib(row["predicted"]),
+                "own_mib": _mib(row["own_passes"]),
                 "passes_mib": _mib(row["measured_passes"]),
                 "to_dense": row["measured"] / dense[row["tokens"]] if both else None,
                 **({"host_mib": row["host"] / MIB} if row["host"] else {}),
             }
         )
     capped = [
-        {**r, "measured_mib": _mib(r["measured"]), "trains_shown": "yes" if r["trains"] else "no"}
+        {**r, "measured_mib": _mib(r["measured"]), "trains_shown": _ANSWER[r["trains"]]}
         for r in result["capped"]
     ]
     tables = [
         (peaks, _PEAKS), (result["slopes"], _SLOPES), (result["times"], _TIMES), (capped, _CAPPED),
     ]  # fmt: skip
     return "\n\n".join(table(rows, markdown, columns) for rows, columns in tables if rows)
+
+
+_ANSWER = {True: "yes", False: "no", None: "not known"}
+
+
+def predicted(predictions: dict, markdown: bool = False) -> str:
+    """A file of predictions as text: a table of peaks, and how deep a model fits."""
+    rows = [
+        {**r, "predicted_mib": r["predicted"] / MIB, "host_mib": r["host"] / MIB}
+        for r in predictions["rows"]
+    ]
+    lines = [table(rows, markdown, _PREDICTED), ""]
+    for name, depth in predictions["deepest"].items():
+        cap = f"under {predictions['cap']['cap_gib']:g} GiB"
+        lines.append(f"deepest model at {TOKENS} tokens {cap}, {name}: {depth}")
+    return "\n".join(lines)
 
 
 def _mib(size: int | None) -> float | None:

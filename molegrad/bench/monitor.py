@@ -256,6 +256,7 @@ def _interval(row: dict) -> str:
     return f"{row['cost']:+.2%} ({row['cost_low']:+.2%} to {row['cost_high']:+.2%})"
 
 
+@flags.command("bench_monitor")
 def main(argv: list[str] | None = None) -> int:
     """The command."""
     config = flags.parse(MonitorBenchConfig, argv, prog="python -m scripts.bench_monitor")

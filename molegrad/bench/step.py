@@ -13,7 +13,11 @@ with 95% confidence.
 Phases: forward (the loss included), backward, optimizer (zero_grad included), total. Times are the
 host's on the CPU, the device's between events on a GPU, which is waited for once a step. Where
 dense and a method do not fit the device together, the method's steps follow dense's instead, and
-"in_turn" is false.
+"in_turn" is false. What fails has a note that says why, and the rest goes on; Ctrl-C ends with what
+has been measured.
+
+Precision of float32 products and the kernel of attention are those of base training, torch's own
+choice; the result says which kernel that is.
 """
 
 from __future__ import annotations
@@ -22,17 +26,21 @@ import contextlib
 import gc
 import json
 import statistics
-from collections.abc import Iterator
+import sys
+import traceback
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 
 from molegrad import build_info
+from molegrad.bench.partial import exit_status, no_room, until_interrupted
 from molegrad.bench.table import table
 from molegrad.gpt import flags, setup
 from molegrad.gpt.flags import flag
-from molegrad.gpt.hardware import device_name, keep_freed_memory, peak_memory_bytes
+from molegrad.gpt.hardware import attention_backend, device_name, peak_memory_bytes
 from molegrad.gpt.model import GPT, GPTConfig
+from molegrad.gpt.train import prepare_device
 from molegrad.gpt.train_config import BaseTrainConfig, compute_dtype, resolve
 from molegrad.lab.methods import Method, parse_methods
 from molegrad.lab.timing import median_interval
@@ -123,7 +131,8 @@ class Training:
         sizes = GPTConfig(
             config.depth, config.aspect_ratio, vocab_size=config.vocab, max_seq_len=tokens
         )
-        self.model = setup.place(GPT(sizes, config.seed), self.config, device)
+        model = GPT.made_on(device, sizes, config.seed)
+        self.model = setup.place(model, self.config, device)
         setup.equip(self.model, self.config)
         self.optimizers = setup.build_optimizers(self.model, self.config)
         self.called = setup.wrap(self.model, self.config, setup.Processes())
@@ -175,56 +184,132 @@ class Training:
 
 
 @contextlib.contextmanager
-def _alone() -> Iterator[None]:
-    """Around what is built and measured by itself; its memory is given back after it."""
-    yield
+def prepared(config) -> Iterator[torch.device]:
+    """The device of a benchmark; inside, settings of the process are those of base training.
+
+    Args:
+        config: with `device` and `threads`.
+
+    Raises:
+        ValueError: a device that is not there.
+    """
+    device = torch.device(config.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device=cuda, but torch finds no CUDA device; use --device=cpu")
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    prepare_device(config, device)
+    try:
+        yield device
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(precision)
+
+
+def attention_taken(config: StepBenchConfig) -> str:
+    """The kernel of attention, as `attention_backend` names it, with the present settings."""
+    device = torch.device(config.device)
+    dtype = compute_dtype(settings(config, parse_methods("dense")[0], (1, 1)))
+    sizes = GPTConfig(config.depth, config.aspect_ratio)
+    return attention_backend(device, dtype, sizes.n_head, sizes.head_dim)
+
+
+def tried(function: Callable, *args) -> tuple:
+    """(what the function gives, {}), or (None, a note why it failed), with "failed" where that was
+    not for want of memory."""
+    try:
+        return function(*args), {}
+    except Exception as error:
+        if no_room(error):
+            return None, {"note": "out of memory"}
+        traceback.print_exc(file=sys.stderr)
+        reason = str(error).strip().splitlines()
+        note = f"{type(error).__name__}: {reason[0] if reason else ''}"
+        return None, {"note": note, "failed": True}
+
+
+def alone(function: Callable, *args) -> tuple:
+    """As `tried`; what the function built is given back after it."""
+    answer = tried(function, *args)
+    clean()  # now, as the error held on to what was there
+    return answer
+
+
+def clean() -> None:
+    """Give back the memory of what is no longer used."""
     gc.collect()
-    torch.compiler.reset()
     if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+        with contextlib.suppress(RuntimeError):  # of a device that an earlier error has broken
+            torch.cuda.empty_cache()
 
 
 def bench_batch(
-    config: StepBenchConfig, methods: list[Method], batch: tuple[int, int], compiled: bool
-) -> list[dict]:
-    """A row for every method, dense first."""
-    held, rows = {}, []
-    for method in methods:
-        with _alone():
-            held[method.label] = Training(config, method, batch, compiled).memory()
-    dense_seconds: list[dict[str, float]] = []
-    for method in methods[1:] or methods:
-        with _alone():
-            seconds, reference, in_turn = _time(config, methods[0], method, batch, compiled)
-        dense_seconds += reference
-        if method is not methods[0]:
-            rows.append(
-                _row(method, seconds, reference, in_turn, held[method.label], held["dense"])
-            )
-    first = _row(methods[0], dense_seconds, dense_seconds, True, held["dense"], held["dense"])
+    config: StepBenchConfig,
+    methods: list[Method],
+    batch: tuple[int, int],
+    compiled: bool,
+    rows: list[dict],
+) -> None:
+    """Add a row for every method, dense first, to `rows`; where it is interrupted, those with what
+    is known."""
+    dense = methods[0]
     common = {"sequences": batch[0], "tokens": batch[1], "compiled": compiled}
-    return [{**common, **row} for row in (first, *rows)]
+    found: dict[str, dict] = {}
+    dense_seconds: list[dict[str, float]] = []
+    try:
+        for method in methods:
+            row = found[method.label] = {**common, "method": method.label}
+            held, why = alone(_memory, config, method, batch, compiled)
+            row |= _held(held) if held else why
+            both = "peak_mib" in row and "peak_mib" in found[dense.label]
+            row |= {"peak_ratio": row["peak_mib"] / found[dense.label]["peak_mib"]} if both else {}
+        for method in methods[1:] or methods:
+            row = found[method.label]
+            if "note" in row:
+                continue
+            if "note" in found[dense.label]:
+                row["note"] = f"not timed, as dense failed: {found[dense.label]['note']}"
+                continue
+            timed, why = alone(_time, config, dense, method, batch, compiled)
+            row |= why
+            if timed:
+                seconds, reference, row["in_turn"] = timed
+                dense_seconds += reference
+                row |= _times(seconds, reference) if method is not dense else {}
+    finally:
+        if dense_seconds:
+            found[dense.label] |= _times(dense_seconds, dense_seconds) | {"in_turn": True}
+        rows.extend(found.values())
+
+
+def _memory(config, method: Method, batch, compiled: bool) -> dict[str, int]:
+    try:
+        return Training(config, method, batch, compiled).memory()
+    finally:
+        torch.compiler.reset()
 
 
 def _time(config, dense: Method, method: Method, batch, compiled: bool):
     """Seconds by phase of the method's steps and of dense's, and whether they were in turn."""
-    reference = Training(config, dense, batch, compiled)
-    if method is dense:
-        seconds = _steps(config, reference)
-        return seconds, seconds, True
     try:
-        own = Training(config, method, batch, compiled)
-        seconds = _steps(config, own, reference)
-        return seconds, reference.seconds[WARM_UP:], True
-    except torch.cuda.OutOfMemoryError:
+        reference = Training(config, dense, batch, compiled)
+        if method is dense:
+            seconds = _steps(config, reference)
+            return seconds, seconds, True
         own = None
-        gc.collect()
-        torch.cuda.empty_cache()
-    reference.seconds.clear()
-    seconds, reference = _steps(config, reference), None
-    gc.collect()
-    torch.cuda.empty_cache()
-    return _steps(config, Training(config, method, batch, compiled)), seconds, False
+        try:
+            own = Training(config, method, batch, compiled)
+            return _steps(config, own, reference), reference.seconds[WARM_UP:], True
+        except RuntimeError as error:
+            if not no_room(error):
+                raise
+        own = None
+        clean()
+        reference.seconds.clear()
+        seconds, reference = _steps(config, reference), None
+        clean()
+        return _steps(config, Training(config, method, batch, compiled)), seconds, False
+    finally:
+        torch.compiler.reset()
 
 
 def _steps(config: StepBenchConfig, *trainings: Training) -> list[dict[str, float]]:
@@ -235,58 +320,53 @@ def _steps(config: StepBenchConfig, *trainings: Training) -> list[dict[str, floa
     return trainings[0].seconds[WARM_UP:]
 
 
-def _row(method: Method, seconds, reference, in_turn: bool, held: dict, dense: dict) -> dict:
+def _held(held: dict[str, int]) -> dict[str, float]:
+    return {f"{key}_mib": value / 2**20 for key, value in held.items()}
+
+
+def _times(seconds, reference) -> dict:
+    """What a row says of seconds by phase, and of their ratios to the reference's."""
     totals = [sum(phases.values()) for phases in seconds]
     others = [sum(phases.values()) for phases in reference]
     ratios = [own / other for own, other in zip(totals, others, strict=True)]
     low, high = median_interval(ratios)
     return {
-        "method": method.label,
         "ms": 1e3 * statistics.median(totals),
         **{f"{p}_ms": 1e3 * statistics.median(phases[p] for phases in seconds) for p in PHASES},
         "ratio": statistics.median(ratios),
         "ratio_low": low,
         "ratio_high": high,
-        "in_turn": in_turn,
-        **{f"{key}_mib": value / 2**20 for key, value in held.items()},
-        **({"peak_ratio": held["peak"] / dense["peak"]} if "peak" in held else {}),
     }
 
 
 def bench(config: StepBenchConfig) -> dict:
-    """Every measurement of a configuration, and on what machine.
+    """Every measurement of a configuration, and on what machine; after Ctrl-C what there is, with
+    "interrupted".
 
     Raises:
         ValueError: an unknown method, or a device that is not there.
     """
-    device = torch.device(config.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device=cuda, but torch finds no CUDA device; use --device=cpu")
     methods = parse_methods(config.methods)
     peers = [method.label for method in methods if method.peer is not None]
     if peers:
         raise ValueError(f"methods={', '.join(peers)}: peers are timed by scripts.compare")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(config.threads or threads)
-    if device.type == "cpu":
-        keep_freed_memory()
-    try:
-        rows = [
-            row
-            for batch in config.batch_list
-            for compiled in {"no": (False,), "yes": (True,), "both": (False, True)}[config.compile]
-            for row in bench_batch(config, methods, batch, compiled)
-        ]
-        return {
+    rows: list[dict] = []
+    with prepared(config) as device:
+        result = {
             "rows": rows,
             "device": device_name(device),
+            "attention": attention_taken(config),
             "config": flags.resolved(config),
             "build_info": build_info(),
         }
-    finally:
-        torch.set_num_threads(threads)
+        with until_interrupted(result):
+            for batch in config.batch_list:
+                for compiled in _COMPILED[config.compile]:
+                    bench_batch(config, methods, batch, compiled, rows)
+    return result
 
 
+_COMPILED = {"no": (False,), "yes": (True,), "both": (False, True)}
 _COLUMNS = {  # heading: (key, format)
     "batch": ("batch", "s"), "compiled": ("compiled", "s"), "method": ("method", "s"),
     "ms a step": ("ms", ".1f"), "forward": ("forward_ms", ".1f"),
@@ -294,24 +374,30 @@ _COLUMNS = {  # heading: (key, format)
     "/ dense": ("shown", "s"), "gradients MiB": ("gradients_mib", ".1f"),
     "state MiB": ("state_mib", ".1f"), "layer inputs MiB": ("inputs_mib", ".1f"),
     "peak MiB": ("peak_mib", ".0f"), "peak / dense": ("peak_ratio", ".2f"),
+    "note": ("note", "s"),
 }  # fmt: skip
 
 
 def shown(rows: list[dict], markdown: bool = False) -> str:
     """The rows of `bench` as aligned text or as Markdown."""
+    if not rows:
+        return "no rows"
     return table([_shown(row) for row in rows], markdown, _COLUMNS)
 
 
 def _shown(row: dict) -> dict:
-    interval = f"{row['ratio']:.3f} ({row['ratio_low']:.3f} to {row['ratio_high']:.3f})"
-    return {
+    shown = {
         **row,
         "batch": f"{row['sequences']}x{row['tokens']}",
         "compiled": "yes" if row["compiled"] else "no",
-        "shown": interval + ("" if row["in_turn"] else ", not in turn"),
     }
+    if "ratio" in row:
+        interval = f"{row['ratio']:.3f} ({row['ratio_low']:.3f} to {row['ratio_high']:.3f})"
+        shown["shown"] = interval + ("" if row["in_turn"] else ", not in turn")
+    return shown
 
 
+@flags.command("bench_step")
 def main(argv: list[str] | None = None) -> int:
     """The command."""
     config = flags.parse(StepBenchConfig, argv, prog="python -m scripts.bench_step")
@@ -322,8 +408,11 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     sizes = f"depth {config.depth}, width {config.depth * config.aspect_ratio}"
     versions = f"torch {result['build_info']['torch']}"
-    print(f"{result['device']}, {versions}, {sizes}, vocabulary {config.vocab}\n")
+    kernels = f"attention {result['attention']}"
+    print(f"{result['device']}, {versions}, {sizes}, vocabulary {config.vocab}, {kernels}\n")
     print(shown(result["rows"], config.markdown))
+    if result.get("interrupted"):
+        print("\ninterrupted: the rows so far")
     if config.json:
-        print(json.dumps(result))
-    return 0
+        print(json.dumps(result), flush=True)
+    return exit_status(result, failed=any(row.get("failed") for row in result["rows"]))

@@ -83,6 +83,7 @@ def predict(config: BudgetConfig) -> Budget:
     return Budget(steps, tokens, flops, hours, (hours * low, hours * high), config)
 
 
+@flags.command("budget")
 def main(argv: list[str] | None = None) -> int:
     """The command."""
     print(predict(flags.parse(BudgetConfig, argv, prog="python -m scripts.budget")))

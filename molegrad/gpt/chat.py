@@ -184,14 +184,10 @@ def answer(
     return "".join(chat.reply(question))
 
 
+@flags.command("chat_cli")
 def main(argv: list[str] | None = None) -> int:
     """The command."""
-    config = flags.parse(ChatConfig, argv, prog="python -m scripts.chat_cli")
-    try:
-        return chat_cli(config)
-    except (FileNotFoundError, ValueError) as error:
-        print(f"chat_cli: {error}", file=sys.stderr)
-        return 2
+    return chat_cli(flags.parse(ChatConfig, argv, prog="python -m scripts.chat_cli"))
 
 
 def chat_cli(

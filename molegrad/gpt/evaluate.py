@@ -17,7 +17,6 @@ How to run:
 
 import json
 import os
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,23 +103,20 @@ def chosen(config) -> list[str]:
     return [name for name in known if name in names]
 
 
+@flags.command("base_eval")
 def main_base(argv: list[str] | None = None) -> int:
     """python -m scripts.base_eval"""
     return _main(BaseEvalConfig, "base_eval", argv)
 
 
+@flags.command("chat_eval")
 def main_chat(argv: list[str] | None = None) -> int:
     """python -m scripts.chat_eval"""
     return _main(ChatEvalConfig, "chat_eval", argv)
 
 
 def _main(config_class, script: str, argv) -> int:
-    config = flags.parse(config_class, argv, prog=f"python -m scripts.{script}")
-    try:
-        evaluate(config)
-    except (FileNotFoundError, ValueError) as error:
-        print(f"{script}: {error}", file=sys.stderr)
-        return 2
+    evaluate(flags.parse(config_class, argv, prog=f"python -m scripts.{script}"))
     return 0
 
 

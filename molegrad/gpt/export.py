@@ -18,7 +18,6 @@ How to run:
 import json
 import os
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -78,14 +77,10 @@ class ExportConfig:
             raise ValueError("output is empty: give the folder to write into, as --output=DIR")
 
 
+@flags.command("export")
 def main(argv: list[str] | None = None) -> int:
     """The command: 0, or 2 after a message that says what does not fit."""
-    config = flags.parse(ExportConfig, argv, prog="python -m scripts.export")
-    try:
-        written = export(config)
-    except (OSError, ValueError) as error:
-        print(f"export: {error}", file=sys.stderr)
-        return 2
+    written = export(flags.parse(ExportConfig, argv, prog="python -m scripts.export"))
     print("\n".join(f"wrote {path}" for path in written))
     return 0
 

@@ -3,7 +3,8 @@
 What: `parse(Config)` turns `sys.argv` into a `Config`; `resolved(config)` turns it back into a
 dictionary for the run's config.json; `StreamingFields` is the base class that adds
 `--enable_streaming` and one `--streaming_<field>` per field of `MoleGradConfig`;
-`HealthFields` adds `--health` and the `--health_<threshold>` flags.
+`HealthFields` adds `--health` and the `--health_<threshold>` flags; `command` makes what is wrong
+with a command's input one line of text.
 
 Why: every command of the pipeline spells its flags the same way. `--a-b` and `--a_b` are one flag;
 a boolean is `--flag=True`, `--flag False`, `--flag` or `--no-flag`. The streaming flags are
@@ -23,13 +24,16 @@ How to run:
 
 import dataclasses
 import difflib
+import functools
+import itertools
 import json
 import os
 import pathlib
+import re
 import sys
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import tyro
@@ -40,6 +44,7 @@ from molegrad.monitor.health_rules import HealthThresholds
 
 PREFIX = "streaming_"
 HEALTH_PREFIX = "health_"
+TRACEBACK = "MOLEGRAD_TRACEBACK"  # 1 in the environment: errors of commands come with a traceback
 _TRUE = frozenset({"true", "1", "yes", "on"})
 _FALSE = frozenset({"false", "0", "no", "off"})
 
@@ -67,19 +72,59 @@ def parse(config_class: type[Config], argv: Sequence[str] | None = None, prog=No
     argv = argv[1:] if argv[:1] == ["--"] else argv  # torchrun ... -m scripts.x -- --flags
     prog = prog or f"python -m scripts.{pathlib.Path(sys.argv[0]).stem}"
     _refuse_unknown(argv, config_class, prog)
+    note: Callable[[str], str] = lambda error: ""  # noqa: E731
     try:
-        argv = _expand_preset(argv, config_class)
+        argv, note = _expand_preset(argv, config_class)
         arguments = _spell_booleans(argv, _boolean_flags(config_class))
-        return tyro.cli(
-            config_class,
+        read = tyro.cli(
+            _unchecked(config_class),
             args=arguments,
             prog=prog,
             description=_summary(config_class),
             config=(tyro.conf.FlagConversionOff,),
         )
+        names = [field.name for field in dataclasses.fields(config_class) if field.init]
+        config = config_class(**{name: getattr(read, name) for name in names})
+        _check_machine(config)
+        return config
     except (ValueError, TypeError) as error:
-        print(f"{prog}: {error}\nFor the flags, run {prog} --help", file=sys.stderr)
+        told = f"{prog}: {error}{note(str(error))}\nFor the flags, run {prog} --help"
+        print(told, file=sys.stderr)
         raise SystemExit(2) from error
+
+
+def command(name: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """A decorator for a command's main: where its input is wrong (ValueError, OSError,
+    NotImplementedError) it prints "NAME: MESSAGE" on stderr and returns 2.
+
+    With MOLEGRAD_TRACEBACK=1 in the environment errors come as they are; where one was raised
+    outside of this package, and so may not be about the input, the message says so.
+    """
+
+    def wrap(main: Callable[..., int]) -> Callable[..., int]:
+        @functools.wraps(main)
+        def run(*args, **kwargs) -> int:
+            try:
+                return main(*args, **kwargs)
+            except (ValueError, OSError, NotImplementedError) as error:
+                if os.environ.get(TRACEBACK, "0") not in ("", "0"):
+                    raise
+                hint = "" if _is_ours(error) else f" (where: {TRACEBACK}=1)"
+                print(f"{name}: {str(error) or type(error).__name__}{hint}", file=sys.stderr)
+                return 2
+
+        return run
+
+    return wrap
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether this package raised the error itself."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    package = pathlib.Path(__file__).resolve().parents[1]
+    return trace is not None and package in pathlib.Path(trace.tb_frame.f_code.co_filename).parents
 
 
 def resolved(config) -> dict:
@@ -126,6 +171,32 @@ def _streaming_config(self) -> MoleGradConfig | None:
 def _validate_streaming(self) -> None:
     """Wrong streaming values are found where the flags are parsed, not where layers are made."""
     self.streaming_config()
+    if self.enable_streaming:
+        return
+    values = {field.name: getattr(self, PREFIX + field.name) for field in _resettable()}
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}  # of JSON
+    idle = [
+        f"{PREFIX}{field.name}={values[field.name]!r}"
+        for field in _resettable()
+        if values[field.name] != field.default
+    ]
+    if idle:
+        raise ValueError(
+            f"{', '.join(idle)} {'has' if len(idle) == 1 else 'have'} no effect without "
+            "--enable_streaming=True (or a --streaming_preset)"
+        )
+
+
+def _resettable() -> list[dataclasses.Field]:
+    """Fields of `MoleGradConfig` without meaning where streaming is off: all but the seed, which
+    runs that are to be compared share."""
+    return [field for field in dataclasses.fields(MoleGradConfig) if field.name != "seed"]
+
+
+def _dense(self):
+    """The same configuration without streaming: its flags at their defaults, but for the seed."""
+    defaults = {PREFIX + field.name: field.default for field in _resettable()}
+    return dataclasses.replace(self, enable_streaming=False, **defaults)
 
 
 StreamingFields = dataclasses.make_dataclass(
@@ -146,6 +217,7 @@ StreamingFields = dataclasses.make_dataclass(
         "__doc__": "Base class: `--enable_streaming` and the `--streaming_<field>` flags.",
         "__module__": __name__,
         "streaming_config": _streaming_config,
+        "dense": _dense,
         "__post_init__": _validate_streaming,
     },
 )
@@ -180,6 +252,27 @@ HealthFields = dataclasses.make_dataclass(
 )
 
 
+def _unchecked(config_class: type) -> type:
+    """The dataclass without its checks: tyro would break their messages into a box."""
+    body = {"__post_init__": lambda self: None, "__module__": config_class.__module__}
+    return type(config_class.__name__, (config_class,), {**body, "__doc__": config_class.__doc__})
+
+
+def _check_machine(config) -> None:
+    """ValueError where what a command says of the machine cannot be; torch would say it late."""
+    if getattr(config, "threads", 0) < 0:
+        raise ValueError(f"threads must not be negative, got {config.threads}")
+    for name in ("device", "device_type"):
+        value = getattr(config, name, "")
+        try:
+            if isinstance(value, str) and value:
+                torch.device(value)
+        except RuntimeError:
+            raise ValueError(
+                f"{name}={value!r} is no device name: give cpu, cuda, cuda:1 or mps"
+            ) from None
+
+
 def _summary(config_class) -> str:
     """First paragraph of the class's docstring: the text on top of `--help`."""
     return (config_class.__doc__ or "").strip().split("\n\n")[0]
@@ -198,10 +291,11 @@ def _plain(value):
     return value
 
 
-def _expand_preset(argv: list[str], config_class) -> list[str]:
-    """`--streaming_preset=NAME` as the flags it stands for, those left out that are given too."""
+def _expand_preset(argv: list[str], config_class) -> tuple[list[str], Callable[[str], str]]:
+    """`--streaming_preset=NAME` as the flags it stands for, those left out that are given too; and
+    what to add to an error message about one of them."""
     if not issubclass(config_class, StreamingFields):
-        return argv
+        return argv, lambda error: ""
     rest, name, words = [], None, iter(argv)
     for word in words:
         key, equals, value = word.partition("=")
@@ -210,12 +304,28 @@ def _expand_preset(argv: list[str], config_class) -> list[str]:
         else:
             rest.append(word)
     if name is None:
-        return argv
+        return argv, lambda error: ""
     given = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in rest}
     fields = {PREFIX + field: value for field, value in preset_fields(name).items()}
+    spelt = _spell_booleans(rest, {"enable-streaming"})
+    if ("--enable-streaming", "False") in itertools.pairwise(spelt):
+        raise ValueError(f"streaming_preset={name} and enable_streaming=False: drop one of them")
     fields = {"enable_streaming": True, **fields}
     words = [(k, ",".join(v) if isinstance(v, tuple) else v) for k, v in fields.items()]
-    return [f"--{field}={value}" for field, value in words if field not in given] + rest
+    added = {field: f"--{field}={value}" for field, value in words if field not in given}
+
+    def note(error: str) -> str:
+        named = [f for f in added if re.search(rf"\b({PREFIX})?{f.removeprefix(PREFIX)}=", error)]
+        if not named:
+            return ""
+        emptied = [f"--{f}=" for f in named if isinstance(fields[f], tuple)]
+        empty = f", {' '.join(emptied)} for none" if emptied else ""
+        return (
+            f"\n--streaming_preset={name} stands for {' '.join(added[f] for f in named)}: "
+            f"a value given beside it wins{empty}"
+        )
+
+    return [*added.values(), *rest], note
 
 
 def _refuse_unknown(argv: list[str], config_class, prog: str) -> None:

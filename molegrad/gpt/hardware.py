@@ -1,6 +1,6 @@
 """The machine: which device, how fast it could be, what a token costs, how much memory was used.
 
-What: `pick_device`, `peak_flops`, `flops_per_token`, `peak_memory_bytes`.
+What: `pick_device`, `peak_flops`, `flops_per_token`, `peak_memory_bytes`, `attention_backend`.
 
 Why: model FLOPs utilisation (MFU) is honest only if the floating-point operations are those that
 were done. A converted layer does fewer of them, so `flops_per_token` gives two figures: `actual`
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend
 
 from molegrad.linear import MoleLinear
 
@@ -175,6 +176,17 @@ def peak_memory_bytes(device: torch.device) -> int:
         return 0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def attention_backend(device: torch.device, dtype: torch.dtype, heads: int, head_dim: int) -> str:
+    """The kernel that torch's scaled_dot_product_attention takes for causal training there, as
+    settings and versions have it: "flash_attention", "cudnn_attention" (which torch prefers on some
+    GPUs where cuDNN is new enough), "efficient_attention", "math", or "error" where none is left.
+    """
+    shape = (1, 1024, heads, head_dim)  # transposed below, as the model has it
+    q = torch.empty(shape, device=device, dtype=dtype, requires_grad=True).transpose(1, 2)
+    choice = torch._fused_sdp_choice(q, q, q, None, 0.0, True)
+    return SDPBackend(choice).name.lower()
 
 
 def keep_freed_memory() -> bool:

@@ -40,7 +40,7 @@ def linear_cross_entropy(
     hidden: Tensor,
     head: Tensor | nn.Linear,
     targets: Tensor,
-    cap: float = 15.0,
+    cap: float = 0.0,
     chunk: int = 0,
     reduction: str = "mean",
 ) -> Tensor:
@@ -53,13 +53,13 @@ def linear_cross_entropy(
         head: its weight (V, C), or the layer without bias; a MoleLinear in factored mode with
             method "tangent" gets sketches instead of a (V, C) gradient.
         targets: (...) int64 in [0, V), or -1 for a position that does not count.
-        cap: bound of the logits; 0 for none.
+        cap: bound of the logits, which tanh bends towards it; 0 for none.
         chunk: tokens whose (chunk, V) logits exist at a time; 0 takes `default_chunk`.
         reduction: "mean" over the targets that count (0 with zero gradients where none counts),
             "sum", or "none": (...) losses, 0 where the target is -1.
 
     Raises:
-        ValueError: shapes, reduction or the head's configuration are wrong.
+        ValueError: shapes, reduction, cap or the head's configuration are wrong.
     """
     layer = head if isinstance(head, nn.Linear) else None
     weight = head if layer is None else layer.weight
@@ -72,6 +72,8 @@ def linear_cross_entropy(
             f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)} and targets "
             f"{tuple(targets.shape)} do not fit: expected (..., C), (V, C) and (...)"
         )
+    if not cap >= 0:
+        raise ValueError(f"cap must be a bound of the logits above 0, or 0 for none, got {cap}")
     if chunk < 0:
         raise ValueError(f"chunk must be a number of tokens, or 0 for the default, got {chunk}")
     device = hidden.device.type
@@ -82,6 +84,8 @@ def linear_cross_entropy(
     scale = (wanted >= 0) / count.clamp(min=1) if reduction == "mean" else (wanted >= 0).float()
     scale = scale.double() if dtype == torch.float64 else scale
     if isinstance(layer, MoleLinear) and layer.trains:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            layer.steps.expect(layer)
         losses = _LowRankHead.apply(
             flat, layer.basis_u, layer.basis_v, layer, wanted, scale, cap, chunk, dtype, reduction
         )
@@ -96,6 +100,12 @@ def require_head(layer: nn.Linear) -> None:
     """ValueError where the gradient of such an output head cannot be made with its logits."""
     if layer.bias is not None:
         raise ValueError("an output head with a bias is not supported: give it bias=False")
+    if type(layer).forward not in (nn.Linear.forward, MoleLinear.forward):
+        raise ValueError(
+            f"an output head with a forward pass of its own ({type(layer).__name__}) is not "
+            "supported, as the loss makes the product with its weight: merge its adapter, or take "
+            "the loss of its logits"
+        )
     if not isinstance(layer, MoleLinear) or not layer.trains:
         return
     mode, method = layer.config.gradient_mode, layer.config.method
@@ -246,6 +256,11 @@ def _all_chunks(hidden, weight, targets, scale, cap, chunk, dtype, need_h, add_w
                 add_w(h, dx)
         return loss * scale[part]
 
-    parts = [slice(i, i + chunk) for i in range(0, hidden.size(0), chunk)]
-    losses = [losses_of(part) for part in parts]
-    return torch.cat(losses) if losses else scale, grad_h
+    losses = torch.empty_like(scale)
+    for part in _chunks(hidden.size(0), chunk):
+        losses[part] = losses_of(part)
+    return losses, grad_h
+
+
+def _chunks(tokens: int, chunk: int) -> list[slice]:
+    return [slice(i, min(i + chunk, tokens)) for i in range(0, tokens, chunk)]

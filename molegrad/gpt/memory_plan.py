@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Literal
@@ -28,6 +29,7 @@ from molegrad.gpt.train import model_config
 from molegrad.gpt.train_config import BaseTrainConfig, resolve
 
 GIB, MIB = 2**30, 2**20
+Say = Callable[[str], None]
 # Memory of cards in GiB, from the makers' data sheets; the first name that occurs counts.
 CARDS = {
     "RTX 5090": 32, "RTX 5080": 16, "RTX 4090": 24, "RTX 4080": 16, "RTX 3090": 24,
@@ -36,8 +38,15 @@ CARDS = {
 }  # fmt: skip
 LEVERS = tuple(f.name for f in fields(Activations))
 STREAMED = {"sequence_chunk": 4096, "sequence_parts": "all"}
+NEEDS_WHOLE_INPUT = ("power", "projected")  # methods that cannot run in chunks (molegrad.chunked)
+RESERVE_GIB = 1.5  # of a card that a plan leaves alone
 _STEP = 128  # tokens: sequences are found to that
 _LONGEST, _DEEPEST = 2**22, 512
+_LARGEST_CARD = 512  # GiB; larger numbers are names, such as 5090
+
+
+def _silent(_) -> None:
+    """Tells nobody."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +59,7 @@ class PlanConfig(BaseTrainConfig):
 
     card: str = flag("RTX 5090", f"the card's memory in GiB, or one of {', '.join(CARDS)}")
     reserve_gib: float = flag(
-        1.5,
+        RESERVE_GIB,
         "GiB of the card to leave alone: the driver's context, workspaces of the libraries, and "
         "what the allocator's blocks leave between them",
     )
@@ -80,19 +89,38 @@ class PlanConfig(BaseTrainConfig):
 
 
 def card_bytes(card: str) -> int:
-    """Bytes of a card given as a number of GiB ("32", "32GB") or by its name.
+    """Bytes of a card given as a number of GiB ("32", "32GB"), alone or within a name, or by its
+    name.
 
     Raises:
-        ValueError: neither.
+        ValueError: neither, or a number that no card has.
     """
-    number = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:gi?b)?", card.strip().lower())
-    if number and float(number[1]) > 0:
-        return int(float(number[1]) * GIB)
+    text = card.strip().lower()
+    size = re.fullmatch(r"\d+(?:\.\d+)?", text) or re.search(r"(?<![\w.])([\d.]+)\s*gi?b\b", text)
+    if size:
+        gib = float(size[size.lastindex or 0])
+        if 0 < gib <= _LARGEST_CARD:
+            return int(gib * GIB)
+        meant = [name for name in CARDS if size[0] in name]
+        hint = f", or its name, {' or '.join(map(repr, meant))}" if meant else ""
+        raise ValueError(
+            f"card={card!r} would have {gib:,g} GiB, and 0 to {_LARGEST_CARD} are wanted: give the "
+            f"card's memory{hint}"
+        )
+    if re.search(r"laptop|mobile|max-?q", text):
+        raise ValueError(
+            f"card={card!r}: laptops' cards have other sizes than their namesakes: give GiB"
+        )
     for name, gib in CARDS.items():
-        if name.lower() in card.lower():
+        if _squeezed(name) in _squeezed(text):
             return gib * GIB
     known = ", ".join(CARDS)
     raise ValueError(f"card={card!r} is neither a number of GiB nor known: choose among {known}")
+
+
+def _squeezed(name: str) -> str:
+    """A card's name however it is spelt."""
+    return re.sub(r"[\s_-]", "", name.lower())
 
 
 @dataclass(frozen=True)
@@ -108,7 +136,7 @@ def variants(config: PlanConfig) -> list[Variant]:
     to the preset balanced with all of them."""
     off = {f.name: f.default for f in fields(Activations)}
     given = {name: getattr(config, name) for name in LEVERS}
-    dense = replace(config, enable_streaming=False, head_rank=0, **off)
+    dense = replace(config.dense(), head_rank=0, **off)
     named = [("dense", dense), ("dense + recompute", replace(dense, recompute="block"))]
     if config.enable_streaming:
         name, base = _method_name(config), replace(config, **off)
@@ -125,16 +153,23 @@ def variants(config: PlanConfig) -> list[Variant]:
         named.append((f"{name} + levers given", replace(base, **given)))
     else:
         levers: dict = {}
-        for lever, values in (
-            ("chunks", STREAMED),
-            ("recompute", {"recompute": "block"}),
-            ("offload", {"offload": True}),
-        ):
+        for lever, values in _levers(base):
             levers |= values
             name += f" + {lever}"
             named.append((name, replace(base, **levers)))
     device = torch.device(config.device_type or "cuda")
     return [Variant(name, resolve(entry, device)) for name, entry in named]
+
+
+def _levers(config: PlanConfig) -> list[tuple[str, dict]]:
+    """The levers that a configuration can take, each added to those before it."""
+    streaming = config.streaming_config()
+    whole = streaming is not None and streaming.method in NEEDS_WHOLE_INPUT
+    return [
+        *([] if whole else [("chunks", STREAMED)]),
+        ("recompute", {"recompute": "block"}),
+        *([] if config.compile else [("offload", {"offload": True})]),
+    ]
 
 
 def _method_name(config: PlanConfig) -> str:
@@ -160,28 +195,38 @@ def simulated(config: BaseTrainConfig, vocab_size: int) -> Simulation:
 
 
 def longest_sequence(
-    config: BaseTrainConfig, budget: int, vocab_size: int
+    config: BaseTrainConfig, budget: int, vocab_size: int, say: Say = _silent
 ) -> tuple[int, int] | None:
     """The longest sequence, in steps of 128 tokens, whose peak is within `budget` bytes, and that
-    peak, simulated; None where not even 128 tokens fit. What is left of the budget is under 1%."""
+    peak, simulated; None where not even 128 tokens fit. What is left of the budget is under 1%.
+    `say` is told what was tried."""
 
     def peak(steps: int) -> int:
-        return simulated(sequences_of(config, steps * _STEP), vocab_size).peak
+        tokens = steps * _STEP
+        found = simulated(sequences_of(config, tokens), vocab_size).peak
+        say(f"{tokens:,} tokens: {found / MIB:,.0f} MiB")
+        return found
 
     start = max(1, config.max_seq_len // _STEP)
     found = _largest(peak, budget, start, _LONGEST // _STEP, enough=0.99)
     return None if found is None else (found[0] * _STEP, found[1])
 
 
-def largest_depth(config: BaseTrainConfig, budget: int, vocab_size: int) -> tuple[int, int] | None:
+def largest_depth(
+    config: BaseTrainConfig, budget: int, vocab_size: int, say: Say = _silent
+) -> tuple[int, int] | None:
     """The largest depth (with the width that belongs to it) whose peak is within `budget` bytes,
-    and that peak, simulated; None where no depth fits."""
+    and that peak, simulated; None where no depth fits. `say` is told what was tried."""
 
     def peak(depth: int) -> int:
-        return simulated(replace(config, depth=depth), vocab_size).peak
+        found = simulated(replace(config, depth=depth), vocab_size).peak
+        say(f"depth {depth}: {found / MIB:,.0f} MiB")
+        return found
 
     def rough(depth: int) -> int:
-        return _by_blocks(replace(config, depth=depth), vocab_size)
+        found = _by_blocks(replace(config, depth=depth), vocab_size)
+        say(f"depth {depth}: about {found / MIB:,.0f} MiB")
+        return found
 
     near = _largest(rough, budget, config.depth, _DEEPEST)
     depth = 1 if near is None else near[0]
@@ -240,34 +285,46 @@ def _largest(
         guess = min(max(guess, low + 1), high - 1)
 
 
-def plan(config: PlanConfig) -> dict:
-    """Every variant's peak and parts in bytes, and what fits the card."""
+def plan(config: PlanConfig, say: Say = _silent, first: Callable[[dict], None] = _silent) -> dict:
+    """Every variant's peak and parts in bytes, and what fits the card.
+
+    Args:
+        say: is told what is simulated, a line each. first: is given the result before the search
+            for what fits, which takes most of the time.
+    """
     rows, columns = [], variants(config)
     searched = {"none": [], "all": columns, "ends": [columns[0], columns[-1]]}[config.search]
-    limits = (config.budget, config.vocab_size)
     for variant in columns:
         found = simulated(variant.config, config.vocab_size)
-        row = {
-            "variant": variant.name,
-            "peak": found.peak,
-            "phase": found.phase,
-            "parts": found.parts,
-            "phases": {phase: found.of(phase) for phase in PHASES},
-            "held": found.held,
-            "host": found.host,
-            "fits": found.peak <= config.budget,
-            "levers": {name: getattr(variant.config, name) for name in LEVERS},
-        }
-        if variant in searched:
-            row["longest_sequence"] = _found(longest_sequence(variant.config, *limits))
-            row["largest_depth"] = _found(largest_depth(variant.config, *limits))
-        rows.append(row)
-    return {
+        say(f"{variant.name}: {found.peak / MIB:,.0f} MiB")
+        rows.append(
+            {
+                "variant": variant.name,
+                "peak": found.peak,
+                "phase": found.phase,
+                "parts": found.parts,
+                "phases": {phase: found.of(phase) for phase in PHASES},
+                "held": found.held,
+                "host": found.host,
+                "fits": found.peak <= config.budget,
+                "levers": {name: getattr(variant.config, name) for name in LEVERS},
+            }
+        )
+    result = {
         "rows": rows,
         "card_bytes": card_bytes(config.card),
         "budget_bytes": config.budget,
         "config": flags.resolved(config),
     }
+    first(result)
+    for variant, row in zip(columns, rows, strict=True):
+        if variant not in searched:
+            continue
+        limits = (variant.config, config.budget, config.vocab_size)
+        tell = lambda line, name=variant.name: say(f"{name}, {line}")  # noqa: E731
+        row["longest_sequence"] = _found(longest_sequence(*limits, tell))
+        row["largest_depth"] = _found(largest_depth(*limits, tell))
+    return result
 
 
 def _found(answer: tuple[int, int] | None) -> dict | None:
@@ -275,23 +332,13 @@ def _found(answer: tuple[int, int] | None) -> dict | None:
 
 
 def shown(result: dict, markdown: bool = False) -> str:
-    """The result of `plan` as text: a line for each part, a column for each variant."""
+    """The peaks of `plan` as text: a line for each part, a column for each variant."""
     rows = result["rows"]
     columns = {"MiB at the peak": ("part", "s")}
     columns |= {row["variant"]: (row["variant"], "s") for row in rows}
 
     def line(name: str, value: Callable[[dict], str]) -> dict:
         return {"part": name, **{row["variant"]: value(row) for row in rows}}
-
-    def answer(key: str) -> Callable[[dict], str]:
-        def text(row: dict) -> str:
-            if key not in row:
-                return ""
-            if row[key] is None:
-                return "none"
-            return f"{row[key]['value']:,}"
-
-        return text
 
     lines = [
         line(part, lambda row, part=part: f"{row['parts'][part] / MIB:,.1f}")
@@ -304,26 +351,44 @@ def shown(result: dict, markdown: bool = False) -> str:
     if any(row["host"] for row in rows):
         lines.append(line("pinned host memory", lambda row: f"{row['host'] / MIB:,.0f}"))
     lines.append(line("fits", lambda row: "yes" if row["fits"] else "no"))
-    if "longest_sequence" in rows[0]:
-        lines.append(line("longest sequence", answer("longest_sequence")))
-        lines.append(line("largest depth", answer("largest_depth")))
     return table(lines, markdown, columns)
 
 
+def shown_limits(result: dict, markdown: bool = False) -> str:
+    """What `plan` has found to fit the card as text; empty where it has not searched."""
+    rows = [row for row in result["rows"] if "longest_sequence" in row]
+    columns = {"what fits": ("limit", "s")}
+    columns |= {row["variant"]: (row["variant"], "s") for row in rows}
+    lines = [
+        {"limit": name, **{row["variant"]: _number(row[key]) for row in rows}}
+        for name, key in (("longest sequence", "longest_sequence"), ("depth", "largest_depth"))
+    ]
+    return table(lines, markdown, columns) if rows else ""
+
+
+def _number(answer: dict | None) -> str:
+    return "none" if answer is None else f"{answer['value']:,}"
+
+
+@flags.command("memory_plan")
 def main(argv: list[str] | None = None) -> int:
     """The command."""
     config = flags.parse(PlanConfig, argv, prog="python -m scripts.memory_plan")
-    result = plan(config)
-    first = variants(config)[0].config
-    print(
-        f"depth {first.depth}, {first.device_batch_size} x {first.max_seq_len} tokens a "
-        f"micro-batch, vocabulary {config.vocab_size}, {first.dtype}, {first.device_type}, eager"
-    )
-    print(
-        f"card: {result['card_bytes'] / GIB:g} GiB, of which {config.reserve_gib:g} in reserve: "
-        f"{config.budget / MIB:,.0f} MiB to use\n"
-    )
-    print(shown(result, config.markdown))
+
+    def peaks(result: dict) -> None:
+        first = variants(config)[0].config
+        print(
+            f"depth {first.depth}, {first.device_batch_size} x {first.max_seq_len} tokens a "
+            f"micro-batch, vocabulary {config.vocab_size}, {first.dtype}, {first.device_type}, "
+            f"eager\ncard: {result['card_bytes'] / GIB:g} GiB, of which {config.reserve_gib:g} in "
+            f"reserve: {config.budget / MIB:,.0f} MiB to use\n"
+        )
+        print(shown(result, config.markdown), flush=True)
+
+    result = plan(config, lambda line: print(f"  {line}", file=sys.stderr, flush=True), peaks)
+    limits = shown_limits(result, config.markdown)
+    if limits:
+        print(f"\n{limits}")
     if config.json:
         print(json.dumps(result))
     return 0

@@ -55,6 +55,8 @@ from molegrad.gpt.memory_cuda import FunctionalOnCuda, scratch
 from molegrad.gpt.model import GPT, MLP, Attention, Block, GPTConfig
 from molegrad.gpt.train_config import compute_dtype
 from molegrad.linear import MoleLinear, ignored_by_ddp
+from molegrad.optim import muon
+from molegrad.optim.newton_schulz import working_dtype
 
 PARTS = (
     "weights", "weight casts", "optimizer", "bases", "gradients", "inputs", "stream", "norms",
@@ -125,8 +127,10 @@ def simulate(config, sizes: GPTConfig) -> Simulation:
         ledger.scratch = scratch if gpu else None
         ledger.references = not gpu and not build_info()["native"]
         stack.enter_context(_replaced(streaming._Call, "chunks", _few_chunks))
+        stack.enter_context(_replaced(loss_module, "_chunks", _few))
         if gpu:  # no TorchFunctionMode: it is off in the backward pass, where blocks are recomputed
             stack.enter_context(_replaced(model_module, "F", FunctionalOnCuda()))
+            stack.enter_context(_replaced(muon, "working_dtype", lambda _: working_dtype("cuda")))
         run = _Run(ledger, config, model)
         run.make_state()
         start = ledger.now
@@ -440,8 +444,12 @@ def _replaced(owner, name: str, function) -> Iterator[None]:
 
 
 def _few_chunks(call, length: int) -> list[slice]:
-    """Of the chunks that a streamed part runs in, the first two and the last, which hold as much at
-    a time as all do: what they give goes where memory for all of it is already."""
-    starts = range(0, length, call.positions)
+    return _few(length, call.positions)
+
+
+def _few(length: int, chunk: int) -> list[slice]:
+    """Of the chunks that a streamed part or the loss runs in, the first two and the last, which
+    hold as much at a time as all do: what they give goes where memory for all of it is already."""
+    starts = range(0, length, chunk)
     kept = [*starts[:2], *starts[2:][-1:]]
-    return [slice(start, min(start + call.positions, length)) for start in kept]
+    return [slice(start, min(start + chunk, length)) for start in kept]

@@ -246,6 +246,17 @@ class GPT(nn.Module):
         if not self.lm_head.weight.is_meta:
             self.reset_parameters(seed)
 
+    @classmethod
+    def made_on(cls, device: torch.device, config: GPTConfig, seed: int = 0) -> "GPT":
+        """A model whose weights are drawn on `device`: on the CPU those of `GPT(config, seed)`, on
+        a GPU others of the same distributions, by its own generator, in a fraction of the time."""
+        with torch.device("meta"):
+            model = cls(config)
+        model.to_empty(device=device)
+        model.reset_buffers()
+        model.reset_parameters(seed)
+        return model
+
     def set_activations(self, how: Activations) -> None:
         """What training passes keep of a block's activations; see `molegrad.gpt.activations`."""
         self.activations = how

@@ -13,7 +13,6 @@ How to run:
 import datetime
 import json
 import os
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -62,14 +61,10 @@ class ReportConfig:
         return list(dict.fromkeys(word.strip() for word in words if word.strip()))
 
 
+@flags.command("report")
 def main(argv: list[str] | None = None) -> int:
     """The command."""
-    config = flags.parse(ReportConfig, argv, prog="python -m scripts.report")
-    try:
-        report(config)
-    except (FileNotFoundError, ValueError) as error:
-        print(f"report: {error}", file=sys.stderr)
-        return 2
+    report(flags.parse(ReportConfig, argv, prog="python -m scripts.report"))
     return 0
 
 

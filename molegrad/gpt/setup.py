@@ -93,11 +93,18 @@ def equip(model: GPT, config) -> ConversionPlan | None:
     if off.
 
     Raises:
-        ValueError: no layer is taken, or a converted layer does not go with --sequence_chunk.
+        ValueError: no layer is taken, a converted layer does not go with --sequence_chunk, or
+            --head_rank is too large.
     """
     model.set_activations(config.activations())
     planned = _equip_blocks(model, config.streaming_config())
     if config.head_rank:
+        most = min(model.lm_head.weight.shape) // 2  # the tangent estimate has twice the rank
+        if config.head_rank > most:
+            raise ValueError(
+                f"head_rank={config.head_rank} must be at most {most}, half of the output head's "
+                "smaller side; 0 is the exact gradient"
+            )
         convert(model, _head_config(config))
     require_head(model.lm_head)
     return planned
@@ -130,6 +137,35 @@ def _equip_blocks(model: GPT, streaming: MoleGradConfig | None) -> ConversionPla
     return planned
 
 
+def notes(model: GPT, config) -> list[str]:
+    """A line for each lever that does less than its flag says, for the start of a run's log.
+
+    Args:
+        model: as `equip` leaves it. config: resolved.
+    """
+    lines = []
+    tokens = config.device_batch_size * config.max_seq_len
+    if config.sequence_chunk >= tokens:
+        lines.append(
+            f"sequence_chunk={config.sequence_chunk} makes one chunk of a micro-batch, which has "
+            f"{tokens} tokens: activations are computed again, not divided"
+        )
+    streaming = config.streaming_config()
+    if streaming is None or not config.sequence_chunk:
+        return lines
+    layers = [n for n, layer in model.named_modules() if isinstance(layer, MoleLinear)]
+    layers = [n for n in layers if n != "lm_head"]
+    streamed = sum(model.activations.streams(n) for n in layers)
+    for name, idle in (("saved_inputs", "full"), ("group_mib", 0)):
+        value = getattr(streaming, name)
+        if streamed and value != idle:
+            lines.append(
+                f"streaming_{name}={value} has no effect on the {streamed} of {len(layers)} "
+                "converted layers that run in chunks, which keep no input"
+            )
+    return lines
+
+
 def build_optimizers(model: GPT, config) -> list[torch.optim.Optimizer]:
     """The optimizers of a (converted) model, see the table above; "initial_lr" and "name" are set
     in every group."""
@@ -154,6 +190,7 @@ def build_optimizers(model: GPT, config) -> list[torch.optim.Optimizer]:
                 lr=config.unembedding_lr * scale,
                 betas=(config.adam_beta1, config.adam_beta2),
                 eps=ADAM_EPS,
+                stochastic_rounding=config.stochastic_rounding,
             )
         )
     adam = [group for group in adam if group["params"]]
@@ -173,7 +210,11 @@ def build_optimizers(model: GPT, config) -> list[torch.optim.Optimizer]:
 
 def _matrix_optimizer(groups: list[dict], config) -> torch.optim.Optimizer:
     """What config.optimizer names, for the block matrices."""
-    shared = {"lr": config.matrix_lr, "weight_decay": config.weight_decay}
+    shared = {
+        "lr": config.matrix_lr,
+        "weight_decay": config.weight_decay,
+        "stochastic_rounding": config.stochastic_rounding,
+    }
     if config.optimizer == "muon":
         return optim.Muon(
             groups,

@@ -105,6 +105,7 @@ def parse_mixture(text: str) -> dict[str, float] | None:
     return weights
 
 
+@flags.command("chat_sft")
 def main(argv: list[str] | None = None) -> int:
     """The command: 0 when training reached its end, 130 when a signal ended it earlier."""
     config = flags.parse(SFTConfig, argv, prog="python -m scripts.chat_sft")

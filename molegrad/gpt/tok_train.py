@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 
-from molegrad.gpt import paths
+from molegrad.gpt import flags, paths
 from molegrad.gpt.corpus import Corpus, open_corpus
 from molegrad.gpt.tokenizer import Tokenizer
 
@@ -55,6 +55,13 @@ class TokTrainConfig:
             paths.check_run_name(self.run)
         if self.tokenizer:
             paths.check_run_name(self.tokenizer)
+
+
+@flags.command("tok_train")
+def main(argv: list[str] | None = None) -> int:
+    """The command."""
+    tok_train(flags.parse(TokTrainConfig, argv, prog="python -m scripts.tok_train"))
+    return 0
 
 
 def limited_texts(corpus: Corpus, max_chars: int, doc_cap: int) -> Iterator[str]:

@@ -13,11 +13,13 @@ How to run:
 
 import json
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from molegrad import build_info
+from molegrad import MoleGradConfig, build_info
 from molegrad.gpt import checkpoint, checkpoint_files, flags, hardware, paths, schedule, setup
 from molegrad.gpt.bpb import bits_per_byte
 from molegrad.gpt.corpus import open_corpus
@@ -42,6 +44,7 @@ PROMPTS = (
 )
 
 
+@flags.command("base_train")
 def main(argv: list[str] | None = None) -> int:
     """The command: 0 when training reached its end, 130 when a signal ended it earlier."""
     config = flags.parse(BaseTrainConfig, argv, prog="python -m scripts.base_train")
@@ -182,6 +185,7 @@ def run_stage(
     if saved_folder is not None:
         saved = checkpoint.load(saved_folder, processes.rank, world)
         check_same_model(saved, model, tokenizer)
+        check_same_method(saved, config)
     full = {**saved_config, "steps": steps, "parameters": model.count_parameters()}
     full |= {"machine": machine_record(device, world), **record}
     if processes.first:
@@ -313,6 +317,30 @@ def check_same_model(saved: checkpoint.Checkpoint, model: GPT, tokenizer: Tokeni
         )
 
 
+def check_same_method(saved: checkpoint.Checkpoint, config) -> None:
+    """ValueError where a checkpoint is of a run that made its gradients in another way."""
+
+    def facts(streaming: MoleGradConfig | None, head_rank: int) -> dict:
+        found = {"enable_streaming": streaming is not None}
+        for name in ("method", "gradient_mode"):
+            found[f"streaming_{name}"] = streaming and getattr(streaming, name)
+        return {**found, "head_rank": head_rank}
+
+    values = saved.config
+    streaming = None
+    if values.get("enable_streaming"):
+        names = [field.name for field in fields(MoleGradConfig)]
+        known = {n: values[flags.PREFIX + n] for n in names if flags.PREFIX + n in values}
+        streaming = MoleGradConfig(**known)
+    before = facts(streaming, values.get("head_rank", 0))
+    now = facts(config.streaming_config(), config.head_rank)
+    differ = [f"{n}={before[n]} (now {now[n]})" for n in now if before[n] != now[n]]
+    if differ:
+        raise ValueError(
+            f"{saved.folder} was saved with {', '.join(differ)}: resume with the same flags"
+        )
+
+
 def sample_texts(model: GPT, tokenizer: Tokenizer, dtype: torch.dtype, tokens: int = 24):
     """Greedy continuations of `PROMPTS`, as text."""
     was_training = model.training
@@ -335,21 +363,47 @@ def describe(config, model, planned, optimizers, costs, steps: int, device, peak
     counts = ", ".join(f"{k} {v:,}" for k, v in model.count_parameters().items())
     native = build_info()
     total = config.total_batch_size * steps
+    where = " in the blocks" if config.head_rank else ""
     groups = [g for o in optimizers for g in o.param_groups]
     rates = ", ".join(f"{g['name']} {g['lr']:.3g}" for g in groups)
-    low_rank = f", {100 * costs.saving:.1f}% fewer than dense" if planned else ""
+    word = "fewer" if costs.saving >= 0 else "more"
+    changed = planned or config.head_rank
+    low_rank = f", {100 * abs(costs.saving):.1f}% {word} than dense" if changed else ""
     lines = [
         flags.show(config),
         f"device: {hardware.device_name(device)}, peak {peak[0] / 1e12:.3g} TFLOP/s ({peak[1]}); "
-        f"native kernels: {'yes' if native['native'] else 'no, plain torch'}",
+        f"native kernels: {native_kernels(native, device)}",
         f"model: {sizes.depth} blocks, width {sizes.width}, {sizes.n_head} heads of "
         f"{sizes.head_dim}, vocabulary {sizes.vocab_size}, context {sizes.max_seq_len}",
         f"parameters: {counts}",
-        str(planned) if planned else "MoleGrad: off (dense weight gradients)",
+        str(planned) if planned else f"MoleGrad: off{where} (dense weight gradients)",
+        *([head_line(model.lm_head, config.head_rank)] if config.head_rank else []),
         f"learning rates: {rates}",
         f"training: {steps:,} steps of {config.total_batch_size:,} tokens, {total:,} tokens",
         f"FLOPs per token: {costs.actual:.4g}{low_rank}; in all {costs.actual * total:.4g}",
         "memory expected at the peak, eager, MiB: "
         + ", ".join(f"{part} {size / 2**20:,.1f}" for part, size in memory.items()),
+        *(f"note: {line}" for line in setup.notes(model, config)),
     ]
     return "\n".join(lines)
+
+
+def native_kernels(info: dict, device: torch.device) -> str:
+    """What of `build_info()` is true of tensors on `device`, for people."""
+    if not info["native"]:
+        return "no, plain torch"
+    if device.type == "cpu" or (device.type == "cuda" and info.get("cuda")):
+        return "yes"
+    remedy = "; remedy: MOLEGRAD_CUDA=ON pip install -e ." if device.type == "cuda" else ""
+    return f"CPU ops only; {device.type} tensors run on plain torch{remedy}"
+
+
+def head_line(head: nn.Linear, rank: int) -> str:
+    """What --head_rank makes of the output head: two sketches, of two products each with A and
+    with B, in place of one product BᵀA."""
+    m, n = head.weight.shape
+    share = 2 * rank * (m + n) / (m * n)
+    return (
+        f"output head: rank {rank} sketches, {100 * share:.0f}% of the dense weight gradient's "
+        + ("FLOPs, which is more work, not less" if share > 1 else "FLOPs")
+    )

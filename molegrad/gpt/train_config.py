@@ -41,6 +41,11 @@ class TrainFlags(HealthFields, StreamingFields, Activations):
     weight_dtype: Literal["auto", "float32", "bfloat16"] = flag(
         "auto", "dtype of the weights; auto is float32, with a bfloat16 embedding under bfloat16"
     )
+    stochastic_rounding: bool = flag(
+        False,
+        "round bfloat16 weights of matrices at random after a step, so that steps too small for "
+        "bfloat16 are not lost in the mean; the rest, in torch's AdamW, is rounded to nearest",
+    )
     compile: bool | None = flag(
         None,
         "torch.compile the model; None compiles on CUDA, but not with streaming_group_mib or "
@@ -153,6 +158,11 @@ class TrainFlags(HealthFields, StreamingFields, Activations):
                 f"save_every must be a number of steps, -1 (at the end) or -2 (never), got "
                 f"{self.save_every}"
             )
+        if self.stochastic_rounding and self.weight_dtype != "bfloat16":
+            raise ValueError(
+                "stochastic_rounding=True is for bfloat16 weights, got "
+                f"weight_dtype={self.weight_dtype}: give weight_dtype=bfloat16 too, or leave it off"
+            )
         if self.log_every < 1:
             raise ValueError(f"log_every must be at least 1, got {self.log_every}")
         if self.num_iterations == 0 or self.max_train_tokens == 0:
@@ -230,7 +240,8 @@ def resolve(config, device: torch.device, world_size: int = 1):
     """`config` with every "auto" replaced by its value on `device`.
 
     Raises:
-        ValueError: total_batch_size is no multiple of one micro-batch of all devices.
+        ValueError: total_batch_size is no multiple of one micro-batch of all devices; or the
+            streaming flags do not go with accumulation or with several processes.
     """
     gpu = device.type == "cuda"
     values = {"device_type": device.type}
@@ -264,6 +275,17 @@ def resolve(config, device: torch.device, world_size: int = 1):
             f"total_batch_size={total} is no multiple of one micro-batch of all devices, "
             f"{rows} x {length} x {world_size} = {micro} tokens: take "
             f"{f'{below} or ' if below else ''}{above}, or another device_batch_size"
+        )
+    if (
+        streaming is not None
+        and (streaming.gradient_mode, streaming.method) == ("factored", "power")
+        and (total > micro or world_size > 1)
+    ):
+        raise ValueError(
+            "streaming_method='power' with streaming_gradient_mode='factored' takes one "
+            f"micro-batch a step on one process, got {total // (length * rows * world_size)} on "
+            f"{world_size}: on one process give device_batch_size={total // length}, or "
+            f"total_batch_size={length * rows}; or take streaming_method='tangent'"
         )
     values |= {"max_seq_len": length, "device_batch_size": rows, "total_batch_size": total}
     if config.eval_tokens == 0:

@@ -139,6 +139,7 @@ class ValidateConfig(BaseTrainConfig, Limits):
         return {DENSE: replace(molegrad, run=f"{self.run}-dense", **off), MOLEGRAD: molegrad}
 
 
+@flags.command("validate")
 def main(argv: list[str] | None = None) -> int:
     """The command: 0 when every gate is met, 1 when one is not, 2 when the flags are wrong."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -149,9 +150,6 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted: the same command goes on")
         return 130
-    except (ValueError, TypeError, FileNotFoundError) as error:
-        print(f"validate: {error}", file=sys.stderr)
-        return 2
     if config.json:
         print(json.dumps(result, default=str))
     return 0 if result["met"] else 1

@@ -159,6 +159,7 @@ def listing(config: LabConfig, text: Text, known: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
+@flags.command("compare")
 def main(argv: list[str] | None = None) -> int:
     """The command."""
     config = flags.parse(CompareConfig, argv, prog="python -m scripts.compare")

@@ -157,6 +157,8 @@ def _methods(spec: str, shared: dict, ranks: list) -> list[Method]:
         raise ValueError(f"unknown method {name!r}: {_nearest(name, names)}")
     rates, rank = given.pop("rates", ()), given.pop("rank", None)
     flags = {**METHODS.get(name, {}), **shared, **given}
+    if not flags.get("enable_streaming", False):  # what is common to all is for those it concerns
+        flags = {k: v for k, v in flags.items() if k in given or not k.startswith(PREFIX)}
     low_rank = flags.get("enable_streaming", False) if peer is None else name not in RANKLESS
     if rank is not None and not low_rank:
         raise ValueError(f"{spec!r} has a rank, but {name} is not a method with a free rank")

@@ -13,8 +13,7 @@ afterwards what it was before, to the object, compiled graphs of it stay valid.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -125,18 +124,3 @@ def _same_random_numbers(model: nn.Module):
     devices = {p.device for p in model.parameters() if p.device.type != "cpu"}
     kind = next((device.type for device in devices), "cuda")
     return torch.random.fork_rng([device.index for device in devices], device_type=kind)
-
-
-@contextlib.contextmanager
-def exact_products(device: torch.device) -> Iterator[None]:
-    """Products of float32 matrices in float32, neither in autocast's dtype nor in TF32."""
-    settings = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
-    before = [setting.fp32_precision for setting in settings]
-    try:
-        for setting in settings:
-            setting.fp32_precision = "ieee"
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        for setting, value in zip(settings, before, strict=True):
-            setting.fp32_precision = value

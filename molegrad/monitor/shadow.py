@@ -30,6 +30,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from molegrad.amp import exact_products
 from molegrad.autograd import STATS
 from molegrad.config import UNBIASED, MoleGradConfig
 from molegrad.linear import MoleLinear
@@ -40,7 +41,7 @@ from molegrad.monitor.estimates import (
     estimate_of,
     sketches_add_up,
 )
-from molegrad.monitor.extra_pass import Call, exact_products, output_gradients
+from molegrad.monitor.extra_pass import Call, output_gradients
 from molegrad.names import layer_role, matches
 from molegrad.overrides import TARGET_GROUPS
 from molegrad.reference import TOKEN_CHUNK, acc_dtype

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from molegrad.optim.bucket import Bucket, all_finite, estimate, truncate, turn, two_sided
 from molegrad.optim.factored import FactoredOptimizer
+from molegrad.optim.rounding import add_rounded_, update_weights
 from molegrad.reference import acc_dtype
 
 
@@ -42,6 +43,7 @@ class Adafactor(FactoredOptimizer):
         clip: largest root mean square of D.
         weight_decay: decoupled.
         truncation_iters: block iterations for the next bases, the leading modes of Ĝ.
+        stochastic_rounding: round bfloat16 weights at random (`molegrad.optim.rounding`).
 
     State: m + n numbers of every matrix (and its bases in factored groups); no momentum. It does
     not depend on the rank, so that `resize_rank` leaves it as it is.
@@ -67,6 +69,7 @@ class Adafactor(FactoredOptimizer):
         clip: float = 1.0,
         weight_decay: float = 0.0,
         truncation_iters: int = 2,
+        stochastic_rounding: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -76,6 +79,7 @@ class Adafactor(FactoredOptimizer):
             "clip": clip,
             "weight_decay": weight_decay,
             "truncation_iters": truncation_iters,
+            "stochastic_rounding": stochastic_rounding,
         }
         super().__init__(params, defaults)
 
@@ -103,8 +107,13 @@ class Adafactor(FactoredOptimizer):
             row, column = _scales(row, column)
             update = gradient * row[:, None] * column
             rate = _rate(group, step, p) / _excess(group, update.square().sum(), p)
-            if group["weight_decay"]:
-                p.mul_(1 - group["lr"] * group["weight_decay"])
+            decay = group["lr"] * group["weight_decay"]
+            if group["stochastic_rounding"]:
+                place = next(i for i, q in enumerate(group["params"]) if q is p)
+                add_rounded_(p, update * rate, -1.0, decay, step, place)
+                continue
+            if decay:
+                p.mul_(1 - decay)
             p.sub_((update * rate).to(p.dtype))
 
     def _new_dense_state(self, group: dict[str, Any], p: Tensor) -> dict[str, Tensor]:
@@ -143,7 +152,7 @@ class Adafactor(FactoredOptimizer):
             ]
         )
         factor = factor * rates[:, None, None]
-        torch.ops.molegrad.lowrank_update_many_(bucket.weights, left, factor, -1.0, decay)
+        update_weights(bucket, left, factor, -1.0, decay)
         p, _, q, condition = truncate(core, v_c, group["truncation_iters"], group["cond_max"])
         turn(bucket, est, est.left @ p, right @ q, condition, finite)
 

@@ -25,6 +25,7 @@ from torch.optim.adamw import adamw
 
 from molegrad.optim.bucket import Bucket, all_finite, estimate, right_factor, truncate, turn
 from molegrad.optim.factored import FactoredOptimizer
+from molegrad.optim.rounding import copy_rounded_, update_weights
 
 
 class AdamW(FactoredOptimizer):
@@ -42,6 +43,8 @@ class AdamW(FactoredOptimizer):
         eps: ε, added to the root of the second moment; in units of the gradient.
         weight_decay: decoupled, weight ← (1 − lr · weight_decay) weight.
         truncation_iters: block iterations for the leading modes of the average.
+        stochastic_rounding: round bfloat16 weights at random (`molegrad.optim.rounding`); in dense
+            groups one weight at a time is stepped in float32, with moments in float32.
 
     State: dense groups two moments (m, n), factored ones two (n, k) with the layer's bases. A
     direction that exploration or `resize_rank` adds starts without a first moment, and with the
@@ -61,6 +64,7 @@ class AdamW(FactoredOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         truncation_iters: int = 2,
+        stochastic_rounding: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -68,6 +72,7 @@ class AdamW(FactoredOptimizer):
             "eps": eps,
             "weight_decay": weight_decay,
             "truncation_iters": truncation_iters,
+            "stochastic_rounding": stochastic_rounding,
         }
         super().__init__(params, defaults)
 
@@ -81,11 +86,22 @@ class AdamW(FactoredOptimizer):
         pairs = list(self._dense(group))
         if not pairs:
             return
-        params, states = [p for p, _ in pairs], [state for _, state in pairs]
+        if not group["stochastic_rounding"]:
+            self._adamw(group, [(p, p.grad, state) for p, state in pairs])
+            return
+        places = {id(p): place for place, p in enumerate(group["params"])}
+        for p, state in pairs:
+            wide = p.float()
+            self._adamw(group, [(wide, p.grad.float(), state)])
+            copy_rounded_(p, wide, state["step"], places[id(p)])
+
+    def _adamw(self, group: dict[str, Any], triples: list[tuple[Tensor, Tensor, dict]]) -> None:
+        """torch's step of (parameter, gradient, state)."""
+        params, grads, states = zip(*triples, strict=True)
         beta1, beta2 = group["betas"]
         adamw(
-            params,
-            [p.grad for p in params],
+            list(params),
+            list(grads),
             *([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq")),
             [],
             [state["step"] for state in states],
@@ -101,7 +117,9 @@ class AdamW(FactoredOptimizer):
 
     def _new_dense_state(self, group: dict[str, Any], p: Tensor) -> dict[str, Tensor]:
         step = torch.zeros((), dtype=torch.float32, device=p.device)
-        return {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        dtype = torch.float32 if group["stochastic_rounding"] else p.dtype
+        first, second = (torch.zeros_like(p, dtype=dtype) for _ in range(2))
+        return {"step": step, "exp_avg": first, "exp_avg_sq": second}
 
     def _factored_step(self, bucket: Bucket) -> None:
         group, (beta1, beta2) = bucket.group, bucket.group["betas"]
@@ -123,7 +141,7 @@ class AdamW(FactoredOptimizer):
 
         new_u = est.left @ p
         decay = group["lr"] * group["weight_decay"]
-        torch.ops.molegrad.lowrank_update_many_(bucket.weights, new_u, update, -group["lr"], decay)
+        update_weights(bucket, new_u, update, -group["lr"], decay)
         finite = all_finite(average) & all_finite(second)
         bucket.keep("exp_avg", first * bucket.kept_columns(first), finite, "v")
         bucket.keep("exp_avg_sq", second, finite, "v")

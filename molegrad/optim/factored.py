@@ -20,8 +20,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from molegrad.amp import exact_products
 from molegrad.autograd import STATS
 from molegrad.optim.bucket import Bucket
+from molegrad.steps import STEPPED
 
 FACTORED_KEYS = ("probes", "method", "warm_start_decay", "trust_max", "cond_max", "seed")
 
@@ -36,8 +38,8 @@ class FactoredOptimizer(Optimizer):
     (int64), "stats" (float32, named by `molegrad.autograd.STATS`), and what the subclass adds.
 
     Raises:
-        ValueError: an option is out of range, a parameter is no matrix, or a factored group is not
-            made as above.
+        ValueError: an option is out of range, a parameter is no matrix, a factored group is not
+            made as above, or stochastic_rounding is asked for where weights are not bfloat16.
     """
 
     KINDS: tuple[str, ...] = ("dense", "factored")
@@ -45,7 +47,13 @@ class FactoredOptimizer(Optimizer):
     LIMITS: dict[str, tuple[float, float]] = {}
 
     def __init__(self, params, defaults: dict[str, Any]) -> None:
-        super().__init__(params, {"kind": "dense", **defaults})
+        super().__init__(params, {"kind": "dense", "stochastic_rounding": False, **defaults})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("stochastic_rounding", False)  # saved before there was the option
+            _mark(group)
 
     def _dense_step(self, group: dict[str, Any]) -> None:
         """One step of a dense group."""
@@ -79,6 +87,8 @@ class FactoredOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         self._validate(self.param_groups[-1])
+        self._validate_rounding(self.param_groups[-1])
+        _mark(self.param_groups[-1])
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -91,7 +101,9 @@ class FactoredOptimizer(Optimizer):
             if group["kind"] == "factored":
                 for bucket in self._buckets(group):
                     torch._foreach_add_([state["step"] for state in bucket.states_u], 1)
-                    self._factored_step(bucket)
+                    # Bases have to be orthonormal and weak modes more than noise: no TF32.
+                    with exact_products(bucket.u.device):
+                        self._factored_step(bucket)
             elif group["kind"] == "momentum":
                 self._momentum_step(group)
             else:
@@ -106,6 +118,15 @@ class FactoredOptimizer(Optimizer):
                 if not state:
                     state.update(self._new_dense_state(group, p))
                 yield p, state
+
+    def _count(self, weights: list[Tensor]) -> None:
+        """One step more of each weight, on its device: for stochastic rounding, where the state
+        has no count of its own."""
+        for p in weights:
+            if "step" not in self.state[p]:
+                self.state[p]["step"] = torch.zeros((), dtype=torch.int64, device=p.device)
+        if weights:
+            torch._foreach_add_([self.state[p]["step"] for p in weights], 1)
 
     def planned_state_bytes(self) -> int:
         """Bytes of the state it will hold, without bases and counters; allocates nothing."""
@@ -229,11 +250,16 @@ class FactoredOptimizer(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's; the bases are restored into the model's parameters, with the rank they had.
+        stochastic_rounding stays what this optimizer was made with; the other options are loaded.
 
         Raises:
             ValueError: a saved basis does not fit its layer.
         """
+        rounding = [group["stochastic_rounding"] for group in self.param_groups]
         super().load_state_dict(state_dict)
+        for group, own in zip(self.param_groups, rounding, strict=True):
+            group["stochastic_rounding"] = own
+        self._keep_precision(state_dict)
         for group in self.param_groups:
             for p in group["params"]:
                 state = self.state.get(p, {})
@@ -241,6 +267,25 @@ class FactoredOptimizer(Optimizer):
                     state["step"] = state["step"].to(p.device)
                 if "basis" in state:
                     self._restore(p, state["basis"])
+
+    def _keep_precision(self, state_dict: dict[str, Any]) -> None:
+        """torch has rounded what it loaded to the parameter's dtype: take what was saved where a
+        state has a dtype of its own."""
+        places = iter([i for group in state_dict["param_groups"] for i in group["params"]])
+        for group in self.param_groups:
+            for p in group["params"]:
+                saved, own = state_dict["state"].get(next(places), {}), self.state.get(p, {})
+                for key, dtype in self._state_dtypes(group, p).items() if own else ():
+                    if key in own and own[key].dtype != (dtype or saved[key].dtype):
+                        own[key] = saved[key].to(p.device, dtype, copy=True)
+
+    def _state_dtypes(self, group: dict[str, Any], p: Tensor) -> dict[str, torch.dtype | None]:
+        """Dtypes of a weight's state by name; None is whatever was saved."""
+        if group["kind"] == "factored":  # whose state lies with the bases, in their dtype
+            return {}
+        dense = group["kind"] == "dense"
+        make = self._new_dense_state if dense else self._new_momentum_state
+        return {key: x.dtype for key, x in make(group, p.detach().to("meta")).items()}
 
     @torch.no_grad()
     def _restore(self, p: Tensor, saved: Tensor) -> None:
@@ -254,6 +299,18 @@ class FactoredOptimizer(Optimizer):
             self.state[p]["basis"] = p.detach()
         else:
             self._adopt(p, saved.clone())
+
+    def _validate_rounding(self, group: dict[str, Any]) -> None:
+        if not group["stochastic_rounding"]:
+            return
+        name = type(self).__name__
+        for weight in group["params"][:: _layer_width(group)]:
+            if weight.dtype != torch.bfloat16:
+                raise ValueError(
+                    f"{name}: stochastic_rounding=True is for weights of torch.bfloat16, got a "
+                    f"weight {tuple(weight.shape)} of {weight.dtype}: convert the model first "
+                    "(model.to(torch.bfloat16)), or leave it off"
+                )
 
     def _validate(self, group: dict[str, Any]) -> None:
         name, params = type(self).__name__, group["params"]
@@ -302,3 +359,18 @@ class FactoredOptimizer(Optimizer):
                 f"{', '.join(FACTORED_KEYS)} (molegrad.optim.matrix_param_groups builds it); got "
                 f"{shapes}" + (f", without {', '.join(missing)}" if missing else "")
             )
+
+
+def _layer_width(group: dict[str, Any]) -> int:
+    """How many parameters of each layer a group has in turn, its weight first."""
+    return {"dense": 1, "factored": 3, "momentum": 3 if group.get("quantized") else 2}[
+        group["kind"]
+    ]
+
+
+def _mark(group: dict[str, Any]) -> None:
+    """What the layers look for to know that somebody steps."""
+    each = _layer_width(group)
+    for i, p in enumerate(group["params"]):
+        if i % each:
+            setattr(p, STEPPED, True)

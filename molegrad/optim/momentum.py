@@ -13,11 +13,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from molegrad.optim.bucket import Bucket, all_finite, estimate, truncate, turn, two_sided
 from molegrad.optim.factored import FactoredOptimizer
+from molegrad.optim.rounding import update_weights
 
 
 class FactoredMomentum(FactoredOptimizer):
@@ -43,7 +43,7 @@ class FactoredMomentum(FactoredOptimizer):
         core, alpha = self._update(group, direction, *bucket.shape)
         update = est.left @ core  # (size, m, i)
         decay = group["lr"] * group["weight_decay"]
-        torch.ops.molegrad.lowrank_update_many_(bucket.weights, update, right, alpha, decay)
+        update_weights(bucket, update, right, alpha, decay)
         p, kept, q, condition = truncate(average, v_c, group["truncation_iters"], group["cond_max"])
         finite = all_finite(average)
         bucket.keep("core", without_explored(kept, bucket), finite)

@@ -21,6 +21,7 @@ from torch import Tensor
 from molegrad.linear import int8_scale
 from molegrad.optim.momentum import FactoredMomentum
 from molegrad.optim.newton_schulz import newton_schulz, working_dtype
+from molegrad.optim.rounding import add_rounded_
 
 # Numbers of the matrices whose polar factors are taken together: enough to keep a GPU busy, little
 # beside a model. All at once, they were the peak of a run whose activations are small.
@@ -56,10 +57,12 @@ class Muon(FactoredMomentum):
         adjust_lr: "spectral", "original", "match_rms_adamw" or "none", see `lr_scale`.
         ns_steps: Newton–Schulz steps of the dense groups.
         truncation_iters: block iterations that truncate the factored momentum to rank k.
+        stochastic_rounding: round bfloat16 weights at random (`molegrad.optim.rounding`).
 
     State: dense groups a momentum (m, n); those of kind "momentum" the layer's own, its parameter,
     and with nesterov an int8 matrix (m, n); factored ones a core S (k, k) with the layer's bases. A
-    direction that `resize_rank` adds starts without momentum.
+    direction that `resize_rank` adds starts without momentum. With stochastic_rounding every weight
+    has a "step" beside.
 
     Raises:
         ValueError: see `FactoredOptimizer`; or adjust_lr is unknown.
@@ -77,6 +80,7 @@ class Muon(FactoredMomentum):
         adjust_lr: str = "spectral",
         ns_steps: int = 5,
         truncation_iters: int = 2,
+        stochastic_rounding: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -86,6 +90,7 @@ class Muon(FactoredMomentum):
             "adjust_lr": adjust_lr,
             "ns_steps": ns_steps,
             "truncation_iters": truncation_iters,
+            "stochastic_rounding": stochastic_rounding,
         }
         super().__init__(params, defaults)
 
@@ -110,6 +115,10 @@ class Muon(FactoredMomentum):
     ) -> None:
         """Step each matrix along the polar factor of the update that its function makes. Matrices
         of one shape go together, as many as `TOGETHER` allows, and only theirs exist."""
+        decay, rounded = group["lr"] * group["weight_decay"], group["stochastic_rounding"]
+        if rounded:
+            self._count([p for p, _ in updates])
+        places = {id(p): place for place, p in enumerate(group["params"])}
         by_shape: dict[tuple, list[tuple[Tensor, Callable[[], Tensor]]]] = defaultdict(list)
         for p, update in updates:
             by_shape[(p.shape, p.dtype, p.device)].append((p, update))
@@ -120,8 +129,12 @@ class Muon(FactoredMomentum):
                 stacked = torch.stack([update().to(dtype) for _, update in batch])
                 directions = newton_schulz(stacked, group["ns_steps"], dtype)
                 for (p, _), direction in zip(batch, directions.unbind(), strict=True):
-                    if group["weight_decay"]:
-                        p.mul_(1 - group["lr"] * group["weight_decay"])
+                    if rounded:
+                        step = self.state[p]["step"]
+                        add_rounded_(p, direction, -lr, decay, step, places[id(p)])
+                        continue
+                    if decay:
+                        p.mul_(1 - decay)
                     p.add_(direction.to(p.dtype), alpha=-lr)
                 del stacked, directions
 
@@ -158,9 +171,10 @@ class Muon(FactoredMomentum):
                     if key in saved:
                         tensor.copy_(saved[key])
                         saved[key] = tensor
-                if "before" in saved:  # torch has given it the parameter's dtype
-                    saved["before"] = saved["before"].to(torch.int8)
-                    saved["before_scale"] = saved["before_scale"].to(torch.float32)
+
+    def _state_dtypes(self, group: dict[str, Any], p: Tensor) -> dict[str, torch.dtype | None]:
+        dtypes = super()._state_dtypes(group, p)
+        return dtypes | dict.fromkeys(_MOMENTUM_STATE) if group["kind"] == "momentum" else dtypes
 
     def _new_dense_state(self, group: dict[str, Any], p: Tensor) -> dict[str, Tensor]:
         return {"momentum_buffer": torch.zeros_like(p)}

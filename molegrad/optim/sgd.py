@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim.sgd import sgd
 
 from molegrad.optim.momentum import FactoredMomentum
+from molegrad.optim.rounding import copy_rounded_
 
 
 class SGD(FactoredMomentum):
@@ -31,6 +32,8 @@ class SGD(FactoredMomentum):
         weight_decay: decoupled (torch's is an L2 term in the gradient, which a low-rank gradient
             has no room for).
         truncation_iters: block iterations that truncate the factored momentum to rank k.
+        stochastic_rounding: round bfloat16 weights at random (`molegrad.optim.rounding`); in dense
+            groups one weight at a time is stepped in float32, with a momentum in float32.
 
     State: dense groups a momentum (m, n), where momentum is not 0; factored ones a core S (k, k)
     with the layer's bases. A direction that `resize_rank` adds starts without momentum.
@@ -47,6 +50,7 @@ class SGD(FactoredMomentum):
         nesterov: bool = True,
         weight_decay: float = 0.0,
         truncation_iters: int = 2,
+        stochastic_rounding: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -54,6 +58,7 @@ class SGD(FactoredMomentum):
             "nesterov": nesterov,
             "weight_decay": weight_decay,
             "truncation_iters": truncation_iters,
+            "stochastic_rounding": stochastic_rounding,
         }
         super().__init__(params, defaults)
 
@@ -61,13 +66,25 @@ class SGD(FactoredMomentum):
         pairs = list(self._dense(group))
         if not pairs:
             return
-        params = [p for p, _ in pairs]
+        if not group["stochastic_rounding"]:
+            self._sgd(group, [(p, p.grad, state) for p, state in pairs])
+            return
+        self._count([p for p, _ in pairs])
+        places = {id(p): place for place, p in enumerate(group["params"])}
+        for p, state in pairs:
+            wide = p.float()
+            self._sgd(group, [(wide, p.grad.float(), state)])
+            copy_rounded_(p, wide, state["step"], places[id(p)])
+
+    def _sgd(self, group: dict[str, Any], triples: list[tuple[Tensor, Tensor, dict]]) -> None:
+        """torch's step of (parameter, gradient, state)."""
+        params, grads, states = zip(*triples, strict=True)
         if group["weight_decay"]:
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
         sgd(
-            params,
-            [p.grad for p in params],
-            [state.get("momentum_buffer") for _, state in pairs],
+            list(params),
+            list(grads),
+            [state.get("momentum_buffer") for state in states],
             weight_decay=0.0,
             momentum=group["momentum"],
             lr=group["lr"],
@@ -77,7 +94,8 @@ class SGD(FactoredMomentum):
         )
 
     def _new_dense_state(self, group: dict[str, Any], p: Tensor) -> dict[str, Tensor]:
-        return {"momentum_buffer": torch.zeros_like(p)} if group["momentum"] else {}
+        dtype = torch.float32 if group["stochastic_rounding"] else p.dtype
+        return {"momentum_buffer": torch.zeros_like(p, dtype=dtype)} if group["momentum"] else {}
 
     def _average(self, group: dict[str, Any], momentum: Tensor, gradient: Tensor):
         mu = group["momentum"]

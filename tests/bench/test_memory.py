@@ -1,11 +1,13 @@
 import json
+import signal
 
 import pytest
 import torch
 
 from molegrad import build_info
-from molegrad.bench import memory
+from molegrad.bench import memory, memory_predictions
 from molegrad.bench.memory import MemoryBenchConfig, bench, measured_peaks, memory_targets, slope
+from molegrad.bench.memory_predictions import NOT_PREDICTED, Predictions
 from molegrad.bench.memory_report import CHUNKS, DENSE, PLAIN, shown
 
 TINY = {
@@ -27,6 +29,16 @@ NEAR = 0.03 if NATIVE else 0.1
 @pytest.fixture(scope="module")
 def result() -> dict:
     return bench(MemoryBenchConfig(variants=FEW, **TINY))
+
+
+@pytest.fixture
+def known(result, monkeypatch):
+    """What has been predicted once is not simulated again."""
+    rows = {
+        (row["variant"], row["tokens"]): {key: row[key] for key in NOT_PREDICTED}
+        for row in result["peaks"]
+    }
+    monkeypatch.setattr(Predictions, "peak", lambda self, *of: rows[of])
 
 
 def test_measured_and_predicted_peaks_agree(result):
@@ -70,6 +82,11 @@ def test_another_device_measures_no_target_and_says_what_it_found(result):
     assert "measured / predicted" in text and "without stream, K, V" in text
 
 
+def test_the_result_says_which_kernels_ran(result):
+    assert result["attention"] == "flash_attention" and result["predictions"] is None
+    assert result["config"]["attention"] == "auto" and "interrupted" not in result
+
+
 def row(variant, tokens, measured, predicted=100):
     fits = {"measured_to_predicted": measured / predicted} if measured else {}
     return {"variant": variant, "tokens": tokens, "measured": measured, **fits}
@@ -88,7 +105,14 @@ def on_gpu(**values) -> dict:
         "capped": [
             {"what": "65536 tokens", "variant": DENSE, "trains": False},
             {"what": "65536 tokens", "variant": CHUNKS, "trains": True},
-            {"what": "deepest model", "variant": CHUNKS, "depth": 30, "predicted_depth": 31},
+            {
+                "what": "deepest model",
+                "variant": CHUNKS,
+                "depth": 30,
+                "predicted_depth": 31,
+                "tried": [31, 30],
+                "trains": True,
+            },
         ],
     }
     return {**whole, **values}
@@ -108,15 +132,37 @@ def test_targets_of_what_did_not_fit_or_was_not_asked_for():
     failed = [{"what": "65536 tokens", "variant": CHUNKS, "trains": False}]
     assert memory_targets(on_gpu(capped=failed))[4]["result"] == "not met"
     other = memory_targets(on_gpu(peaks=[row(DENSE, 4096, 100), row(CHUNKS, 4096, 45)]))
+    assert len(memory_targets(on_gpu(peaks=[], slopes=[], times=[], capped=[]))) == 6
     assert other[0]["result"] == "not measured" and "4096 tokens: 0.45" in other[0]["note"]
 
 
-def test_what_does_not_fit_is_a_row(monkeypatch):
+def test_targets_of_what_trains_not_and_of_what_failed():
+    deepest = {"what": "deepest model", "variant": CHUNKS, "depth": 0, "predicted_depth": 31}
+
+    def target(**values):
+        return memory_targets(on_gpu(capped=[{**deepest, **values}]))[5]
+
+    neither = target(tried=[31, 30], trains=False)
+    assert neither["result"] == "not met" and neither["note"] == f"{CHUNKS}: no d31 or d30 trains"
+    failed = target(tried=[31], trains=None, note="RuntimeError: broken")
+    assert failed["result"] == "not measured" and failed["note"].endswith("RuntimeError: broken")
+    unknown = [{"what": "65536 tokens", "variant": CHUNKS, "trains": None}]
+    assert memory_targets(on_gpu(capped=unknown))[4]["result"] == "not measured"
+
+
+ERRORS = {
+    "out of memory": torch.OutOfMemoryError("no room"),
+    "API call": RuntimeError("torch_call_dispatcher() API call failed at library.h"),
+}
+
+
+@pytest.mark.parametrize("error", ERRORS.values(), ids=ERRORS)
+def test_what_does_not_fit_is_a_row(known, monkeypatch, error):
     true = memory._training
 
     def limited(config, name, tokens, depth=0):
         if tokens > 32 and name == DENSE:
-            raise torch.cuda.OutOfMemoryError("no room")
+            raise error
         return true(config, name, tokens, depth)
 
     monkeypatch.setattr(memory, "_training", limited)
@@ -130,21 +176,83 @@ def test_what_does_not_fit_is_a_row(monkeypatch):
     assert "out of memory" in shown(result)
 
 
-def test_the_deepest_model_is_tried_downwards(monkeypatch):
-    tried = []
+def test_what_fails_is_a_row_and_the_rest_goes_on(known, monkeypatch, capsys):
+    def failing(config, name, tokens, depth=0):
+        if (name, tokens) == (DENSE, 96):
+            raise RuntimeError("broken\nand more")
+        return 9 * tokens, 8 * tokens
+
+    monkeypatch.setattr(memory, "measured_peaks", failing)
+    arguments = [f"--{k}={v}" for k, v in {**TINY, "time_at": -1}.items()]
+    assert memory.main([*arguments, f"--variants={PLAIN}", "--json"]) == 1
+    said = capsys.readouterr()
+    rows = json.loads(said.out.splitlines()[-1])["peaks"]
+    assert rows[1]["note"] == "RuntimeError: broken" and rows[1]["predicted"] > 0
+    assert [row["measured"] is None for row in rows] == [False, True, False, False]
+    assert "Traceback" in said.err
+
+
+def test_what_cannot_be_predicted_is_measured(monkeypatch):
+    def failing(settings, vocab):
+        raise RuntimeError("no such op")
+
+    monkeypatch.setattr(memory_predictions, "simulated", failing)
+    result = bench(MemoryBenchConfig(variants=DENSE, **{**TINY, "time_at": -1}))
+    assert [row["note"] for row in result["peaks"]] == ["RuntimeError: no such op"] * 2
+    assert all(row["measured"] > 0 for row in result["peaks"])
+    assert result["slopes"][0]["measured"] is None and "no such op" in shown(result)
+
+
+def test_ctrl_c_prints_what_has_been_measured(known, monkeypatch, capsys):
+    def interrupted(config, name, tokens, depth=0):
+        if (name, tokens) == (PLAIN, 96):
+            signal.raise_signal(signal.SIGINT)
+        return 9 * tokens, 8 * tokens
+
+    monkeypatch.setattr(memory, "measured_peaks", interrupted)
+    arguments = [f"--{k}={v}" for k, v in TINY.items()]
+    assert memory.main([*arguments, f"--variants={PLAIN}", "--json"]) == 130
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["interrupted"] is True and result["times"] == []
+    assert [(r["variant"], r["tokens"]) for r in result["peaks"]] == [
+        (DENSE, 32), (DENSE, 96), (PLAIN, 32),
+    ]  # fmt: skip
+    assert result["slopes"][0]["measured"] == 8 and result["slopes"][1]["measured"] is None
+
+
+def deepest(monkeypatch, fits: int, predicted: int) -> tuple[list, list[dict]]:
+    """What is tried and the rows, where models up to a depth fit."""
+    tried, rows = [], []
 
     def peaks(config, name, tokens, depth=0):
         tried.append((tokens, depth))
-        return None if depth > 5 else (7, 6)
+        return None if depth > fits else (7, 6)
 
     monkeypatch.setattr(memory, "measured_peaks", peaks)
-    monkeypatch.setattr(memory, "largest_depth", lambda config, budget, vocab: (7, budget))
-    config = MemoryBenchConfig(device="cuda", variants=PLAIN, cap_gib=1)
-    rows = memory._capped(config)
-    assert [r["trains"] for r in rows] == [True] * 4
-    assert tried[:2] == [(65536, 0)] * 2 and tried[2:5] == [(8192, 7), (8192, 6), (8192, 5)]
-    deepest = rows[-1]
-    assert (deepest["depth"], deepest["predicted_depth"], deepest["measured"]) == (5, 7, 7)
+    monkeypatch.setattr(
+        memory_predictions,
+        "largest_depth",
+        lambda config, budget, vocab: (predicted, budget) if budget == 2.5 * 2**30 else None,
+    )
+    config = MemoryBenchConfig(device="cuda", variants=PLAIN, cap_gib=4)
+    known = [{"variant": DENSE, "tokens": 65536, "measured": None, "note": "out of memory"}]
+    memory._capped(config, known, Predictions(config), rows)
+    return tried, rows
+
+
+def test_the_deepest_model_is_as_predicted_or_one_block_less(monkeypatch):
+    tried, rows = deepest(monkeypatch, fits=6, predicted=7)
+    assert tried[0] == (65536, 0) and tried[1:3] == [(8192, 7), (8192, 6)]  # dense's row is reused
+    assert [r["trains"] for r in rows] == [False, True, True, True]
+    assert rows[0]["note"] == "out of memory"
+    deep = rows[-1]
+    assert (deep["depth"], deep["predicted_depth"], deep["measured"]) == (6, 7, 7)
+
+
+def test_the_deepest_model_is_tried_twice_at_most(monkeypatch):
+    tried, rows = deepest(monkeypatch, fits=1, predicted=7)
+    assert tried.count((8192, 7)) == tried.count((8192, 6)) == 2 and len(tried) == 5
+    assert (rows[-1]["depth"], rows[-1]["trains"], rows[-1]["tried"]) == (0, False, [7, 6])
 
 
 def test_a_peak_is_the_trainings_alone():
@@ -160,7 +268,7 @@ def test_slope():
     assert slope([1], [5]) is None
 
 
-def test_the_command(capsys):
+def test_the_command(known, capsys):
     arguments = [f"--{k}={v}" for k, v in {**TINY, "time_at": -1}.items()]
     assert memory.main([*arguments, f"--variants={PLAIN}", "--json"]) == 0
     *text, last = capsys.readouterr().out.splitlines()
@@ -178,6 +286,9 @@ def test_the_command(capsys):
         ({"variants": "magic"}, "variants=magic is not among dense"),
         ({"cap_gib": 32}, "limits a GPU's memory"),
         ({"steps": 0}, "steps must be at least 1"),
+        ({"device": "cuda", "cap_gib": 1}, "cap_gib=1 leaves no model any room"),
+        ({"attention": "fast"}, "attention=fast is not one of auto, flash"),
+        ({"predict_only": True}, "name it by predictions=FILE"),
     ],
 )
 def test_bad_values_are_named(values, message):

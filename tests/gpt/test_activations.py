@@ -11,7 +11,7 @@ import torch
 import torch.multiprocessing as mp
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from molegrad import MoleGradConfig, convert
+from molegrad import MoleGradConfig, convert, linear
 from molegrad.config import METHODS
 from molegrad.gpt import checkpoint, setup
 from molegrad.gpt.activations import Activations
@@ -27,6 +27,7 @@ MODES = {
     "tangent": {**LOW_RANK, "method": "tangent", "probes": 2, "trust_scaling": True},
     "factored": {**LOW_RANK, "gradient_mode": "factored", "probes": 2},
     "factored, fp8": {**LOW_RANK, "gradient_mode": "factored", "products": "fp8"},
+    "factored, grouped": {**LOW_RANK, "gradient_mode": "factored", "group_mib": 1},
     "sampled": {"sample_share": 1.0, "target_layers": "all"},
     "momentum": EXACT,
     "momentum, bfloat16": {**EXACT, "momentum_dtype": "bfloat16"},
@@ -204,13 +205,29 @@ def test_only_recomputing_whole_blocks_runs_attention_twice(kind, times):
     assert calls.count == 2 * times  # of two blocks
 
 
-@pytest.mark.parametrize("levers", ["chunk=14 all none", "chunk=14 mlp block", "chunk=0 mlp block"])
-@pytest.mark.parametrize("mode", ["dense", "factored", "momentum"])
-def test_compiled_models_give_the_same_gradients(mode, levers, compiler):
-    model = model_of(MODES[mode])
-    expected = trained(copy.deepcopy(model), Activations())
+def check_compiled(model, levers: Activations, micro_batches: int = 2) -> None:
+    expected = trained(copy.deepcopy(model), Activations(), micro_batches=micro_batches)
     compiled = torch.compile(model, dynamic=False, backend="aot_eager")
-    assert_close(trained(model, LEVERS[levers], compiled), expected, 2e-5)
+    assert_close(trained(model, levers, compiled, micro_batches=micro_batches), expected, 2e-5)
+
+
+@pytest.mark.parametrize("levers", ["chunk=14 all none", "chunk=14 mlp block", "chunk=0 mlp block"])
+@pytest.mark.parametrize("mode", ["dense", "tangent", "factored", "sampled", "momentum"])
+def test_compiled_models_give_the_same_gradients(mode, levers, compiler):
+    check_compiled(model_of(MODES[mode]), LEVERS[levers])
+
+
+@pytest.mark.parametrize("levers", ["chunk=0 mlp none", "chunk=0 mlp selective"])
+@pytest.mark.parametrize("mode", list(WHOLE_INPUT))
+def test_compiled_models_take_the_other_methods_too(mode, levers, compiler, monkeypatch):
+    # A projection for each layer, as compiled code has it.
+    monkeypatch.setattr(linear, "_makes_anew", lambda x: True)
+    check_compiled(model_of(WHOLE_INPUT[mode]), LEVERS[levers], micro_batches=1)
+
+
+@pytest.mark.parametrize("levers", ["chunk=0 mlp none", "chunk=14 all selective"])
+def test_compiled_models_take_a_low_rank_head(levers, compiler):
+    check_compiled(model_of(MODES["momentum"], head_rank=4), LEVERS[levers])
 
 
 def test_the_inductor_compiles_around_the_chunks(compiler):
@@ -285,12 +302,19 @@ def _worker(rank: int, port: int, mode: str, results) -> None:
         idx, targets = tokens(4)
         targets = targets.clamp(min=0)
         called(idx[2 * rank :][:2], targets[2 * rank :][:2]).backward()
-        results[rank] = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
+        results[rank] = _found(model)
     finally:
         torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("mode", ["dense", "factored"])
+def _found(model) -> tuple[dict, dict]:
+    """Gradients, and momenta that backward passes have added to."""
+    parameters = dict(model.named_parameters())
+    momenta = {k: p.detach() for k, p in parameters.items() if k.endswith("momentum")}
+    return {k: p.grad for k, p in parameters.items() if p.grad is not None}, momenta
+
+
+@pytest.mark.parametrize("mode", ["dense", "factored", "momentum"])
 def test_data_parallel_processes_average_streamed_gradients(mode):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -302,8 +326,13 @@ def test_data_parallel_processes_average_streamed_gradients(mode):
     model = model_of(MODES[mode])
     idx, targets = tokens(4)
     model(idx, targets.clamp(min=0)).backward()
-    expected = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
-    assert results[0].keys() == expected.keys()
+    expected, momenta = _found(model)
+    (ours, own), (others, other) = results[0], results[1]
+    assert ours.keys() == expected.keys() and own.keys() == momenta.keys()
+    assert bool(momenta) == (mode == "momentum")
     for key, gradient in expected.items():
-        assert torch.equal(results[0][key], results[1][key])
-        assert (results[0][key] - gradient).norm() < 1e-4 * gradient.norm(), key
+        assert torch.equal(ours[key], others[key])
+        assert (ours[key] - gradient).norm() < 1e-4 * gradient.norm(), key
+    for key, momentum in momenta.items():  # of its own sequences; Muon averages them
+        mean = (own[key] + other[key]) / 2
+        assert (mean - momentum).norm() < 1e-4 * momentum.norm(), key

@@ -79,8 +79,30 @@ def test_a_rank_is_a_number_or_a_share(word, rank):
     assert saved == rank and type(saved) is type(rank)
 
 
-def test_streaming_is_off_unless_asked_for():
-    assert flags.parse(Example, ["--streaming_rank_k=8"]).streaming_config() is None
+def test_streaming_is_off_unless_asked_for(capsys):
+    assert flags.parse(Example, ["--streaming_seed=3"]).streaming_config() is None
+    assert flags.parse(Example, ["--streaming_probes=0"]).streaming_config() is None
+    for words, phrase in (
+        (["--streaming_rank_k=8"], "streaming_rank_k=8 has no effect without --enable_streaming"),
+        (
+            ["--streaming_method=projected", "--streaming_cond_max=-5"],
+            "streaming_method='projected', streaming_cond_max=-5.0 have no effect without",
+        ),
+        (
+            ["--streaming_preset=exact", "--enable_streaming=False"],
+            "streaming_preset=exact and enable_streaming=False: drop one of them",
+        ),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            flags.parse(Example, words)
+        assert stopped.value.code == 2
+        assert phrase in capsys.readouterr().err
+
+
+def test_the_dense_twin_of_a_configuration():
+    words = ["--streaming_preset=minimal", "--streaming_seed=3", "--depth=2"]
+    dense = flags.parse(Example, words).dense()
+    assert dense == Example(depth=2, streaming_seed=3) and dense.streaming_config() is None
 
 
 def test_every_field_of_the_library_is_a_flag_with_its_default_and_help(capsys):
@@ -108,8 +130,21 @@ def test_a_preset_is_its_flags_and_those_beside_it_win():
     config = flags.parse(Example, words)
     assert config.depth == 3
     assert config.streaming_config() == MoleGradConfig.preset("minimal", sample_share=0.5)
-    off = flags.parse(Example, ["--streaming_preset=exact", "--enable_streaming=False"])
-    assert off.streaming_config() is None and off.streaming_sample_share == 1.0
+
+
+def test_a_conflict_with_a_preset_says_which_flag_it_stands_for(capsys):
+    words = ["--streaming_preset=balanced", "--streaming_method=projected"]
+    with pytest.raises(SystemExit):
+        flags.parse(Example, words)
+    text = capsys.readouterr().err
+    assert "sample_overrides='attention=1' has no meaning for method='projected'" in text
+    assert "preset=balanced stands for --streaming_sample_overrides=attention=1: a value" in text
+    assert "wins, --streaming_sample_overrides= for none" in text
+    config = flags.parse(Example, [*words, "--streaming_sample_overrides="]).streaming_config()
+    assert (config.method, config.sample_overrides) == ("projected", ())
+    with pytest.raises(SystemExit):
+        flags.parse(Example, ["--streaming_preset=balanced", "--streaming_rank_k=8"])
+    assert "stands for --streaming_method=sampled" in capsys.readouterr().err
 
 
 def test_an_unknown_preset_is_refused(capsys):
@@ -152,8 +187,56 @@ def test_a_wrong_value_is_named(words, phrase, capsys):
     assert phrase in " ".join(capsys.readouterr().err.replace("│", " ").split())
 
 
+@pytest.mark.parametrize(
+    ("word", "phrase"),
+    [
+        ("--device=foo", "device='foo' is no device name: give cpu, cuda, cuda:1 or mps"),
+        ("--threads=-2", "threads must not be negative, got -2"),
+    ],
+)
+def test_machines_that_cannot_be(word, phrase, capsys):
+    @dataclass(frozen=True)
+    class Machine:
+        """A command."""
+
+        device: str = ""
+        threads: int = 0
+
+    assert flags.parse(Machine, ["--device=cuda:1", "--threads=3"]).device == "cuda:1"
+    with pytest.raises(SystemExit) as stopped:
+        flags.parse(Machine, [word])
+    assert stopped.value.code == 2 and phrase in capsys.readouterr().err
+
+
+def test_wrong_input_of_a_command_is_one_line(capsys, monkeypatch):
+    @flags.command("example")
+    def main(error: Exception | None = None) -> int:
+        if error is None:
+            return 7
+        raise error
+
+    @flags.command("example")
+    def ours() -> int:
+        flags.StreamingFields(streaming_probes=3)
+
+    monkeypatch.delenv("MOLEGRAD_TRACEBACK", raising=False)
+    assert main() == 7
+    assert ours() == 2
+    assert capsys.readouterr().err.endswith("(or a --streaming_preset)\n")
+    for error in (ValueError("a"), FileNotFoundError("a"), NotImplementedError("a")):
+        assert main(error) == 2
+        # Raised by a test, and not by this package: perhaps no fault of the input.
+        assert capsys.readouterr().err == "example: a (where: MOLEGRAD_TRACEBACK=1)\n"
+    with pytest.raises(RuntimeError):
+        main(RuntimeError("a fault of the program"))
+    monkeypatch.setenv("MOLEGRAD_TRACEBACK", "1")
+    with pytest.raises(ValueError):
+        main(ValueError("a"))
+
+
 def test_resolved_is_json_and_complete():
-    config = flags.parse(Example, ["--depth=7", "--streaming_target_layers=a,b"])
+    words = ["--depth=7", "--enable_streaming", "--streaming_target_layers=a,b"]
+    config = flags.parse(Example, words)
     values = json.loads(json.dumps(flags.resolved(config)))
     assert values["depth"] == 7 and values["where"] == "here"
     assert set(values) == {f.name for f in dataclasses.fields(Example)}

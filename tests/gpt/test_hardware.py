@@ -20,6 +20,13 @@ def test_device_by_name_and_by_default():
             hardware.pick_device("cuda")
 
 
+def test_the_kernel_of_attention_is_the_one_that_torch_takes():
+    where = torch.device("cpu"), torch.float32, 2, 16
+    assert hardware.attention_backend(*where) == "flash_attention"
+    with sdpa_kernel(SDPBackend.MATH):
+        assert hardware.attention_backend(*where) == "math"
+
+
 def test_dense_flops_equal_what_torch_counts():
     """With attention as plain matrix products torch's counter sees all of them but the head's
     weight gradient, which is accumulated by addmm_."""

@@ -73,7 +73,7 @@ def test_bfloat16_under_autocast_is_close_to_float64():
     exact = full(hidden, weight, targets, 15.0, "mean")
     low_h, low_w = (x.detach().float().requires_grad_() for x in (hidden, weight))
     with torch.autocast("cpu", torch.bfloat16):
-        loss = linear_cross_entropy(low_h, low_w, targets, chunk=50)
+        loss = linear_cross_entropy(low_h, low_w, targets, 15.0, chunk=50)
     loss.backward()
     assert loss.dtype == torch.float32 and low_w.grad.dtype == torch.float32
     assert abs(loss.item() - exact.item()) < 0.02 * exact.item()
@@ -110,6 +110,35 @@ def test_wrong_input_is_named():
         linear_cross_entropy(hidden, weight, targets[:-1])
     with pytest.raises(ValueError, match="chunk must be a number of tokens"):
         linear_cross_entropy(hidden, weight, targets, chunk=-1)
+    for cap in (-1.0, float("nan")):
+        with pytest.raises(ValueError, match=f"above 0, or 0 for none, got {cap}"):
+            linear_cross_entropy(hidden, weight, targets, cap)
+
+
+def test_no_cap_is_the_default():
+    hidden, weight, targets = make()
+    ours = linear_cross_entropy(3 * hidden, weight, targets)
+    theirs = F.cross_entropy(3 * hidden @ weight.t(), targets, ignore_index=-1)
+    torch.testing.assert_close(ours, theirs)
+    assert abs(linear_cross_entropy(3 * hidden, weight, targets, 15.0) - ours) > 1e-3
+
+
+def test_a_head_that_is_more_than_its_weight():
+    class Adapted(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + 1.0
+
+    hidden, weight, targets = make()
+    with pytest.raises(ValueError, match=r"forward pass of its own \(Adapted\) is not supported"):
+        linear_cross_entropy(hidden, Adapted(12, 29, bias=False).double(), targets)
+    head = torch.nn.Linear(12, 29, bias=False).double()
+    parametrized = torch.nn.utils.parametrizations.weight_norm(head)  # whose weight is all
+    linear_cross_entropy(hidden, parametrized, targets).backward()
+    found = [p.grad.clone() for p in head.parameters()]
+    head.zero_grad()
+    F.cross_entropy(head(hidden), targets, ignore_index=-1).backward()
+    for ours, p in zip(found, head.parameters(), strict=True):
+        torch.testing.assert_close(ours, p.grad)
 
 
 LOW_RANK = {"rank_k": 4, "gradient_mode": "factored", "min_layer_utilization": 0.0}
@@ -173,7 +202,7 @@ def test_a_frozen_low_rank_head_takes_no_gradient():
     head = head_of(weight, method="power")
     head.basis_u.requires_grad_(False)
     head.basis_v.requires_grad_(False)
-    (grad,) = torch.autograd.grad(linear_cross_entropy(hidden, head, targets), hidden)
+    (grad,) = torch.autograd.grad(linear_cross_entropy(hidden, head, targets, 15.0), hidden)
     expected = torch.autograd.grad(full(hidden, weight, targets, 15.0, "mean"), hidden)
     torch.testing.assert_close(grad, expected[0])
 

@@ -11,8 +11,8 @@ import torch
 
 from molegrad import build_info, streaming
 from molegrad.clip import clip_grad_norm_
-from molegrad.config import PRESETS
-from molegrad.gpt import memory_cuda, memory_plan, memory_sim, setup
+from molegrad.config import METHODS, PRESETS
+from molegrad.gpt import loss, memory_cuda, memory_plan, memory_sim, setup
 from molegrad.gpt import model as model_module
 from molegrad.gpt.flags import PREFIX
 from molegrad.gpt.memory_plan import PlanConfig, card_bytes, longest_sequence, simulated
@@ -21,6 +21,7 @@ from molegrad.gpt.model import GPT
 from molegrad.gpt.train import model_config
 from molegrad.gpt.train_config import BaseTrainConfig, compute_dtype, resolve
 from molegrad.monitor.peak import peak_bytes
+from molegrad.optim import muon
 
 VOCAB = 512
 SMALL = {"depth": 2, "aspect_ratio": 64, "device_batch_size": 2, "max_seq_len": 256}
@@ -87,6 +88,11 @@ def train(config, steps: int = 2) -> None:
         {**LOW_RANK, "optimizer": "adamw"},
         {**LOW_RANK, "optimizer": "adafactor", "dtype": "bfloat16"},
         {**LOW_RANK, "streaming_method": "power", "optimizer": "sgd"},
+        {**FACTORED, "streaming_method": "power"},
+        {**LOW_RANK, "streaming_method": "projected"},
+        {**LOW_RANK, "streaming_products": "fp8"},
+        {**FACTORED, "streaming_group_mib": 1},
+        {**preset("balanced"), "head_rank": 8},
     ],
     ids=lambda values: ",".join(f"{k.removeprefix(PREFIX)}={v}" for k, v in values.items())[:60],
 )
@@ -162,6 +168,16 @@ def test_chunks_take_the_activations_away_and_recompute_the_rest():
     assert offloaded.host > 0 == recomputed.host
 
 
+@pytest.mark.parametrize("head_rank", [0, 8])
+def test_chunks_that_are_not_simulated_change_nothing(head_rank, monkeypatch):
+    config = resolved("cuda", loss_chunk=24, head_rank=head_rank, **preset("exact"), **CHUNKS)
+    found = simulate(config, model_config(config, VOCAB))
+    simulated_chunks = len(memory_sim._few(512, 24))
+    monkeypatch.setattr(memory_sim, "_few", loss._chunks)
+    assert len(loss._chunks(512, 24)) == 22 > simulated_chunks == 3
+    assert simulate(config, model_config(config, VOCAB)) == found
+
+
 def test_offloaded_tensors_are_the_cpus_own_memory_there():
     config = resolved(**CHUNKS, recompute="block", offload=True)
     on_cpu = simulate(config, model_config(config, VOCAB))
@@ -186,10 +202,24 @@ def test_norms_keep_what_they_are_given_and_float32_where_cudas_autocast_has_its
     assert norms(dtype="bfloat16") == 4 * numbers + 4 * rows  # what goes in, cast
 
 
+def test_muons_polar_factors_are_made_in_bfloat16_on_cuda(monkeypatch):
+    config = resolved("cuda", device_batch_size=1, max_seq_len=32, aspect_ratio=256)
+    workspace = {}
+    for name, dtype in (("as it is", None), ("float32", torch.float32)):
+        if dtype is not None:
+            monkeypatch.setattr(memory_sim, "working_dtype", lambda device, dtype=dtype: dtype)
+        found = simulate(config, model_config(config, VOCAB))
+        workspace[name] = found.phases["optimizer"]["workspace"]
+    wide = 2 * 4 * 512 * 512  # numbers of two blocks' widest layers, which go together
+    # The stack and one more of its size, at least.
+    assert workspace["as it is"] >= 2 * 2 * wide
+    assert workspace["float32"] - workspace["as it is"] >= 2 * 2 * wide
+
+
 def test_planning_takes_no_memory_and_leaves_no_trace():
     config = resolved("cuda", depth=48, max_seq_len=65536, device_batch_size=1, dtype="bfloat16")
     state, peaks = torch.get_rng_state(), []
-    functions = model_module.F, streaming._Call.chunks
+    functions = model_module.F, streaming._Call.chunks, muon.working_dtype
     before = peak_bytes(lambda: None)
 
     def run():
@@ -198,7 +228,7 @@ def test_planning_takes_no_memory_and_leaves_no_trace():
     assert peak_bytes(run) - before < 2**21
     assert peaks[0] > 300 * 2**30
     assert torch.equal(torch.get_rng_state(), state)
-    assert (model_module.F, streaming._Call.chunks) == functions
+    assert (model_module.F, streaming._Call.chunks, muon.working_dtype) == functions
     assert not torch.is_autocast_enabled("cpu")
     assert type(torch.empty(1)) is torch.Tensor
 
@@ -290,6 +320,17 @@ def test_cards():
     assert card_bytes("32") == card_bytes("32GB") == card_bytes("rtx 5090") == 32 * 2**30
     assert card_bytes("NVIDIA A100 40GB") == 40 * 2**30 < card_bytes("A100")
     assert card_bytes("0.5 GiB") == 2**29
+    assert card_bytes("rtx5090") == card_bytes("GeForce RTX-5090") == 32 * 2**30
+    assert card_bytes("NVIDIA A100-SXM4-40GB") == 40 * 2**30
+    assert card_bytes("NVIDIA A100-SXM4-80GB") == 80 * 2**30
+    assert card_bytes("RTX 5090 Laptop GPU 24GB") == 24 * 2**30
+    for card, phrase in (
+        ("5090", "would have 5,090 GiB, .* or its name, 'RTX 5090'"),
+        ("0", "would have 0 GiB, and 0 to 512 are wanted"),
+        ("RTX 5090 Laptop GPU", "laptops' cards have other sizes .*: give GiB"),
+    ):
+        with pytest.raises(ValueError, match=phrase):
+            card_bytes(card)
     with pytest.raises(ValueError, match="card='Voodoo' is neither a number"):
         card_bytes("Voodoo")
     with pytest.raises(ValueError, match=r"reserve_gib=40 must lie between 0 and the 32 GiB"):
@@ -315,6 +356,19 @@ def test_columns_go_from_dense_to_what_is_asked_for():
     assert columns[0].config.streaming_config() is None and columns[0].config.recompute == "none"
 
 
+@pytest.mark.parametrize("compile", [None, True])
+@pytest.mark.parametrize("method", [None, *METHODS])
+def test_a_plan_has_the_levers_that_the_run_can_take(method, compile):
+    values = {"enable_streaming": True, "streaming_method": method} if method else {}
+    config = PlanConfig(**SMALL, **values, compile=compile, search="none", vocab_size=VOCAB)
+    rows = memory_plan.plan(config)["rows"]
+    whole = method in ("power", "projected")
+    assert all(row["peak"] > 0 for row in rows)
+    assert any(row["levers"]["sequence_chunk"] for row in rows) == (not whole)
+    assert any(row["levers"]["offload"] for row in rows) == (not compile)
+    assert rows[-1]["levers"]["recompute"] == "block"
+
+
 def test_the_command(capsys):
     arguments = [f"--{k}={v}" for k, v in SMALL.items()]
     arguments += ["--vocab-size=512", "--card=1", "--reserve-gib=0.5", "--recompute=block"]
@@ -326,6 +380,15 @@ def test_the_command(capsys):
     for row in result["rows"]:
         assert row["peak"] == sum(row["parts"].values()) == row["phases"][row["phase"]]
         assert row["fits"] and "longest_sequence" not in row
+    small = [*arguments, "--depth=1", "--card=0.03", "--reserve-gib=0", "--max-seq-len=128"]
+    assert memory_plan.main([*small, "--json"]) == 0
+    printed = capsys.readouterr()
+    *text, last = printed.out.splitlines()
+    rows = json.loads(last)["rows"]
+    assert [("longest_sequence" in row) for row in rows] == [True, *[False] * (len(rows) - 2), True]
+    (at,) = [i for i, line in enumerate(text) if "longest sequence" in line]
+    assert f"{rows[-1]['longest_sequence']['value']:,}" in text[at]
+    assert "dense: " in printed.err and "tokens: " in printed.err and "depth 1: " in printed.err
     with pytest.raises(SystemExit):
         memory_plan.main(["--card=none"])
     assert "neither a number of GiB" in capsys.readouterr().err

@@ -54,6 +54,19 @@ def test_parameter_counts():
     }
 
 
+def test_made_on_a_device_it_is_the_same_model():
+    made, usual = GPT.made_on(torch.device("cpu"), GPTConfig(**SMALL), seed=1), small()
+    assert made.state_dict().keys() == usual.state_dict().keys()
+    tensors = zip(
+        [*made.parameters(), *made.buffers()],
+        [*usual.parameters(), *usual.buffers()],
+        strict=True,
+    )
+    assert all(torch.equal(ours, theirs) for ours, theirs in tensors)
+    other = GPT.made_on(torch.device("cpu"), GPTConfig(**SMALL), seed=2)
+    assert not torch.equal(other.lm_head.weight, made.lm_head.weight)
+
+
 def test_module_names_are_those_of_gpt2():
     names = set(small().state_dict())
     assert {

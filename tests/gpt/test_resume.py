@@ -221,7 +221,7 @@ def test_what_depends_on_micro_batches_is_refused(values, message, tmp_path):
 def test_factored_power_is_refused_before_its_first_step(tmp_path):
     values = {"steps": 2, "total_batch_size": 80, **FACTORED, "streaming_method": "power"}
     with_rows(tmp_path, 4, **values).run()
-    with pytest.raises(ValueError, match="takes one micro-batch a step.*device-batch-size=4"):
+    with pytest.raises(ValueError, match="takes one micro-batch a step.*device_batch_size=4"):
         with_rows(tmp_path, 2, resume=2, **values)
 
 

@@ -51,7 +51,9 @@ def test_every_trainable_parameter_is_in_exactly_one_group(optimizer, values):
 @pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
 def test_each_optimizer_trains_the_matrices(optimizer, values, tmp_path):
     """With everything else frozen, at its default learning rate; and its flags reach it."""
-    values = {**values, "streaming_target_layers": "all", "weight_decay": 0.01, "momentum": 0.9}
+    values = {**values, "weight_decay": 0.01, "momentum": 0.9}
+    if values.get("enable_streaming"):
+        values["streaming_target_layers"] = "all"
     still = {"embedding_lr": 0.0, "unembedding_lr": 0.0}
     built = trainer(tmp_path, 40, optimizer=optimizer, warmdown_ratio=0.0, **values, **still)
     group = built.optimizers[1].param_groups[0]
@@ -81,6 +83,31 @@ def test_a_rank_that_fits_no_layer_is_named():
         setup.equip(small(), c)
 
 
+def test_a_head_rank_beyond_half_of_the_smaller_side_is_named():
+    most = min(small().lm_head.weight.shape) // 2
+    with pytest.raises(ValueError, match=f"head_rank={most + 1} must be at most {most}"):
+        setup.equip(small(), config(head_rank=most + 1))
+    setup.equip(small(), config(head_rank=most))
+
+
+def test_levers_that_do_less_than_their_flags_say_are_named():
+    def notes(**values):
+        c = config(max_seq_len=32, device_batch_size=4, **values)
+        model = small()
+        setup.equip(model, c)
+        return setup.notes(model, c)
+
+    fp8 = {"enable_streaming": True, "streaming_saved_inputs": "fp8"}
+    assert notes() == notes(sequence_chunk=127) == notes(**fp8) == []
+    assert "sequence_chunk=128 makes one chunk of a micro-batch" in notes(sequence_chunk=128)[0]
+    everywhere = {**fp8, "streaming_target_layers": "all"}
+    (line,) = notes(**everywhere, sequence_chunk=64)
+    assert "streaming_saved_inputs=fp8 has no effect on the 4 of 12 converted layers" in line
+    grouped = {**FACTORED, "streaming_group_mib": 8, "sequence_chunk": 64}
+    assert "streaming_group_mib=8 has no effect on the 4 of 4" in notes(**grouped)[0]
+    assert notes(**{**fp8, "streaming_target_layers": "attention_only"}, sequence_chunk=64) == []
+
+
 def test_placement():
     model = setup.place(small(), config(weight_dtype="bfloat16"), torch.device("cpu"))
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
@@ -89,6 +116,19 @@ def test_placement():
     dtypes = {n: p.dtype for n, p in model.named_parameters()}
     assert dtypes.pop("transformer.wte.weight") == torch.bfloat16
     assert set(dtypes.values()) == {torch.float32}
+
+
+@pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
+def test_stochastic_rounding_reaches_the_matrices(optimizer):
+    values = {**FACTORED, "optimizer": optimizer, "head_rank": 8, "weight_dtype": "bfloat16"}
+    for rounding in (False, True):
+        c = config(**values, stochastic_rounding=rounding)
+        model = setup.place(small(), c, torch.device("cpu"))
+        setup.equip(model, c)
+        _, *ours = setup.build_optimizers(model, c)
+        groups = [group for o in ours for group in o.param_groups]
+        assert {group["kind"] for group in groups} == {"dense", "factored"}
+        assert len(ours) == 2 and {g["stochastic_rounding"] for g in groups} == {rounding}
 
 
 def test_processes_from_the_environment(monkeypatch):

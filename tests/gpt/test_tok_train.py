@@ -5,7 +5,7 @@ import pytest
 
 from molegrad.gpt import paths
 from molegrad.gpt.corpus import open_corpus
-from molegrad.gpt.tok_train import TokTrainConfig, compression, limited_texts, tok_train
+from molegrad.gpt.tok_train import TokTrainConfig, compression, limited_texts, main, tok_train
 from molegrad.gpt.tokenizer import Tokenizer
 
 
@@ -15,6 +15,16 @@ def text_file(tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
     path.write_text("\n\n".join(f"The value of item {i} is {i * i}. " * 8 for i in range(400)))
     return path
+
+
+def test_the_command(text_file, capsys):
+    assert main([f"--data={text_file}", "--vocab-size=300"]) == 0
+    assert "vocabulary  300 entries" in capsys.readouterr().out
+    assert main(["--data=nowhere.txt"]) == 2
+    assert capsys.readouterr().err.startswith("tok_train: ")
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "usage: python -m scripts.tok_train" in capsys.readouterr().out
 
 
 def test_trains_saves_and_records(text_file, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from molegrad.gpt import checkpoint, paths
 from molegrad.gpt.flags import parse
 from molegrad.gpt.logger import read_metrics
 from molegrad.gpt.tokenizer import Tokenizer
-from molegrad.gpt.train import base_train, main
+from molegrad.gpt.train import base_train, main, native_kernels
 from molegrad.gpt.train_config import BaseTrainConfig
 
 ROOT = Path(__file__).parents[2]
@@ -167,6 +168,57 @@ def test_exit_codes_of_the_command(text, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["--depht=2"])
     assert stopped.value.code == 2 and "--depth" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "phrase"),
+    [
+        (["--tokenizer=none"], "no tokenizer at"),
+        (["--device-type=meta"], "device_type='meta' is not available here"),
+        (["--total-batch-size=100"], "total_batch_size=100 is no multiple of one micro-batch"),
+        (["--loss-chunk=-4"], "loss_chunk"),
+        (["--kv-groups=3"], "kv_groups=3"),
+        (["--depth=0"], "depth"),
+        (["--head-rank=33"], "head_rank=33 must be at most 32"),
+        ([*STREAM, "--streaming_rank_overrides=nothing=2"], "nothing=2"),
+    ],
+)
+def test_wrong_input_of_the_command_is_one_line(text, words, phrase, capsys, monkeypatch):
+    words = [*SIZES, f"--data={text}", "--run=w", "--num-iterations=1", "--save-every=-2", *words]
+    assert main(words) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) <= 2 and phrase in lines[0] and "Traceback" not in "".join(lines)
+    monkeypatch.setenv("MOLEGRAD_TRACEBACK", "1")
+    with pytest.raises((ValueError, OSError), match=re.escape(phrase)):
+        main(words)
+
+
+def test_what_a_run_says_of_kernels_and_of_its_head(text, capsys):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert native_kernels({"native": False}, gpu) == "no, plain torch"
+    assert native_kernels({"native": True, "cuda": False}, cpu) == "yes"
+    assert native_kernels({"native": True, "cuda": True}, gpu) == "yes"
+    told = native_kernels({"native": True, "cuda": False}, gpu)
+    assert told.startswith("CPU ops only") and "MOLEGRAD_CUDA=ON" in told
+    train(text, "--run=h", "--num-iterations=1", "--head-rank=8", "--save-every=-2")
+    printed = capsys.readouterr().out
+    assert "MoleGrad: off in the blocks" in printed and "output head: rank 8 sketches" in printed
+    assert "more work, not less" not in printed
+    train(text, "--run=h", "--num-iterations=1", "--head-rank=32", "--save-every=-2")
+    assert "more work, not less" in capsys.readouterr().out
+
+
+def test_another_method_is_named_before_anything_that_follows_from_it(text):
+    words = ["--run=m", "--num-iterations=2", *STREAM]
+    train(text, *words, "--streaming_method=power")
+    more = ["--resume", "--num-iterations=3"]
+    with pytest.raises(ValueError, match=r"saved with streaming_method=power \(now tangent\)"):
+        train(text, *words, *more, "--streaming_method=tangent")
+    with pytest.raises(ValueError, match=r"saved with head_rank=0 \(now 4\)"):
+        train(text, *words, *more, "--streaming_method=power", "--head-rank=4")
+    with pytest.raises(ValueError, match=r"enable_streaming=True \(now False\)"):
+        train(text, "--run=m", *more)
+    train(text, *words, *more, "--streaming_method=power")
 
 
 def test_two_processes_under_torchrun(text):

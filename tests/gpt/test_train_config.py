@@ -65,6 +65,19 @@ def test_groups_of_sketches_are_not_compiled_and_not_for_several_processes():
         resolve(grouped, GPU, world_size=2)
 
 
+def test_factored_power_takes_one_micro_batch_on_one_process():
+    values = {"enable_streaming": True, "streaming_gradient_mode": "factored"}
+    values |= {"max_seq_len": 64, "device_batch_size": 4, "streaming_method": "power"}
+    assert resolve(BaseTrainConfig(**values), CPU).total_batch_size == 256
+    for more, world, phrase in (
+        ({"total_batch_size": 512}, 1, "got 2 on 1: on one process give device_batch_size=8, or"),
+        ({}, 2, "got 1 on 2: .* or total_batch_size=256; or"),
+    ):
+        with pytest.raises(ValueError, match=phrase):
+            resolve(BaseTrainConfig(**values, **more), CPU, world)
+        resolve(BaseTrainConfig(**{**values, "streaming_method": "tangent"}, **more), CPU, world)
+
+
 @pytest.mark.parametrize(
     ("values", "phrase"),
     [
@@ -74,6 +87,7 @@ def test_groups_of_sketches_are_not_compiled_and_not_for_several_processes():
         ({"num_iterations": 0}, "must be positive, or -1"),
         ({"save_every": -3}, "save_every must be a number of steps, -1"),
         ({"resume": True, "overwrite": True}, "give one of them"),
+        ({"stochastic_rounding": True}, "is for bfloat16 weights, got weight_dtype=auto: give"),
         ({"target_param_data_ratio": 0.0}, "target_param_data_ratio must be positive"),
         ({"embedding_lr": -1.0}, "embedding_lr must not be negative"),
         ({"enable_streaming": True, "streaming_rank_k": 0}, "rank_k must be at least 1"),

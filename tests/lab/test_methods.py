@@ -74,6 +74,11 @@ def test_common_overrides_are_everyones_and_yield_to_a_methods_own():
     dense, low = parse_methods("factored-power:grad_clip=2", common="grad_clip=1:warmup_steps=5")
     assert dense.flags == {"grad_clip": 1.0, "warmup_steps": 5}
     assert low.flags["grad_clip"] == 2.0 and low.flags["warmup_steps"] == 5
+    dense, low = parse_methods("balanced", common="streaming_saved_inputs=full:warmup_steps=5")
+    assert dense.flags == {"warmup_steps": 5} and low.flags["streaming_saved_inputs"] == "full"
+    idle = parse_methods("dense:streaming_rank_k=4")[-1]
+    with pytest.raises(ValueError, match="streaming_rank_k=4 has no effect without"):
+        BaseTrainConfig(**idle.flags)
 
 
 @pytest.mark.parametrize(

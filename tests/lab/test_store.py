@@ -17,7 +17,7 @@ def test_the_key_counts_what_changes_the_result_and_nothing_else():
     key = run().key
     same = [
         run(run="other", threads=3, eval_every=7, save_every=-2, data="a.txt", tokenizer="b"),
-        run(streaming_rank_k=5, streaming_seed=9),  # streaming is off
+        run(streaming_seed=9),  # streaming is off
         dataclasses.replace(run(), label="b"),
         Run.from_dict(json.loads(json.dumps(run().to_dict()))),
     ]

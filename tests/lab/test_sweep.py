@@ -55,7 +55,7 @@ def test_runs_that_fail_rank_last(text):
 
 def test_the_axes_span_the_cells(text):
     config = LabConfig(
-        methods="factored-power",
+        methods="factored-tangent",
         ranks="8,16",
         sizes="2x64,4x128",
         batch_sizes="512,2048,8192",

@@ -115,15 +115,15 @@ def test_a_pacer_whose_process_fails_says_why(tiny):
                 pacer.step()
     finally:
         pacer.close()
-    with pytest.raises(RuntimeError, match="is not linear in"):
-        Pacer(tiny("factored-power:rank=8", batch_sizes="128"))
+    with pytest.raises(RuntimeError, match="head_rank=1000 must be at most"):
+        Pacer(tiny("factored-tangent:rank=8:head_rank=1000"))
 
 
 def test_a_process_that_fails_says_why_and_one_that_is_killed_too(tiny):
-    run = tiny("factored-power:rank=8", batch_sizes="128")  # several micro-batches
+    run = tiny("factored-tangent:rank=8:head_rank=1000")  # more than the head has
     workers = Workers()
     failed = workers(run)
-    assert failed["status"] == "failed" and "is not linear in" in failed["reason"]
+    assert failed["status"] == "failed" and "head_rank=1000 must be" in failed["reason"]
     assert "Traceback" in Path(failed["log"]).read_text() and store.read_runs() == {}
     results = []
     endless = tiny(num_iterations="1000000")
