@@ -1,4 +1,4 @@
-"""MoleGradConfig: every choice the low-rank gradient leaves to the user, validated once.
+"""MoleGradConfig: every choice that an estimated gradient leaves to the user, validated once.
 
 A frozen dataclass, so that a run's configuration cannot drift while it runs and can be written
 into its checkpoint as it stands (`dataclasses.asdict`). Each field carries its help text in

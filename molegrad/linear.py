@@ -1,4 +1,4 @@
-"""MoleLinear: nn.Linear with a low-rank estimate of its weight gradient.
+"""MoleLinear: nn.Linear with an estimate, sampled or of low rank, of its weight gradient.
 
 The forward pass, the parameters' names and the state_dict are nn.Linear's. What differs is the
 backward pass, by `config.gradient_mode`:

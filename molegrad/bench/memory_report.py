@@ -10,6 +10,7 @@ MIB = 2**20
 DENSE, PLAIN, CHUNKS = "dense", "MoleGrad", "MoleGrad + chunks"  # names of variants
 # Sizes and numbers that are wanted.
 DEPTH, TOKENS, LONG = 12, 8192, 65536
+SIZES = {"depth": DEPTH, "aspect_ratio": 64, "vocab": 32768}
 PEAK_SHARE, SLOPE_SHARE, TIME_RATIO, TOLERANCE = 0.5, 0.1, 1.25, 0.10
 
 
@@ -17,7 +18,8 @@ def memory_targets(result: dict) -> list[dict]:
     """A row for every target, as `molegrad.bench.targets` has them. What was measured on another
     device than a GPU, or with other sizes, is a note."""
     config, rows = result["config"], result["peaks"]
-    official = config["device"].startswith("cuda") and config["depth"] == DEPTH
+    sized = all(config[name] == size for name, size in SIZES.items())
+    official = config["device"].startswith("cuda") and sized
     where = f"{config['device']}, depth {config['depth']}, {{}} tokens"
 
     def target(name: str, wanted: float, spec: str, tokens, value, variant="", more=False):
@@ -66,10 +68,11 @@ def _mole(variant: str) -> bool:
 
 def _capped_targets(rows: list[dict], cap: float, official: bool) -> list[dict]:
     under = f"under {cap or 32:g} GiB"
-    long = [row for row in rows if row["what"] != "deepest model"]
+    ours = [row for row in rows if _mole(row["variant"])]
+    long = [row for row in ours if row["what"] != "deepest model"]
     trained = [row for row in long if row["trains"]]
     known = trained or [row for row in long if row["trains"] is not None]
-    deepest = next((r for r in rows if r["what"] == "deepest model" and _mole(r["variant"])), None)
+    deepest = next((row for row in ours if row["what"] == "deepest model"), None)
     tokens = (float(LONG) if trained else 0.0) if known and official else None
     share, note = None, ""
     if deepest is not None:

@@ -207,7 +207,7 @@ StreamingFields = dataclasses.make_dataclass(
             bool,
             dataclasses.field(
                 default=False,
-                metadata={"help": "low-rank weight gradients (MoleGrad) in the target layers"},
+                metadata={"help": "estimated weight gradients (MoleGrad) in the target layers"},
             ),
         ),
         *prefixed_fields(MoleGradConfig, PREFIX),

@@ -118,7 +118,7 @@ def _best_product(device: torch.device, dtype: torch.dtype, seconds: float) -> f
 class Flops:
     """Floating-point operations per trained token, forward and backward."""
 
-    actual: float  # with the low-rank weight gradients of the converted layers
+    actual: float  # with the estimated weight gradients of the converted layers
     dense: float  # of the same model with dense weight gradients
     weight_gradient: float  # the part of `actual` that is weight gradients
 

@@ -313,7 +313,7 @@ def data(records: list[RunRecord], missing: list[str]) -> str:
 
 
 def conversions(records: list[RunRecord], missing: list[str]) -> str:
-    """Which layers have low-rank gradients; runs with the same plan are named together."""
+    """Which layers have estimated gradients; runs with the same plan are named together."""
     groups: dict[str, list[RunRecord]] = {}
     for record in records:
         if record.dense:

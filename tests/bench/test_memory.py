@@ -92,9 +92,12 @@ def row(variant, tokens, measured, predicted=100):
     return {"variant": variant, "tokens": tokens, "measured": measured, **fits}
 
 
+SIZES = {"depth": 12, "aspect_ratio": 64, "vocab": 32768}
+
+
 def on_gpu(**values) -> dict:
     whole = {
-        "config": {"device": "cuda", "depth": 12, "cap_gib": 32.0},
+        "config": {"device": "cuda", "cap_gib": 32.0} | SIZES,
         "peaks": [row(DENSE, 8192, 100), row(PLAIN, 8192, 80, 80), row(CHUNKS, 8192, 45, 41)],
         "slopes": [
             {"variant": DENSE, "rest_to_dense": 1.0},
@@ -134,6 +137,18 @@ def test_targets_of_what_did_not_fit_or_was_not_asked_for():
     other = memory_targets(on_gpu(peaks=[row(DENSE, 4096, 100), row(CHUNKS, 4096, 45)]))
     assert len(memory_targets(on_gpu(peaks=[], slopes=[], times=[], capped=[]))) == 6
     assert other[0]["result"] == "not measured" and "4096 tokens: 0.45" in other[0]["note"]
+
+
+@pytest.mark.parametrize("name", ["depth", "aspect_ratio", "vocab"])
+def test_smaller_models_measure_no_target(name):
+    config = {"device": "cuda", "cap_gib": 32.0} | SIZES
+    rows = memory_targets(on_gpu(config=config | {name: config[name] // 2}))
+    assert {row["result"] for row in rows} == {"not measured"}
+
+
+def test_that_dense_trains_at_65536_tokens_meets_no_target():
+    only = [{"what": "65536 tokens", "variant": DENSE, "trains": True}]
+    assert memory_targets(on_gpu(capped=only))[4]["result"] == "not measured"
 
 
 def test_targets_of_what_trains_not_and_of_what_failed():
