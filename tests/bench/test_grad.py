@@ -195,3 +195,9 @@ def test_it_works_without_the_extension():
     assert measured == {"torch.mm", "reference"}
     notes = {row["note"] for row in result["gradients"] if row["how"] not in measured}
     assert notes == {"not built"}
+
+
+def test_layers_that_nobody_steps_are_meant(recwarn):
+    device = torch.device("cpu")
+    assert layers.bench_layers(16, 24, 8, 2, torch.float32, device, repeats=3, limit=0.0)
+    assert not [w for w in recwarn if "molegrad.optim" in str(w.message)]
