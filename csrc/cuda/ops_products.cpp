@@ -9,6 +9,7 @@
 #include <string>
 #include <tuple>
 
+#include "cpu/kernels.h"
 #include "cublaslt.h"
 #include "estimate.h"
 #include "product_paths.h"
@@ -119,7 +120,7 @@ class Products {
  private:
   static bool wide(const Matrix& x) { return x.dtype == 0 || x.dtype == 1; }
   static int64_t element_bytes(int dtype) {
-    return dtype == 1 ? 8 : dtype == 0 ? 4 : dtype > 3 ? 1 : 2;
+    return cpu::element_size(static_cast<cpu::DType>(dtype));
   }
 
   static Matrix rows_of(const Matrix& x, int64_t first, int64_t count) {

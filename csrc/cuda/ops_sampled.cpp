@@ -14,7 +14,7 @@ namespace molegrad::cuda {
 namespace {
 
 constexpr const char* kOp = "sampled_grad_";
-constexpr int kBFloat16 = 2, kFloat8 = 4, kFloat8E5M2 = 5;
+constexpr int kBFloat16 = 2;
 
 // grad += alpha BᵀA, all of one dtype, by torch's library.
 void add_product(const Tensor& grad, const Tensor& a, const Tensor& b, double alpha) {
@@ -56,7 +56,7 @@ bool add_whole(const Tensor& grad, const Matrix& a, const Matrix& b, const Tenso
     return true;
   };
   if (!scaled) return a.dtype == b.dtype && add(a);
-  if ((a.dtype != kFloat8 && a.dtype != kFloat8E5M2) || b.dtype == 1) return false;
+  if (!is_float8(a.tensor) || b.dtype == 1) return false;
   const Tensor numbers = new_tensor(grad, {a.rows, a.cols}, b.tensor.scalar_type());
   check_launch(kOp, molegrad_dequantize(a.dtype, a.data, a.rows, a.cols, a.ld,
                                         static_cast<const float*>(scale.const_data_ptr()), 1,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from molegrad.bench.memory_report import CHUNKS, DENSE, DEPTH, PLAIN, TOKENS
+from molegrad.bench.memory_report import CHUNKS, DENSE, PLAIN, SIZES, TOKENS
 from molegrad.bench.step import StepBenchConfig, settings
 from molegrad.gpt.flags import flag
 from molegrad.gpt.memory_plan import RESERVE_GIB
@@ -24,7 +24,7 @@ class MemoryBenchConfig:
 
     device: str = flag("cpu", "cpu or cuda")
     depth: int = flag(0, "transformer blocks; 0 takes 12 on CUDA, 4 elsewhere")
-    aspect_ratio: int = flag(64, "width per block")
+    aspect_ratio: int = flag(SIZES["aspect_ratio"], "width per block")
     vocab: int = flag(0, "entries of the vocabulary; 0 takes 32768 on CUDA, 2048 elsewhere")
     lengths: str = flag(
         "", "tokens of the one sequence, comma separated; empty takes 2048 to 65536 on CUDA, 256 "
@@ -52,8 +52,8 @@ class MemoryBenchConfig:
     def __post_init__(self) -> None:
         gpu = self.device.startswith("cuda")
         defaults = {
-            "depth": DEPTH if gpu else 4,
-            "vocab": 32768 if gpu else 2048,
+            "depth": SIZES["depth"] if gpu else 4,
+            "vocab": SIZES["vocab"] if gpu else 2048,
             "lengths": "2048,8192,16384,32768,65536" if gpu else "256,512,1024",
             "sequence_chunk": 4096 if gpu else 128,
             "time_at": TOKENS if gpu else 512,

@@ -25,7 +25,7 @@ from torch.optim.adamw import adamw
 
 from molegrad.optim.bucket import Bucket, all_finite, estimate, right_factor, truncate, turn
 from molegrad.optim.factored import FactoredOptimizer
-from molegrad.optim.rounding import copy_rounded_, update_weights
+from molegrad.optim.rounding import update_weights
 
 
 class AdamW(FactoredOptimizer):
@@ -83,17 +83,7 @@ class AdamW(FactoredOptimizer):
             raise ValueError(f"AdamW: betas must be two numbers in [0, 1), got {group['betas']}")
 
     def _dense_step(self, group: dict[str, Any]) -> None:
-        pairs = list(self._dense(group))
-        if not pairs:
-            return
-        if not group["stochastic_rounding"]:
-            self._adamw(group, [(p, p.grad, state) for p, state in pairs])
-            return
-        places = {id(p): place for place, p in enumerate(group["params"])}
-        for p, state in pairs:
-            wide = p.float()
-            self._adamw(group, [(wide, p.grad.float(), state)])
-            copy_rounded_(p, wide, state["step"], places[id(p)])
+        self._step_rounded(group, self._adamw)
 
     def _adamw(self, group: dict[str, Any], triples: list[tuple[Tensor, Tensor, dict]]) -> None:
         """torch's step of (parameter, gradient, state)."""

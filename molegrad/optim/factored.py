@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from molegrad.amp import exact_products
 from molegrad.autograd import STATS
 from molegrad.optim.bucket import Bucket
+from molegrad.optim.rounding import copy_rounded_, places_of
 from molegrad.steps import STEPPED
 
 FACTORED_KEYS = ("probes", "method", "warm_start_decay", "trust_max", "cond_max", "seed")
@@ -118,6 +119,26 @@ class FactoredOptimizer(Optimizer):
                 if not state:
                     state.update(self._new_dense_state(group, p))
                 yield p, state
+
+    def _step_rounded(
+        self, group: dict[str, Any], step: Callable[[dict, list[tuple]], None], count: bool = False
+    ) -> None:
+        """A dense group stepped by torch's own, `step(group, [(parameter, gradient, state)])`: all
+        at once, or with stochastic rounding one weight at a time in float32. `count`: the state
+        has no count of its steps."""
+        pairs = list(self._dense(group))
+        if not pairs:
+            return
+        if not group["stochastic_rounding"]:
+            step(group, [(p, p.grad, state) for p, state in pairs])
+            return
+        if count:
+            self._count([p for p, _ in pairs])
+        places = places_of(group)
+        for p, state in pairs:
+            wide = p.float()
+            step(group, [(wide, p.grad.float(), state)])
+            copy_rounded_(p, wide, state["step"], places[id(p)])
 
     def _count(self, weights: list[Tensor]) -> None:
         """One step more of each weight, on its device: for stochastic rounding, where the state

@@ -21,7 +21,7 @@ from torch import Tensor
 from molegrad.linear import int8_scale
 from molegrad.optim.momentum import FactoredMomentum
 from molegrad.optim.newton_schulz import newton_schulz, working_dtype
-from molegrad.optim.rounding import add_rounded_
+from molegrad.optim.rounding import add_rounded_, places_of
 
 # Numbers of the matrices whose polar factors are taken together: enough to keep a GPU busy, little
 # beside a model. All at once, they were the peak of a run whose activations are small.
@@ -118,7 +118,7 @@ class Muon(FactoredMomentum):
         decay, rounded = group["lr"] * group["weight_decay"], group["stochastic_rounding"]
         if rounded:
             self._count([p for p, _ in updates])
-        places = {id(p): place for place, p in enumerate(group["params"])}
+        places = places_of(group) if rounded else {}
         by_shape: dict[tuple, list[tuple[Tensor, Callable[[], Tensor]]]] = defaultdict(list)
         for p, update in updates:
             by_shape[(p.shape, p.dtype, p.device)].append((p, update))

@@ -11,6 +11,8 @@ data-parallel process round alike.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -32,6 +34,11 @@ def update_weights(bucket: Bucket, left: Tensor, right: Tensor, alpha: float, de
     torch.ops.molegrad.lowrank_update_many_(
         bucket.weights, left, right, alpha, decay, stochastic, counter, seed
     )
+
+
+def places_of(group: dict[str, Any]) -> dict[int, int]:
+    """id(p) -> place of a group's parameters, by which each rounds with numbers of its own."""
+    return {id(p): place for place, p in enumerate(group["params"])}
 
 
 def add_rounded_(

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.optim.sgd import sgd
 
 from molegrad.optim.momentum import FactoredMomentum
-from molegrad.optim.rounding import copy_rounded_
 
 
 class SGD(FactoredMomentum):
@@ -63,18 +62,7 @@ class SGD(FactoredMomentum):
         super().__init__(params, defaults)
 
     def _dense_step(self, group: dict[str, Any]) -> None:
-        pairs = list(self._dense(group))
-        if not pairs:
-            return
-        if not group["stochastic_rounding"]:
-            self._sgd(group, [(p, p.grad, state) for p, state in pairs])
-            return
-        self._count([p for p, _ in pairs])
-        places = {id(p): place for place, p in enumerate(group["params"])}
-        for p, state in pairs:
-            wide = p.float()
-            self._sgd(group, [(wide, p.grad.float(), state)])
-            copy_rounded_(p, wide, state["step"], places[id(p)])
+        self._step_rounded(group, self._sgd, count=True)
 
     def _sgd(self, group: dict[str, Any], triples: list[tuple[Tensor, Tensor, dict]]) -> None:
         """torch's step of (parameter, gradient, state)."""

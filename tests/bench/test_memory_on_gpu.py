@@ -10,20 +10,9 @@ from torch.overrides import TorchFunctionMode
 
 from molegrad.bench import memory, memory_config, memory_predictions, step
 from molegrad.bench.memory_report import CHUNKS, DENSE, PLAIN
+from tests.bench.test_memory_predictions import CUDA
 
-TINY = {
-    "device": "cuda",
-    "depth": 2,
-    "aspect_ratio": 32,
-    "vocab": 300,
-    "lengths": "32,96",
-    "variants": f"{PLAIN},{CHUNKS}",
-    "sequence_chunk": 16,
-    "steps": 1,
-    "time_at": 32,
-    "cap_gib": 4,
-    "json": True,
-}
+TINY = {**CUDA, "steps": 1, "time_at": 32, "json": True}
 
 
 def on_cpu(argument):
