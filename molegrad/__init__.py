@@ -9,7 +9,7 @@
 
 from molegrad import ops  # noqa: I001  (registers torch.ops.molegrad before anything uses it)
 from molegrad._native import build_info
-from molegrad.clip import clip_grad_norm_
+from molegrad.optim.clip import clip_grad_norm_
 from molegrad.config import MoleGradConfig
 from molegrad.convert import ConversionPlan, convert, plan, revert
 from molegrad.linear import MoleLinear, bases_state_dict, ignored_by_ddp, load_bases_state_dict

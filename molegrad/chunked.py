@@ -7,7 +7,7 @@ sketches are the same to rounding, as they are linear in the gradient. Method "s
 sample of each chunk: as unbiased, and for share 1 the same.
 
 Why: whoever recomputes activations a chunk at a time (`molegrad.streaming`), or makes the gradient
-of logits that exist a chunk at a time (`molegrad.gpt.loss`), never has the whole A and B. Nothing
+of logits that exist a chunk at a time (`molegrad.gpt.model.loss`), never has the whole A and B. Nothing
 is kept of them here either, so `saved_inputs` has no meaning and A is taken as it is.
 """
 

@@ -1,6 +1,6 @@
 """Predict what a training run takes: python -m scripts.budget --depth=12 --max-seq-len=8192"""
 
-from molegrad.gpt.budget import main
+from molegrad.gpt.train.budget import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

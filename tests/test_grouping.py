@@ -11,7 +11,7 @@ from torch import nn
 
 import molegrad
 from molegrad import MoleGradConfig, clip_grad_norm_, convert, ops, reference
-from molegrad.gpt.guard import NonFiniteGuard
+from molegrad.gpt.train.guard import NonFiniteGuard
 from molegrad.grouping import SketchGroup
 from molegrad.linear import MoleLinear
 from molegrad.ops import OPS

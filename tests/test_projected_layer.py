@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from molegrad import MoleGradConfig, MoleLinear, convert, plan
-from molegrad.gpt.activations import Activations
-from molegrad.gpt.hardware import flops_per_token
-from molegrad.gpt.model import GPT, GPTConfig
+from molegrad.gpt.model.activations import Activations
+from molegrad.gpt.model.gpt import GPT, GPTConfig
+from molegrad.gpt.train.hardware import flops_per_token
 from molegrad.monitor import LayerMetrics, Shadow, layer_metrics, saved_bytes
 from molegrad.monitor.estimates import estimate_of
 from molegrad.monitor.health_rules import HealthThresholds, History, degenerate

@@ -10,7 +10,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from molegrad import MoleGradConfig, stream
-from molegrad.gpt.loss import linear_cross_entropy
+from molegrad.gpt.model.loss import linear_cross_entropy
 from molegrad.optim import Muon, matrix_param_groups
 from tests.models import perceptron
 

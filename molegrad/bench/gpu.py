@@ -21,9 +21,9 @@ from molegrad import build_info
 from molegrad.bench import grad, memory_report, step
 from molegrad.bench import targets as targets_of
 from molegrad.bench.table import table
-from molegrad.gpt import flags
-from molegrad.gpt.flags import flag
-from molegrad.gpt.hardware import device_name
+from molegrad.gpt.train import flags
+from molegrad.gpt.train.flags import flag
+from molegrad.gpt.train.hardware import device_name
 
 BENCHMARKS = ("grad", "step", "compiled", "memory")
 # Of a part, by its exit status: `timeout` ends with 124, or 137 where it had to kill.

@@ -46,9 +46,9 @@ from molegrad.bench.paths import FORCED, FP8, VARIABLE, Problem, fastest, has_na
 from molegrad.bench.products import basis, bench_gradients
 from molegrad.bench.table import table
 from molegrad.bench.timing import bandwidth, measure_cells, reason, time_interleaved
-from molegrad.gpt import flags
-from molegrad.gpt.flags import flag
-from molegrad.gpt.hardware import device_name
+from molegrad.gpt.train import flags
+from molegrad.gpt.train.flags import flag
+from molegrad.gpt.train.hardware import device_name
 
 SMALL_OPS = (
     "orthonormalize",

@@ -13,7 +13,7 @@ from molegrad.bench.paths import has_native
 from molegrad.bench.products import basis
 from molegrad.bench.timing import Timed, median_ratio, percentiles, time_interleaved
 from molegrad.config import PRESETS
-from molegrad.gpt.model import GPT, GPTConfig
+from molegrad.gpt.model.gpt import GPT, GPTConfig
 
 SHARES, BLOCKS = (0.25, 0.125), (1, 2, 4, 16)
 STRIDES = (4, 8, 16)

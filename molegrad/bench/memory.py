@@ -5,7 +5,7 @@
 
 Every variant trains at every length, alone, and its peak is measured over all of it, from the
 making of the model to the end of the second step (`molegrad.monitor.peak`); beside it stands what
-`molegrad.gpt.memory_sim` predicts.
+`molegrad.plan.simulate` predicts.
 
 Slopes are those of the peaks of a forward and a backward pass, which are measured apart (an
 optimizer's step, whose work does not depend on the sequence, would hide them where it needs more):
@@ -56,11 +56,11 @@ from molegrad.bench.memory_report import (
 )
 from molegrad.bench.partial import exit_status, no_room, until_interrupted
 from molegrad.bench.step import Training, alone, attention_taken, prepared, tried
-from molegrad.gpt import flags
-from molegrad.gpt.hardware import device_name
-from molegrad.gpt.memory_plan import GIB
+from molegrad.gpt.train import flags
+from molegrad.gpt.train.hardware import device_name
 from molegrad.lab.timing import median_interval
 from molegrad.monitor.peak import peak_bytes
+from molegrad.plan.memory import GIB
 
 WARM_UP = 2
 ATTEMPTS = 2  # at the deepest model

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from molegrad.bench.memory_report import CHUNKS, DENSE, PLAIN, SIZES, TOKENS
 from molegrad.bench.step import StepBenchConfig, settings
-from molegrad.gpt.flags import flag
-from molegrad.gpt.memory_plan import RESERVE_GIB
-from molegrad.gpt.train_config import BaseTrainConfig
+from molegrad.gpt.train.config import BaseTrainConfig
+from molegrad.gpt.train.flags import flag
 from molegrad.lab.methods import METHODS, Method
+from molegrad.plan.memory import RESERVE_GIB
 
 ATTENTION = ("auto", "flash")
 

@@ -31,11 +31,11 @@ import torch
 from molegrad import build_info
 from molegrad.bench.step import StepBenchConfig, Training
 from molegrad.bench.table import table
-from molegrad.gpt import flags
-from molegrad.gpt.flags import flag
-from molegrad.gpt.hardware import device_name, keep_freed_memory
-from molegrad.gpt.logger import METRICS, RunLogger
-from molegrad.gpt.train import make_instruments
+from molegrad.gpt.train import flags
+from molegrad.gpt.train.base import make_instruments
+from molegrad.gpt.train.flags import flag
+from molegrad.gpt.train.hardware import device_name, keep_freed_memory
+from molegrad.gpt.train.logger import METRICS, RunLogger
 from molegrad.lab.methods import Method, parse_methods
 from molegrad.lab.timing import median_interval
 
@@ -116,7 +116,7 @@ class BareSteps:
 
 
 class WatchedSteps(BareSteps):
-    """Steps with the instruments that `molegrad.gpt.train` makes, in the loop's order.
+    """Steps with the instruments that `molegrad.gpt.train.base` makes, in the loop's order.
 
     Args:
         folder: for metrics.jsonl and the instruments' own records.

@@ -36,12 +36,12 @@ import torch
 from molegrad import build_info
 from molegrad.bench.partial import exit_status, no_room, until_interrupted
 from molegrad.bench.table import table
-from molegrad.gpt import flags, setup
-from molegrad.gpt.flags import flag
-from molegrad.gpt.hardware import attention_backend, device_name, peak_memory_bytes
-from molegrad.gpt.model import GPT, GPTConfig
-from molegrad.gpt.train import prepare_device
-from molegrad.gpt.train_config import BaseTrainConfig, compute_dtype, resolve
+from molegrad.gpt.model.gpt import GPT, GPTConfig
+from molegrad.gpt.train import flags, setup
+from molegrad.gpt.train.base import prepare_device
+from molegrad.gpt.train.config import BaseTrainConfig, compute_dtype, resolve
+from molegrad.gpt.train.flags import flag
+from molegrad.gpt.train.hardware import attention_backend, device_name, peak_memory_bytes
 from molegrad.lab.methods import Method, parse_methods
 from molegrad.lab.timing import median_interval
 from molegrad.monitor import PhaseTimer, memory_bytes, saved_bytes

@@ -11,8 +11,8 @@ from molegrad.bench.paths import FORCED
 from molegrad.bench.table import table
 from molegrad.config import MoleGradConfig
 from molegrad.convert import plan
-from molegrad.gpt.model import GPT, GPTConfig
-from molegrad.gpt.train_config import BaseTrainConfig
+from molegrad.gpt.model.gpt import GPT, GPTConfig
+from molegrad.gpt.train.config import BaseTrainConfig
 from molegrad.lab.methods import parse_methods
 from molegrad.names import layer_role
 

@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 
 from molegrad import build_info
-from molegrad.gpt import flags
-from molegrad.gpt.flags import flag
+from molegrad.gpt.train import flags
+from molegrad.gpt.train.flags import flag
 from molegrad.lab import plots, store, summary
 from molegrad.lab.store import Run
 from molegrad.lab.sweep import (

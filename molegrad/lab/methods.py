@@ -23,8 +23,8 @@ import typing
 from dataclasses import dataclass, field
 
 from molegrad.config import DEFAULT_RANK, PRESETS
-from molegrad.gpt.flags import PREFIX
-from molegrad.gpt.train_config import BaseTrainConfig
+from molegrad.gpt.train.config import BaseTrainConfig
+from molegrad.gpt.train.flags import PREFIX
 
 _HINTS = typing.get_type_hints(BaseTrainConfig)
 METHODS: dict[str, dict] = {

@@ -21,9 +21,10 @@ from pathlib import Path
 import filelock
 
 from molegrad import build_info
-from molegrad.gpt import flags, paths
-from molegrad.gpt.flags import PREFIX
-from molegrad.gpt.train_config import BaseTrainConfig
+from molegrad.gpt import paths
+from molegrad.gpt.train import flags
+from molegrad.gpt.train.config import BaseTrainConfig
+from molegrad.gpt.train.flags import PREFIX
 from molegrad.lab.methods import Peer
 
 FORMAT = 2

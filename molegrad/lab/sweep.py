@@ -15,13 +15,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from molegrad.gpt import flags, paths
-from molegrad.gpt.corpus import open_corpus
-from molegrad.gpt.flags import PREFIX, flag
-from molegrad.gpt.model import GPTConfig
-from molegrad.gpt.tok_train import TokTrainConfig, tok_train
-from molegrad.gpt.tokenizer import FILE, SPECIAL_TOKENS, Tokenizer
-from molegrad.gpt.train_config import BaseTrainConfig, device_of, resolve
+from molegrad.gpt import paths
+from molegrad.gpt.data.corpus import open_corpus
+from molegrad.gpt.data.tok_train import TokTrainConfig, tok_train
+from molegrad.gpt.data.tokenizer import FILE, SPECIAL_TOKENS, Tokenizer
+from molegrad.gpt.model.gpt import GPTConfig
+from molegrad.gpt.train import flags
+from molegrad.gpt.train.config import BaseTrainConfig, device_of, resolve
+from molegrad.gpt.train.flags import PREFIX, flag
 from molegrad.lab.methods import Method, learning_rates, parse_methods, split
 from molegrad.lab.store import Run
 

@@ -22,7 +22,7 @@ from itertools import groupby
 
 import torch
 
-from molegrad.gpt.hardware import device_name
+from molegrad.gpt.train.hardware import device_name
 from molegrad.lab import store
 from molegrad.lab.store import Run
 from molegrad.lab.sweep import LabConfig, Text, cells, make_run, search, seed_runs

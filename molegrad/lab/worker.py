@@ -30,12 +30,13 @@ from pathlib import Path
 
 import torch
 
-from molegrad.gpt import paths, setup
-from molegrad.gpt.guard import NonFiniteError
-from molegrad.gpt.hardware import device_name, flops_per_token
-from molegrad.gpt.logger import read_metrics
-from molegrad.gpt.train import base_train
-from molegrad.gpt.train_config import compute_dtype
+from molegrad.gpt import paths
+from molegrad.gpt.train import setup
+from molegrad.gpt.train.base import base_train
+from molegrad.gpt.train.config import compute_dtype
+from molegrad.gpt.train.guard import NonFiniteError
+from molegrad.gpt.train.hardware import device_name, flops_per_token
+from molegrad.gpt.train.logger import read_metrics
 from molegrad.lab import store
 from molegrad.lab.methods import Peer, peer_module
 from molegrad.lab.store import Run

@@ -18,7 +18,7 @@ goes by the sample, as an estimate with the right mean needs no direction of the
 What is done about a finding is set for each kind: nothing ("off"), a message ("warn"; once, and
 another one when it is over), new bases ("reset") or an end of the run ("raise").
 
-Why: each of these goes unnoticed for hours in the loss. `molegrad.gpt.guard` stops a run at the
+Why: each of these goes unnoticed for hours in the loss. `molegrad.gpt.train.guard` stops a run at the
 gradient that is not finite; this looks at what lasts from step to step. Everything here works on
 numbers on the host: nothing waits for the device but a reset that `check` decides on.
 

@@ -9,7 +9,7 @@ import torch
 
 from molegrad.bench import grad, layers, products, targets
 from molegrad.bench.layers import BLOCKS, SHARES, STRIDES, bench_bases, layer_shapes
-from molegrad.gpt import flags
+from molegrad.gpt.train import flags
 
 TINY = ["--shapes=24x16,16x40", "--tokens=8,20", "--ranks=2,4", "--repeats=2", "--depth=2"]
 CPU = torch.device("cpu")

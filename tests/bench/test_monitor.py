@@ -6,7 +6,7 @@ import pytest
 from molegrad.bench import monitor
 from molegrad.bench.monitor import MonitorBenchConfig, WatchedSteps, bench, shown
 from molegrad.bench.step import Training
-from molegrad.gpt.logger import read_metrics
+from molegrad.gpt.train.logger import read_metrics
 from molegrad.lab.methods import parse_methods
 from molegrad.monitor import Instruments
 

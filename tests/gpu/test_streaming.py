@@ -145,7 +145,12 @@ def test_every_lever_lowers_the_peak_of_a_long_sequence():
     peaks = [step_peak(f"dense{lever}", depth, tokens) for lever in levers]
     # A number of each token's C, once per block; the last block's are needed either way.
     unit = (depth - 1) * tokens * 256 * (2 if DEVICE.type == "cuda" else 4)
-    least = (9, 3, 3, 1)  # of molegrad.gpt.activations' table, for which there is no more to show
+    least = (
+        9,
+        3,
+        3,
+        1,
+    )  # of molegrad.gpt.model.activations' table, for which there is no more to show
     saved = [(a - b) / unit for a, b in zip(peaks, peaks[1:], strict=False)]
     assert all(s > 0.8 * wanted for s, wanted in zip(saved, least, strict=True)), saved
 

@@ -3,7 +3,7 @@ from typing import Literal
 
 import pytest
 
-from molegrad.gpt.train_config import BaseTrainConfig
+from molegrad.gpt.train.config import BaseTrainConfig
 from molegrad.lab.methods import METHODS, Peer, parse_methods, split, typed
 
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from molegrad.gpt import checkpoint, setup
-from molegrad.gpt.logger import RunLogger
-from molegrad.gpt.loop import Trainer
-from molegrad.gpt.train_config import BaseTrainConfig, resolve
+from molegrad.gpt.train import checkpoint, setup
+from molegrad.gpt.train.config import BaseTrainConfig, resolve
+from molegrad.gpt.train.logger import RunLogger
+from molegrad.gpt.train.loop import Trainer
 from molegrad.lab import peers
 from molegrad.lab.peers import PEERS, build
 from molegrad.monitor import memory_bytes

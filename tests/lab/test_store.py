@@ -2,8 +2,9 @@ import dataclasses
 import json
 import threading
 
-from molegrad.gpt import flags, paths
-from molegrad.gpt.train_config import BaseTrainConfig
+from molegrad.gpt import paths
+from molegrad.gpt.train import flags
+from molegrad.gpt.train.config import BaseTrainConfig
 from molegrad.lab import store
 from molegrad.lab.methods import Peer
 from molegrad.lab.store import Run

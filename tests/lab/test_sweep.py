@@ -1,7 +1,7 @@
 import pytest
 
 from molegrad.gpt import paths
-from molegrad.gpt.tokenizer import Tokenizer
+from molegrad.gpt.data.tokenizer import Tokenizer
 from molegrad.lab.sweep import LabConfig, cells, make_run, next_runs, prepare_text, search
 from tests.lab.conftest import fake_record
 

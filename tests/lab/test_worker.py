@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from molegrad.gpt import paths
-from molegrad.gpt.model import GPT, GPTConfig
+from molegrad.gpt.model.gpt import GPT, GPTConfig
 from molegrad.lab import store
 from molegrad.lab.sweep import LabConfig, cells, make_run, prepare_text
 from molegrad.lab.worker import Pacer, Workers, build_optimizers, memory, train, work_off

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from molegrad import MoleGradConfig, MoleLinear, bases_state_dict, convert
 from molegrad.monitor.shadow import Shadow
-from molegrad.rank import RankController
+from molegrad.optim.rank import RankController
 from tests.monitor.shadow_steps import (
     EVERY,
     F64,

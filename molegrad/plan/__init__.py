@@ -1,0 +1,1 @@
+"""Memory of a run before it runs: a prediction and what fits a card."""
