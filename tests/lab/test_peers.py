@@ -17,8 +17,8 @@ from molegrad.lab import peers
 from molegrad.lab.peers import PEERS, build
 from molegrad.monitor import memory_bytes
 from molegrad.optim import Muon
-from tests.gpt.test_loop import Batches
-from tests.gpt.test_model import small
+from tests.gpt.model.test_gpt import small
+from tests.gpt.train.test_loop import Batches
 from tests.samples import randn
 
 PACKAGES = {"galore": "galore_torch", "apollo": "apollo_torch", "fira": "fira"}

@@ -22,7 +22,7 @@ from molegrad.monitor.health import (
     reset_layer,
 )
 from molegrad.optim import AdamW, Muon, matrix_param_groups, other_params
-from tests.gpt.test_model import small, tokens
+from tests.gpt.model.test_gpt import small, tokens
 
 LOW_RANK = {
     "dense-tangent": {"gradient_mode": "dense", "method": "tangent", "rank_k": 4, "probes": 4},

@@ -115,7 +115,7 @@ def test_the_peak_is_what_is_measured(values):
 
 def test_references_are_counted_where_kernels_are_not_built():
     code = (
-        "from tests.gpt.test_memory_plan import *\n"
+        "from tests.plan.test_memory import *\n"
         "for values in (preset('balanced'), FACTORED):\n"
         "    config = resolved(**values, max_seq_len=512)\n"
         "    peak = simulate(config, model_config(config, VOCAB)).peak\n"

@@ -4,7 +4,7 @@ What: `generate(model, tokens, ...)` yields one token id after the other; `gener
 several continuations of one prompt; `KVCache` holds what attention has seen.
 
 Why a cache: without it every new token repeats the whole forward pass; with it a token costs one
-position. Cached and uncached logits agree to rounding (tests/gpt/test_engine.py).
+position. Cached and uncached logits agree to rounding (tests/gpt/model/test_engine.py).
 
 How to run:
 

@@ -15,7 +15,7 @@ Why: no pickle, so that a checkpoint can be read anywhere and cannot run code. A
 under another name, flushed to the disk and renamed (`molegrad.gpt.train.checkpoint_files`), so a killed
 process or a full disk costs no earlier checkpoint; what is damaged later is found by its checksum
 and left out. It holds everything that determines what comes next, in the middle of a step too: a
-resumed CPU run repeats the uninterrupted one bit for bit (tests/gpt/test_resume.py).
+resumed CPU run repeats the uninterrupted one bit for bit (tests/gpt/train/test_resume.py).
 """
 
 import errno

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from molegrad.gpt.evaluate.bpb import bits_per_byte
-from tests.gpt.test_model import small, stirred, tokens
+from tests.gpt.model.test_gpt import small, stirred, tokens
 
 
 def test_equals_the_formula():

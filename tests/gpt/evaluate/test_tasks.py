@@ -21,7 +21,7 @@ from molegrad.gpt.evaluate.tasks import (
     run_exact_match,
     run_four_way,
 )
-from tests.gpt.test_model import small, stirred
+from tests.gpt.model.test_gpt import small, stirred
 
 
 def pairs(count=40, kinds=("function", "class")):

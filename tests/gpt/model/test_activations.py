@@ -17,8 +17,8 @@ from molegrad.gpt.model.activations import Activations
 from molegrad.gpt.train import checkpoint, setup
 from molegrad.gpt.train.config import BaseTrainConfig, resolve
 from molegrad.monitor import Shadow
-from tests.gpt.test_loop import FACTORED, PRESET, assert_same, trainer, weights
-from tests.gpt.test_model import small, stirred, tokens
+from tests.gpt.model.test_gpt import small, stirred, tokens
+from tests.gpt.train.test_loop import FACTORED, PRESET, assert_same, trainer, weights
 
 LOW_RANK = {"rank_k": 4, "target_layers": "all", "min_layer_utilization": 0.0}
 EXACT = {"sample_share": 1.0, "gradient_mode": "momentum", "target_layers": "all"}

@@ -10,7 +10,7 @@ from molegrad.gpt.model.engine import (
     generate_columns,
     sample_token,
 )
-from tests.gpt.test_model import small, stirred
+from tests.gpt.model.test_gpt import small, stirred
 
 PROMPT = [5, 3, 60, 2]
 

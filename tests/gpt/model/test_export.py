@@ -17,8 +17,8 @@ from molegrad.gpt.model import export
 from molegrad.gpt.model.export_tokenizer import huggingface_tokenizer, save_huggingface
 from molegrad.gpt.model.gpt import GPT
 from molegrad.gpt.train import checkpoint
-from tests.gpt.test_model import small, stirred, tokens
-from tests.gpt.test_tokenizer import SAMPLES, VOCAB
+from tests.gpt.data.test_tokenizer import SAMPLES, VOCAB
+from tests.gpt.model.test_gpt import small, stirred, tokens
 
 MODELS = {
     "plain": {},

@@ -9,7 +9,7 @@ from molegrad import MoleGradConfig, bases_state_dict, convert
 from molegrad.gpt.train import checkpoint
 from molegrad.gpt.train.config import BaseTrainConfig, resolve
 from molegrad.gpt.train.setup import build_optimizers
-from tests.gpt.test_model import small, stirred, tokens
+from tests.gpt.model.test_gpt import small, stirred, tokens
 
 CONFIG = resolve(BaseTrainConfig(), torch.device("cpu"))
 MODES = [None, "dense", "factored"]

@@ -16,7 +16,7 @@ import torch
 from molegrad.gpt.train import checkpoint, checkpoint_files
 from molegrad.gpt.train.config import BaseTrainConfig, resolve
 from molegrad.gpt.train.setup import build_optimizers
-from tests.gpt.test_model import small, stirred, tokens
+from tests.gpt.model.test_gpt import small, stirred, tokens
 
 CONFIG = resolve(BaseTrainConfig(), torch.device("cpu"))
 FILES = [

@@ -8,7 +8,7 @@ import torch
 
 from molegrad import MoleGradConfig, convert
 from molegrad.gpt.train.guard import REPORT, NonFiniteError, NonFiniteGuard, stop
-from tests.gpt.test_model import small, stirred, tokens
+from tests.gpt.model.test_gpt import small, stirred, tokens
 
 
 def backward(model):

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from molegrad import MoleGradConfig, convert
 from molegrad.gpt.train import hardware
-from tests.gpt.test_model import small, stirred, tokens
+from tests.gpt.model.test_gpt import small, stirred, tokens
 
 
 def test_device_by_name_and_by_default():

@@ -14,7 +14,7 @@ from molegrad.gpt.train.config import BaseTrainConfig, resolve
 from molegrad.gpt.train.logger import RunLogger, read_metrics
 from molegrad.gpt.train.loop import Trainer
 from molegrad.optim.rank import layer_ranks
-from tests.gpt.test_model import small, stirred, tokens
+from tests.gpt.model.test_gpt import small, stirred, tokens
 
 FACTORED = {
     "enable_streaming": True,

@@ -18,7 +18,8 @@ from molegrad.gpt.train import checkpoint, resume, sft
 from molegrad.gpt.train.flags import parse
 from molegrad.gpt.train.setup import Processes
 from tests.gpt.conftest import BASE, SFT
-from tests.gpt.test_loop import (
+from tests.gpt.model.test_gpt import tokens
+from tests.gpt.train.test_loop import (
     ADAPTIVE,
     FACTORED,
     PRESET,
@@ -29,7 +30,6 @@ from tests.gpt.test_loop import (
     trainer,
     weights,
 )
-from tests.gpt.test_model import tokens
 
 TANGENT = {**STREAM, "streaming_method": "tangent"}
 POWER = {**STREAM, "streaming_method": "power"}

@@ -7,8 +7,8 @@ from molegrad import optim
 from molegrad.gpt.train import setup
 from molegrad.gpt.train.config import BaseTrainConfig, resolve
 from molegrad.optim.rank import RankController
-from tests.gpt.test_loop import losses, trainer
-from tests.gpt.test_model import small, tokens
+from tests.gpt.model.test_gpt import small, tokens
+from tests.gpt.train.test_loop import losses, trainer
 
 
 def config(**values):
