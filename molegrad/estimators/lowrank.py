@@ -239,15 +239,22 @@ class LowRank(LowRankOptions, Estimator):
         return hutch_norm_sq(y[:, :k], y[:, k:], v[:, :k], v[:, k:])
 
     def spectrum(self, states: list[State]):
-        if state_without_gradient(self, states):
+        if any(self.accumulated(state) is None for state in states):
             return None
         first = states[0]
         if first.mode == "grad":
-            rank = self.estimate_rank(self.rank(first))
-            grads = [state.weight.grad for state in states]
-            return spectra.of_matrices(grads, rank)
-        sketches = [self.sketch(state, self.accumulated(state)) for state in states]
-        return spectra.of_sketches(sketches)
+            rank, dtype = self.estimate_rank(self.rank(first)), acc_dtype(first.weight.dtype)
+            grams = spectra.range_grams([state.weight.grad for state in states], rank, dtype)
+            return grams, spectra.ranks_of_grams
+        k = self.rank(first)
+        y, w = (
+            torch.stack([state.tensors[name].grad[:, :k] for state in states])
+            for name in self.sketches(first.mode)
+        )
+        if self.one_sided:  # Ĝ = U₁ Wᵀ has the singular values of W
+            return spectra.gram(w), spectra.ranks_of_grams
+        u, v = (torch.stack(side) for side in zip(*map(self.bases, states), strict=True))
+        return spectra.tangent_blocks(u, v, y, w), spectra.ranks_of_tangents
 
     def reading(self, state: State) -> Tensor:
         """‖G‖², ‖Ĝ‖² and C(1) … C(k) of this step for adaptive ranks, (2 + k,) float32; one zero
@@ -282,9 +289,6 @@ class LowRank(LowRankOptions, Estimator):
             "seed": seed,
         }
 
-
-def state_without_gradient(estimator: LowRank, states: list[State]) -> bool:
-    return any(estimator.accumulated(state) is None for state in states)
 
 
 class _SinglePassGuard:
