@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from molegrad import bases
-from molegrad.autograd import STATS, trust_factor
-from molegrad.config import explored_directions
+from molegrad.estimators import bases
+from molegrad.estimators.lowrank_sums import STATS
+from molegrad.estimators.sketches import trust_factor
+from molegrad.estimators.lowrank_sums import explored_directions
 from molegrad.ops.orth import NON_FINITE
 from molegrad.ops.power import hutch_norm_sq
 
@@ -101,7 +102,7 @@ def estimate(bucket: Bucket) -> Estimate:
     """The estimate that a bucket's sketches stand for."""
     u, v, y, w = bucket.u, bucket.v, bucket.y, bucket.w
     cond_max, trust_max = bucket.group["cond_max"], bucket.group["trust_max"]
-    if bucket.group["method"] == "power":  # Ĝ = U₁ Wᵀ with U₁ = orth(Y): clipping scales Y, not U₁
+    if bucket.group["one_sided"]:  # Ĝ = U₁ Wᵀ with U₁ = orth(Y): clipping scales Y, not U₁
         u_1, _, _ = torch.ops.molegrad.orthonormalize(y, cond_max)
         left, u_c, c_w = extend(u, u_1, cond_max)
         c_v = None

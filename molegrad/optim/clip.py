@@ -17,7 +17,7 @@ def factored_norm_sq(layer: MoleLinear) -> Tensor:
     k = layer.rank
     w = layer.basis_v.grad[:, :k]
     norm_sq = w.square().sum()
-    if layer.config.method == "tangent":
+    if not layer.config.estimator.one_sided:
         u, y = layer.basis_u.detach()[:, :k], layer.basis_u.grad[:, :k]
         norm_sq = norm_sq + (y - u @ (u.mT @ y)).square().sum()
     return norm_sq
@@ -45,9 +45,9 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, error_if_nonfinite: bool 
             raise ValueError(
                 f"layer {layer.name or 'MoleLinear'} is in momentum mode, where the gradient is "
                 "added to the momentum as it arises and there is none to clip. Muon's update does "
-                "not depend on its norm: leave clipping off or use gradient_mode='dense'"
+                "not depend on its norm: leave clipping off or use gradient_mode='grad'"
             )
-        if isinstance(layer, MoleLinear) and layer.config.gradient_mode == "factored":
+        if isinstance(layer, MoleLinear) and layer.config.gradient_mode == "factors":
             bases.update((id(layer.basis_u), id(layer.basis_v)))
             if layer.basis_v.grad is not None and layer.basis_u.grad is not None:
                 squares.append(factored_norm_sq(layer))

@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from molegrad.autograd import STATS
+from molegrad.estimators.lowrank_sums import STATS
 from molegrad.ops.amp import exact_products
 from molegrad.optim.bucket import Bucket
 from molegrad.optim.rounding import copy_rounded_, places_of
 from molegrad.steps import STEPPED
 
-FACTORED_KEYS = ("probes", "method", "warm_start_decay", "trust_max", "cond_max", "seed")
+FACTORED_KEYS = ("probes", "one_sided", "warm_start_decay", "trust_max", "cond_max", "seed")
 
 
 class FactoredOptimizer(Optimizer):
@@ -36,19 +36,19 @@ class FactoredOptimizer(Optimizer):
     and basis_v (n, k + r) of each layer in turn, r its "probes"; each layer's k is what its bases
     have, so that the layers of one group may differ. The state of a layer lies with basis_u and
     basis_v: "basis" (the parameter's own storage, so that a state_dict carries the bases), "step"
-    (int64), "stats" (float32, named by `molegrad.autograd.STATS`), and what the subclass adds.
+    (int64), "stats" (float32, named by `molegrad.estimators.lowrank_sums.STATS`), and what the subclass adds.
 
     Raises:
         ValueError: an option is out of range, a parameter is no matrix, a factored group is not
             made as above, or stochastic_rounding is asked for where weights are not bfloat16.
     """
 
-    KINDS: tuple[str, ...] = ("dense", "factored")
+    KINDS: tuple[str, ...] = ("grad", "factors")
     # Option: least and largest value.
     LIMITS: dict[str, tuple[float, float]] = {}
 
     def __init__(self, params, defaults: dict[str, Any]) -> None:
-        super().__init__(params, {"kind": "dense", "stochastic_rounding": False, **defaults})
+        super().__init__(params, {"kind": "grad", "stochastic_rounding": False, **defaults})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -99,7 +99,7 @@ class FactoredOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            if group["kind"] == "factored":
+            if group["kind"] == "factors":
                 for bucket in self._buckets(group):
                     torch._foreach_add_([state["step"] for state in bucket.states_u], 1)
                     # Bases have to be orthonormal and weak modes more than noise: no TF32.
@@ -154,7 +154,7 @@ class FactoredOptimizer(Optimizer):
         total = 0
         for group in self.param_groups:
             params = [p.detach().to("meta") for p in group["params"]]
-            if group["kind"] == "dense":
+            if group["kind"] == "grad":
                 states = [self._new_dense_state(group, p) for p in params]
             elif group["kind"] == "momentum":  # the momentum itself is among the parameters
                 weights = params[:: 3 if group["quantized"] else 2]
@@ -259,7 +259,7 @@ class FactoredOptimizer(Optimizer):
 
     def _group_of(self, basis_u: Tensor, basis_v: Tensor) -> dict[str, Any]:
         for group in self.param_groups:
-            if group["kind"] == "factored":
+            if group["kind"] == "factors":
                 params = group["params"]
                 for u, v in zip(params[1::3], params[2::3], strict=True):
                     if u is basis_u and v is basis_v:
@@ -302,9 +302,9 @@ class FactoredOptimizer(Optimizer):
 
     def _state_dtypes(self, group: dict[str, Any], p: Tensor) -> dict[str, torch.dtype | None]:
         """Dtypes of a weight's state by name; None is whatever was saved."""
-        if group["kind"] == "factored":  # whose state lies with the bases, in their dtype
+        if group["kind"] == "factors":  # whose state lies with the bases, in their dtype
             return {}
-        dense = group["kind"] == "dense"
+        dense = group["kind"] == "grad"
         make = self._new_dense_state if dense else self._new_momentum_state
         return {key: x.dtype for key, x in make(group, p.detach().to("meta")).items()}
 
@@ -353,7 +353,7 @@ class FactoredOptimizer(Optimizer):
                     "vectors, embeddings and the output head to torch.optim.AdamW "
                     "(molegrad.optim.other_params)"
                 )
-        if group["kind"] == "dense":
+        if group["kind"] == "grad":
             return
         if group["kind"] == "momentum":
             each = 3 if group.get("quantized", False) else 2
@@ -384,7 +384,7 @@ class FactoredOptimizer(Optimizer):
 
 def _layer_width(group: dict[str, Any]) -> int:
     """How many parameters of each layer a group has in turn, its weight first."""
-    return {"dense": 1, "factored": 3, "momentum": 3 if group.get("quantized") else 2}[
+    return {"grad": 1, "factors": 3, "momentum": 3 if group.get("quantized") else 2}[
         group["kind"]
     ]
 

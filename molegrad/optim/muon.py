@@ -68,7 +68,7 @@ class Muon(FactoredMomentum):
         ValueError: see `FactoredOptimizer`; or adjust_lr is unknown.
     """
 
-    KINDS = ("dense", "factored", "momentum")
+    KINDS = ("grad", "factors", "momentum")
 
     def __init__(
         self,

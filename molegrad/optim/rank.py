@@ -48,9 +48,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from molegrad import bases
-from molegrad.autograd import STATS
-from molegrad.config import MoleGradConfig, explored_directions, rank_unit
+from molegrad.estimators import bases
+from molegrad.estimators.lowrank_sums import STATS
+from molegrad.config import MoleGradConfig
+from molegrad.estimators.lowrank_options import rank_unit
+from molegrad.estimators.lowrank_sums import explored_directions
 from molegrad.linear import MoleLinear
 from molegrad.ops.power import hutch_norm_sq
 
@@ -159,7 +161,7 @@ class RankController:
         self._watched = {
             name: _watch(name, layer, optimizers, config)
             for name, layer in model.named_modules()
-            if isinstance(layer, MoleLinear) and layer.trains and layer.config.energy_target
+            if isinstance(layer, MoleLinear) and layer.trains and layer.config.estimator.adaptive
         }
         if not self._watched:
             raise ValueError("energy_target is set, but the model has no trained MoleLinear")
@@ -336,11 +338,11 @@ class RankController:
         layer = w.layer
         new = []
         for stream, basis in enumerate((layer.basis_u.detach(), layer.basis_v.detach())):
-            k, seed = layer.rank, layer.basis_seed(stream)
+            k, seed = layer.rank, layer.state.seed + 101 * (stream + 1)
             directions = bases.resized(basis[:, :k], rank, seed, self._steps)
             new.append(torch.cat([directions, basis[:, k:]], dim=1))
         if w.optimizer is None:
-            layer.set_bases(*new)
+            layer.replace(basis_u=new[0], basis_v=new[1])
         else:
             for basis in (layer.basis_u, layer.basis_v):
                 _forget_shape(basis)
@@ -349,14 +351,14 @@ class RankController:
 
 def _watch(name: str, layer: MoleLinear, optimizers, config: MoleGradConfig) -> _Watched:
     m, n = layer.weight.shape
-    unit, start = rank_unit(m, n), layer.config.rank_of(m, n, layer.name)
-    saved = (1 - layer.config.min_layer_utilization) * m * n / (m + n)
-    upper = min(min(m, n) // layer.config.needed_features(1), max(int(saved), 1))
+    unit, start = rank_unit(m, n), layer.config.estimator.rank_of(m, n, layer.name)
+    saved = (1 - layer.config.estimator.min_layer_utilization) * m * n / (m + n)
+    upper = min(min(m, n) // layer.config.estimator.estimate_rank(1), max(int(saved), 1))
     upper = min(upper, config.rank_max or upper)
     upper = upper // unit * unit or upper
     lower = min(-(-config.rank_min // unit) * unit, upper)
     owner = None
-    if layer.config.gradient_mode == "factored":
+    if layer.config.gradient_mode == "factors":
         held = ((o, p) for o in optimizers for group in o.param_groups for p in group["params"])
         owner = next((o for o, p in held if p is layer.basis_v), None)
         if not hasattr(owner, "resize_rank"):
@@ -384,7 +386,7 @@ def _forget_shape(p: nn.Parameter) -> None:
 def _reading(layer: MoleLinear) -> Tensor:
     """‖G‖², ‖Ĝ‖² and C(1) … C(k) of this step, (2 + k,) float32; one zero without a gradient."""
     k, c, stats = layer.rank, layer.config, layer.stats
-    dense, tangent = c.gradient_mode == "dense", c.method == "tangent"
+    dense, tangent = c.gradient_mode == "grad", c.method == "tangent"
     u, v = layer.basis_u.detach(), layer.basis_v.detach()
     source = layer.weight.grad if dense else layer.basis_v.grad
     if source is None:
