@@ -71,7 +71,6 @@ def _warn(name: str, mode: str) -> None:
             "Muon, AdamW or Adafactor",
         ),
     }[mode]
-    wanted = "Muon" if mode == "momentum" else "Muon, AdamW or Adafactor"
     warnings.warn(
         f"layer {name} is in gradient_mode={mode!r}, and {what}. Give what "
         f"molegrad.optim.matrix_param_groups returns to {wanted} of molegrad.optim, or choose "
