@@ -186,14 +186,8 @@ def turn(bucket: Bucket, est: Estimate, new_u: Tensor, new_v: Tensor, condition,
     turned_v, status_v = _turned(bucket, bucket.v, new_v, finite, step, seed + 1)
     overlap = (bucket.v.mT @ turned_v).square().sum((-2, -1)) / bucket.rank
     drift, status = (1 - overlap).clamp_min(0), torch.maximum(status_u, status_v)
-    rows = (
-        est.norm_sq,
-        est.captured_sq,
-        est.trust,
-        condition,
-        drift,
-        status,
-    )  # in the order of `molegrad.estimators.lowrank.STATS`
+    # In the order of `molegrad.estimators.lowrank.STATS`.
+    rows = (est.norm_sq, est.captured_sq, est.trust, condition, drift, status)
     stats = torch.stack([row.float() for row in rows], dim=1)
     for params, new, offset in ((bucket.bases_u, turned_u, 3), (bucket.bases_v, turned_v, 4)):
         probes = bucket.omega.shape[-1]

@@ -1,8 +1,9 @@
 """The base class of the optimizers of this package.
 
 What: `FactoredOptimizer` validates groups, gathers the layers of groups of kind "factors" into
-buckets (`molegrad.optim.bucket`), saves and restores the layers' bases and changes their ranks. A subclass
-says what a step does with a group of kind "grad" and with a bucket, and which state a layer has.
+buckets (`molegrad.optim.bucket`), saves and restores the layers' bases and changes their ranks. A
+subclass says what a step does with a group of kind "grad" and with a bucket, and which state a
+layer has.
 
 Why: a layer with gradient_mode "factors" has no weight gradient; it arrives as sketches in
 `basis_u.grad` and `basis_v.grad` (`molegrad.linear`), and its optimizer also owns how the bases
@@ -35,7 +36,8 @@ class FactoredOptimizer(Optimizer):
     and basis_v (n, k + r) of each layer in turn, r its "probes"; each layer's k is what its bases
     have, so that the layers of one group may differ. The state of a layer lies with basis_u and
     basis_v: "basis" (the parameter's own storage, so that a state_dict carries the bases), "step"
-    (int64), "stats" (float32, named by `molegrad.estimators.lowrank.STATS`), and what the subclass adds.
+    (int64), "stats" (float32, named by `molegrad.estimators.lowrank.STATS`), and what the subclass
+    adds.
 
     Raises:
         ValueError: an option is out of range, a parameter is no matrix, a "factors" group is

@@ -1,6 +1,7 @@
 """Muon on gradients as matrices, as factors and in the momentum, as one torch.optim.Optimizer.
 
-Groups of kind "grad": momentum, Newton–Schulz, weight −= lr · scale · polar(momentum) (Jordan et al. 2024).
+Groups of kind "grad": momentum, Newton–Schulz, weight −= lr · scale · polar(momentum) (Jordan et
+al. 2024).
 
 Groups of kind "factors" see no matrix of the weight's size but the weight. A layer's momentum is
 U S Vᵀ with a core S (k, k), and its bases U and V *are* the layer's sketch bases, so that one state
@@ -64,9 +65,9 @@ class Muon(FactoredOptimizer):
         stochastic_rounding: round bfloat16 weights at random (`molegrad.optim.rounding`).
 
     State: "grad" groups a momentum (m, n); those of kind "momentum" the layer's own, its parameter,
-    and with nesterov an int8 matrix (m, n); "factors" groups a core S (k, k) with the layer's bases. A
-    direction that `resize_rank` adds starts without momentum. With stochastic_rounding every weight
-    has a "step" beside.
+    and with nesterov an int8 matrix (m, n); "factors" groups a core S (k, k) with the layer's
+    bases. A direction that `resize_rank` adds starts without momentum. With stochastic_rounding
+    every weight has a "step" beside.
 
     Raises:
         ValueError: see `FactoredOptimizer`; or adjust_lr is unknown.

@@ -1,8 +1,8 @@
 """Adaptive ranks: each layer's k follows the share of the gradient that its estimate captures.
 
-What: `RankController` watches energy_capture = ‖Ĝ‖ / ‖G‖ of the layers (‖G‖ by the Hutch++ estimate,
-hence `probes` >= 1) and raises or lowers ranks so that it stays near `energy_target`, within
-`rank_min`, `rank_max` and one budget for all layers together.
+What: `RankController` watches energy_capture = ‖Ĝ‖ / ‖G‖ of the layers (‖G‖ by the Hutch++
+estimate, hence `probes` >= 1) and raises or lowers ranks so that it stays near `energy_target`,
+within `rank_min`, `rank_max` and one budget for all layers together.
 
 How another rank is predicted. The sketches that a step has made anyway tell exactly what a smaller
 rank would have captured, C(1) … C(k) of `molegrad.estimators.sketches.Sketch.energies`; the columns
