@@ -236,6 +236,11 @@ class Estimator(Options):
             return (momentum,) if scale is None else (momentum, scale.detach())
         return None if state.weight.grad is None else (state.weight.grad,)
 
+    def norm_sq(self, state: State) -> Tensor | None:
+        """‖Ĝ‖²_F (scalar) of what has been accumulated, for clipping; None where nothing has."""
+        now = self.accumulated(state)
+        return None if now is None else self.matrix(state, now).matrix.square().sum()
+
     def matrix(
         self,
         state: State,

@@ -214,6 +214,13 @@ class LowRank(LowRankOptions, Estimator):
         u, v = (basis.to(dtype) for basis in self.bases(state))
         return Sketch(u, v, y, w, self.one_sided)
 
+    def norm_sq(self, state: State) -> Tensor | None:
+        now = self.accumulated(state)
+        if now is None or state.mode != "factors":
+            return super().norm_sq(state)
+        k = self.rank(state)
+        return Sketch(*self.bases(state), *(x[:, :k] for x in now), self.one_sided).norm_sq()
+
     def matrix(self, state: State, now, before=None, trust_max: float = 0.0) -> Estimate:
         rank = self.estimate_rank(self.rank(state))
         stats = state.tensors["stats"].double()

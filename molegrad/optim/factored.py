@@ -1,10 +1,11 @@
-"""The base class of the optimizers that take dense and factored groups.
+"""The base class of the optimizers of this package.
 
-What: `FactoredOptimizer` validates groups, gathers the layers of factored groups into buckets
-(`molegrad.optim.bucket`), saves and restores the layers' bases and changes their ranks. A subclass
-says what a step does with a dense group and with a bucket, and which state a layer has.
+What: `FactoredOptimizer` validates groups, gathers the layers of groups of kind "factors" into
+buckets (`molegrad.optim.bucket`), saves and restores the layers' bases and changes their ranks. A
+subclass says what a step does with a group of kind "grad" and with a bucket, and which state a
+layer has.
 
-Why: a layer in factored mode has no weight gradient; its gradient arrives as sketches in
+Why: a layer with gradient_mode "factors" has no weight gradient; it arrives as sketches in
 `basis_u.grad` and `basis_v.grad` (`molegrad.linear`), and its optimizer also owns how the bases
 follow the gradient.
 """
@@ -13,34 +14,34 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from molegrad.estimators.lowrank_sums import STATS
+from molegrad.estimators.lowrank import STATS
 from molegrad.ops.amp import exact_products
 from molegrad.optim.bucket import Bucket
-from molegrad.optim.rounding import copy_rounded_, places_of
 from molegrad.steps import STEPPED
 
-FACTORED_KEYS = ("probes", "one_sided", "warm_start_decay", "trust_max", "cond_max", "seed")
+FACTORS_KEYS = ("probes", "one_sided", "warm_start_decay", "trust_max", "cond_max", "seed")
 
 
 class FactoredOptimizer(Optimizer):
-    """Base class of the optimizers that take groups of kind "dense" and "factored".
+    """Base class of the optimizers that take groups of kind "grad" and "factors".
 
-    A factored group (`molegrad.optim.matrix_param_groups`) holds weight (m, n), basis_u (m, k + r)
+    A "factors" group (`molegrad.optim.matrix_param_groups`) holds weight (m, n), basis_u (m, k + r)
     and basis_v (n, k + r) of each layer in turn, r its "probes"; each layer's k is what its bases
     have, so that the layers of one group may differ. The state of a layer lies with basis_u and
     basis_v: "basis" (the parameter's own storage, so that a state_dict carries the bases), "step"
-    (int64), "stats" (float32, named by `molegrad.estimators.lowrank_sums.STATS`), and what the subclass adds.
+    (int64), "stats" (float32, named by `molegrad.estimators.lowrank.STATS`), and what the subclass
+    adds.
 
     Raises:
-        ValueError: an option is out of range, a parameter is no matrix, a factored group is not
-            made as above, or stochastic_rounding is asked for where weights are not bfloat16.
+        ValueError: an option is out of range, a parameter is no matrix, a "factors" group is
+            not made as above, or stochastic_rounding is asked for where weights are not bfloat16.
     """
 
     KINDS: tuple[str, ...] = ("grad", "factors")
@@ -53,30 +54,29 @@ class FactoredOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
-            group.setdefault("stochastic_rounding", False)  # saved before there was the option
             _mark(group)
 
-    def _dense_step(self, group: dict[str, Any]) -> None:
-        """One step of a dense group."""
+    def _grad_step(self, group: dict[str, Any]) -> None:
+        """One step of a group of kind "grad"."""
         raise NotImplementedError
 
     def _momentum_step(self, group: dict[str, Any]) -> None:
         """One step of a group of layers whose backward passes add to their momentum."""
         raise NotImplementedError
 
-    def _new_dense_state(self, group: dict[str, Any], p: Tensor) -> dict[str, Tensor]:
-        """The state of a matrix of a dense group before its first step."""
+    def _new_grad_state(self, group: dict[str, Any], p: Tensor) -> dict[str, Tensor]:
+        """The state of a matrix of a "grad" group before its first step."""
         raise NotImplementedError
 
     def _new_momentum_state(self, group: dict[str, Any], p: Tensor) -> dict[str, Tensor]:
         """The same of a layer whose backward passes add to its momentum, beside the momentum."""
         raise NotImplementedError
 
-    def _factored_step(self, bucket: Bucket) -> None:
+    def _factors_step(self, bucket: Bucket) -> None:
         """One step of a bucket; calls `turn` at its end."""
         raise NotImplementedError
 
-    def _new_state(self, basis_u: Tensor, basis_v: Tensor, k: int) -> tuple[dict, dict]:
+    def _new_factors_state(self, basis_u: Tensor, basis_v: Tensor, k: int) -> tuple[dict, dict]:
         """What the states of a layer's left and right basis hold before its first step, beside what
         every subclass has."""
         raise NotImplementedError
@@ -104,68 +104,21 @@ class FactoredOptimizer(Optimizer):
                     torch._foreach_add_([state["step"] for state in bucket.states_u], 1)
                     # Bases have to be orthonormal and weak modes more than noise: no TF32.
                     with exact_products(bucket.u.device):
-                        self._factored_step(bucket)
+                        self._factors_step(bucket)
             elif group["kind"] == "momentum":
                 self._momentum_step(group)
             else:
-                self._dense_step(group)
+                self._grad_step(group)
         return loss
 
-    def _dense(self, group: dict[str, Any]) -> Iterator[tuple[Tensor, dict]]:
-        """The parameters of a dense group that have a gradient, each with its state."""
+    def _with_grad(self, group: dict[str, Any]) -> Iterator[tuple[Tensor, dict]]:
+        """The parameters of a "grad" group that have a gradient, each with its state."""
         for p in group["params"]:
             if p.grad is not None:
                 state = self.state[p]
                 if not state:
-                    state.update(self._new_dense_state(group, p))
+                    state.update(self._new_grad_state(group, p))
                 yield p, state
-
-    def _step_rounded(
-        self, group: dict[str, Any], step: Callable[[dict, list[tuple]], None], count: bool = False
-    ) -> None:
-        """A dense group stepped by torch's own, `step(group, [(parameter, gradient, state)])`: all
-        at once, or with stochastic rounding one weight at a time in float32. `count`: the state
-        has no count of its steps."""
-        pairs = list(self._dense(group))
-        if not pairs:
-            return
-        if not group["stochastic_rounding"]:
-            step(group, [(p, p.grad, state) for p, state in pairs])
-            return
-        if count:
-            self._count([p for p, _ in pairs])
-        places = places_of(group)
-        for p, state in pairs:
-            wide = p.float()
-            step(group, [(wide, p.grad.float(), state)])
-            copy_rounded_(p, wide, state["step"], places[id(p)])
-
-    def _count(self, weights: list[Tensor]) -> None:
-        """One step more of each weight, on its device: for stochastic rounding, where the state
-        has no count of its own."""
-        for p in weights:
-            if "step" not in self.state[p]:
-                self.state[p]["step"] = torch.zeros((), dtype=torch.int64, device=p.device)
-        if weights:
-            torch._foreach_add_([self.state[p]["step"] for p in weights], 1)
-
-    def planned_state_bytes(self) -> int:
-        """Bytes of the state it will hold, without bases and counters; allocates nothing."""
-        total = 0
-        for group in self.param_groups:
-            params = [p.detach().to("meta") for p in group["params"]]
-            if group["kind"] == "grad":
-                states = [self._new_dense_state(group, p) for p in params]
-            elif group["kind"] == "momentum":  # the momentum itself is among the parameters
-                weights = params[:: 3 if group["quantized"] else 2]
-                states = [self._new_momentum_state(group, p) for p in weights]
-            else:
-                states = []
-                for u, v in zip(params[1::3], params[2::3], strict=True):
-                    states += self._new_state(u, v, u.shape[1] - group["probes"])
-            tensors = [t for state in states for t in state.values()]
-            total += sum(t.numel() * t.element_size() for t in tensors)
-        return total
 
     def _buckets(self, group: dict[str, Any]) -> list[Bucket]:
         params = group["params"]
@@ -187,7 +140,7 @@ class FactoredOptimizer(Optimizer):
             state["basis"] = basis.detach()
         state_u["step"] = torch.zeros((), dtype=torch.int64, device=device)
         state_v["stats"] = torch.full((len(STATS),), math.nan, device=device)
-        new_u, new_v = self._new_state(basis_u, basis_v, basis_u.shape[1] - group["probes"])
+        new_u, new_v = self._new_factors_state(basis_u, basis_v, basis_u.shape[1] - group["probes"])
         state_u.update(new_u)
         state_v.update(new_v)
 
@@ -210,7 +163,7 @@ class FactoredOptimizer(Optimizer):
         directions that go are dropped, those of new directions start as documented by the subclass.
 
         Args:
-            basis_u, basis_v: the layer's parameters, in a factored group of this optimizer.
+            basis_u, basis_v: the layer's parameters, in a "factors" group of this optimizer.
             new_u: (m, k' + r), new_v: (n, k' + r), r the group's probes.
 
         Raises:
@@ -265,7 +218,7 @@ class FactoredOptimizer(Optimizer):
                     if u is basis_u and v is basis_v:
                         return group
         raise ValueError(
-            f"{type(self).__name__}: no factored group of this optimizer has these "
+            f"{type(self).__name__}: no group of kind 'factors' of this optimizer has these "
             "bases; give the basis_u and basis_v of one of its layers"
         )
 
@@ -304,8 +257,8 @@ class FactoredOptimizer(Optimizer):
         """Dtypes of a weight's state by name; None is whatever was saved."""
         if group["kind"] == "factors":  # whose state lies with the bases, in their dtype
             return {}
-        dense = group["kind"] == "grad"
-        make = self._new_dense_state if dense else self._new_momentum_state
+        of_grad = group["kind"] == "grad"
+        make = self._new_grad_state if of_grad else self._new_momentum_state
         return {key: x.dtype for key, x in make(group, p.detach().to("meta")).items()}
 
     @torch.no_grad()
@@ -367,7 +320,7 @@ class FactoredOptimizer(Optimizer):
             return
         shapes = [tuple(p.shape) for p in params]
         triples = list(zip(shapes[::3], shapes[1::3], shapes[2::3], strict=False))
-        missing = [key for key in FACTORED_KEYS if key not in group]
+        missing = [key for key in FACTORS_KEYS if key not in group]
         if (
             missing
             or len(shapes) % 3
@@ -375,18 +328,16 @@ class FactoredOptimizer(Optimizer):
             or any(u[1] <= group["probes"] for _, u, _ in triples)
         ):
             raise ValueError(
-                f"{name}: a factored group holds weight (m, n), basis_u (m, k + probes), basis_v "
+                f"{name}: a 'factors' group holds weight (m, n), basis_u (m, k + probes), basis_v "
                 "(n, k + probes) of each layer in turn, and the options "
-                f"{', '.join(FACTORED_KEYS)} (molegrad.optim.matrix_param_groups builds it); got "
+                f"{', '.join(FACTORS_KEYS)} (molegrad.optim.matrix_param_groups builds it); got "
                 f"{shapes}" + (f", without {', '.join(missing)}" if missing else "")
             )
 
 
 def _layer_width(group: dict[str, Any]) -> int:
     """How many parameters of each layer a group has in turn, its weight first."""
-    return {"grad": 1, "factors": 3, "momentum": 3 if group.get("quantized") else 2}[
-        group["kind"]
-    ]
+    return {"grad": 1, "factors": 3, "momentum": 3 if group.get("quantized") else 2}[group["kind"]]
 
 
 def _mark(group: dict[str, Any]) -> None:

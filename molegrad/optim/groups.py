@@ -22,42 +22,40 @@ def matrix_param_groups(*modules: nn.Module, exclude: Iterable[nn.Module] = ()) 
         exclude: linear layers to leave out (they then belong to `other_params`).
 
     Returns:
-        one group of kind "grad" (plain layers and those of mode "grad"), those of kind "momentum",
-        whose params are weight, momentum and, where "quantized", its scale of each layer in turn,
-        and groups of kind "factors",
-        whose params are weight, basis_u, basis_v of each layer in turn; layers of different ranks
-        share a group.
-
+        one group of kind "grad" (weights whose gradient is in weight.grad, plain layers among
+        them); those of kind "momentum", whose params are weight, momentum and, where "quantized",
+        its scale of each layer in turn; and groups of kind "factors", whose params are weight,
+        basis_u, basis_v of each layer in turn and whose options are the estimator's; layers of
+        different ranks share a group.
     """
     excluded = {id(m) for root in exclude for m in root.modules()}
-    dense: list[nn.Parameter] = []
+    grad: list[nn.Parameter] = []
     momentum: dict[bool, list[nn.Parameter]] = defaultdict(list)  # by whether it is quantized
-    factored: dict[tuple, dict[str, Any]] = {}  # by options
+    factors: dict[tuple, dict[str, Any]] = {}  # by options
     seen: set[int] = set()
     for layer in (m for root in modules for m in root.modules() if isinstance(m, nn.Linear)):
         if id(layer) in excluded or id(layer.weight) in seen:
             continue
         seen.add(id(layer.weight))
-        mode = layer.config.gradient_mode if isinstance(layer, MoleLinear) else "grad"
-        if not (layer.trains if isinstance(layer, MoleLinear) else layer.weight.requires_grad):
+        converted = isinstance(layer, MoleLinear)
+        if not (layer.trains if converted else layer.weight.requires_grad):
             continue
+        mode = layer.config.gradient_mode if converted else "grad"
         if mode == "grad":
-            dense.append(layer.weight)
+            grad.append(layer.weight)
         elif mode == "momentum":
-            tensors = layer.state.tensors
-            scale = [tensors["momentum_scale"]] if "momentum_scale" in tensors else []
-            momentum[bool(scale)] += [layer.weight, tensors["momentum"], *scale]
+            held = [layer.state.tensors.get(key) for key in ("momentum", "momentum_scale")]
+            momentum[held[1] is not None] += [layer.weight, *(p for p in held if p is not None)]
         else:
             options = layer.config.estimator.optimizer_options(layer.config.seed)
-            group = factored.setdefault(
-                tuple(options.values()), {"kind": "factors", "params": [], **options}
-            )
+            key = tuple(options.items())
+            group = factors.setdefault(key, {"kind": "factors", "params": [], **options})
             group["params"] += [layer.weight, *layer.sketches]
-    groups = list(factored.values())
+    groups = list(factors.values())
     for quantized, params in momentum.items():
         groups.insert(0, {"kind": "momentum", "quantized": quantized, "params": params})
-    if dense:
-        groups.insert(0, {"kind": "grad", "params": dense})
+    if grad:
+        groups.insert(0, {"kind": "grad", "params": grad})
     return groups
 
 

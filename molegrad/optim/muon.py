@@ -1,10 +1,14 @@
-"""Muon on dense and on factored gradients, as one torch.optim.Optimizer.
+"""Muon on gradients as matrices, as factors and in the momentum, as one torch.optim.Optimizer.
 
-Dense groups: momentum, Newton–Schulz, weight −= lr · scale · polar(momentum) (Jordan et al. 2024).
+Groups of kind "grad": momentum, Newton–Schulz, weight −= lr · scale · polar(momentum) (Jordan et
+al. 2024).
 
-Factored groups never see a matrix of the weight's size except the weight: the momentum is kept in
-factored form (`molegrad.optim.momentum`), and its polar factor is taken exactly, on a core of at
-most 2k × 2k.
+Groups of kind "factors" see no matrix of the weight's size but the weight. A layer's momentum is
+U S Vᵀ with a core S (k, k), and its bases U and V *are* the layer's sketch bases, so that one state
+serves both. In the orthonormal bases L = [U, Y⊥] and R = [V, W⊥] both gradient and momentum are
+small cores of at most 2k × 2k, where their average, its exact polar factor and its truncation to
+rank k all take place (the update of MoFaSGD, Mahdavi et al. 2025, with a block iteration in place
+of its SVD, which would make the host wait for the device).
 """
 
 from __future__ import annotations
@@ -19,14 +23,15 @@ import torch
 from torch import Tensor
 
 from molegrad.linear import int8_scale
-from molegrad.optim.momentum import FactoredMomentum
-from molegrad.optim.newton_schulz import newton_schulz, working_dtype
-from molegrad.optim.rounding import add_rounded_, places_of
+from molegrad.optim.bucket import Bucket, all_finite, estimate, truncate, turn, two_sided
+from molegrad.optim.factored import FactoredOptimizer
+from molegrad.optim.rounding import add_rounded_, places_of, update_weights
 
 # Numbers of the matrices whose polar factors are taken together: enough to keep a GPU busy, little
 # beside a model. All at once, they were the peak of a run whose activations are small.
 TOGETHER = 2**24
 ADJUST_LR = ("spectral", "original", "match_rms_adamw", "none")
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of the quintic
 
 
 def lr_scale(adjust_lr: str, m: int, n: int) -> float:
@@ -43,32 +48,33 @@ def lr_scale(adjust_lr: str, m: int, n: int) -> float:
     }[adjust_lr]
 
 
-class Muon(FactoredMomentum):
+class Muon(FactoredOptimizer):
     """Momentum, orthogonalised.
 
     Args:
-        params: matrices, or groups from `molegrad.optim.matrix_param_groups` (kind "dense",
-            "factored" or "momentum"); every option below can be set per group.
+        params: matrices, or groups from `molegrad.optim.matrix_param_groups` (kind "grad",
+            "factors" or "momentum"); every option below can be set per group.
         lr: learning rate, before `adjust_lr`.
         momentum: μ of the average M ← μ M + (1 − μ) Ĝ.
         nesterov: orthogonalise μ M + (1 − μ) Ĝ instead of M. Groups of kind "momentum" have no Ĝ
             apart from M; they keep the M of the step before, in int8, to find it.
         weight_decay: decoupled, weight ← (1 − lr · weight_decay) weight.
         adjust_lr: "spectral", "original", "match_rms_adamw" or "none", see `lr_scale`.
-        ns_steps: Newton–Schulz steps of the dense groups.
+        ns_steps: Newton–Schulz steps of the "grad" and "momentum" groups.
         truncation_iters: block iterations that truncate the factored momentum to rank k.
         stochastic_rounding: round bfloat16 weights at random (`molegrad.optim.rounding`).
 
-    State: dense groups a momentum (m, n); those of kind "momentum" the layer's own, its parameter,
-    and with nesterov an int8 matrix (m, n); factored ones a core S (k, k) with the layer's bases. A
-    direction that `resize_rank` adds starts without momentum. With stochastic_rounding every weight
-    has a "step" beside.
+    State: "grad" groups a momentum (m, n); those of kind "momentum" the layer's own, its parameter,
+    and with nesterov an int8 matrix (m, n); "factors" groups a core S (k, k) with the layer's
+    bases. A direction that `resize_rank` adds starts without momentum. With stochastic_rounding
+    every weight has a "step" beside.
 
     Raises:
         ValueError: see `FactoredOptimizer`; or adjust_lr is unknown.
     """
 
     KINDS = ("grad", "factors", "momentum")
+    LIMITS = {"lr": (0.0, math.inf), "momentum": (0.0, 1.0), "weight_decay": (0.0, math.inf)}
 
     def __init__(
         self,
@@ -101,10 +107,10 @@ class Muon(FactoredMomentum):
                 f"Muon: adjust_lr must be one of {', '.join(ADJUST_LR)}; got {group['adjust_lr']!r}"
             )
 
-    def _dense_step(self, group: dict[str, Any]) -> None:
+    def _grad_step(self, group: dict[str, Any]) -> None:
         mu = group["momentum"]
         updates = []
-        for p, state in self._dense(group):
+        for p, state in self._with_grad(group):
             buffer = state["momentum_buffer"].lerp_(p.grad, 1 - mu)
             share = mu if group["nesterov"] else 1.0
             updates.append((p, partial(p.grad.lerp, buffer, share)))
@@ -137,6 +143,14 @@ class Muon(FactoredMomentum):
                         p.mul_(1 - decay)
                     p.add_(direction.to(p.dtype), alpha=-lr)
                 del stacked, directions
+
+    def _count(self, weights: list[Tensor]) -> None:
+        """One step more of each weight, on its device: stochastic rounding draws by it."""
+        for p in weights:
+            if "step" not in self.state[p]:
+                self.state[p]["step"] = torch.zeros((), dtype=torch.int64, device=p.device)
+        if weights:
+            torch._foreach_add_([self.state[p]["step"] for p in weights], 1)
 
     def _momentum_step(self, group: dict[str, Any]) -> None:
         """The backward passes have made M ← M + Ĝ; step along a polar factor, then M ← μ M.
@@ -176,19 +190,36 @@ class Muon(FactoredMomentum):
         dtypes = super()._state_dtypes(group, p)
         return dtypes | dict.fromkeys(_MOMENTUM_STATE) if group["kind"] == "momentum" else dtypes
 
-    def _new_dense_state(self, group: dict[str, Any], p: Tensor) -> dict[str, Tensor]:
+    def _new_grad_state(self, group: dict[str, Any], p: Tensor) -> dict[str, Tensor]:
         return {"momentum_buffer": torch.zeros_like(p)}
 
     def _new_momentum_state(self, group: dict[str, Any], p: Tensor) -> dict[str, Tensor]:
         return _new_snapshot(p) if group["nesterov"] else {}
 
-    def _average(self, group: dict[str, Any], momentum: Tensor, gradient: Tensor):
-        mu = group["momentum"]
-        average = mu * momentum + (1 - mu) * gradient
-        return average, mu * average + (1 - mu) * gradient if group["nesterov"] else average
+    def _factors_step(self, bucket: Bucket) -> None:
+        group, mu = bucket.group, bucket.group["momentum"]
+        est = estimate(bucket)
+        right, v_c, gradient = two_sided(bucket, est)
+        momentum = est.u_c @ bucket.stacked("core") @ v_c.mT
+        average = mu * momentum + (1 - mu) * gradient  # cores (size, j, i)
+        direction = mu * average + (1 - mu) * gradient if group["nesterov"] else average
+        lr = group["lr"] * lr_scale(group["adjust_lr"], *bucket.shape)
+        decay = group["lr"] * group["weight_decay"]
+        update_weights(bucket, est.left @ polar(direction), right, -lr, decay)
+        p, core, q, condition = truncate(average, v_c, group["truncation_iters"], group["cond_max"])
+        finite, kept = all_finite(average), bucket.kept_columns(core)
+        # No momentum along the modes that `turn` replaces by random ones.
+        bucket.keep("core", core * kept * kept[:, None], finite)
+        turn(bucket, est, est.left @ p, right @ q, condition, finite)
 
-    def _update(self, group: dict[str, Any], direction: Tensor, m: int, n: int):
-        return polar(direction), -group["lr"] * lr_scale(group["adjust_lr"], m, n)
+    def _new_factors_state(self, basis_u: Tensor, basis_v: Tensor, k: int) -> tuple[dict, dict]:
+        return {"core": basis_u.new_zeros(k, k)}, {}
+
+    def _resized(self, state_u: dict, state_v: dict, k: int) -> None:
+        old = state_u["core"]
+        kept = min(k, old.shape[0])
+        state_u["core"] = old.new_zeros(k, k)
+        state_u["core"][:kept, :kept] = old[:kept, :kept]
 
 
 # Where the state_dict has a layer's momentum, and its scale if it is quantized.
@@ -244,6 +275,35 @@ def _average_over_processes(momentum: Tensor, scale: Tensor | None = None) -> No
         value = momentum * (scale / world)
         torch.distributed.all_reduce(value)
         torch.ops.molegrad.add_quantized_(momentum.zero_(), scale, value)
+
+
+def working_dtype(device: torch.device | str) -> torch.dtype:
+    """bfloat16 on CUDA, float32 elsewhere."""
+    return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+
+
+def newton_schulz(g: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -> Tensor:
+    """Approximate polar factor of g (…, m, n), in `dtype` (default `working_dtype`), which is also
+    the result's. Zero matrices stay zero.
+
+    Five steps of the quintic bring every singular value into about [0.7, 1.2], which is close
+    enough to the polar factor for an update (Jordan et al. 2024, "Muon: an optimizer for hidden
+    layers in neural networks").
+    """
+    if dtype is None:
+        dtype = working_dtype(g.device)
+    a, b, c = NEWTON_SCHULZ
+    x = g.to(dtype)
+    wide = x.shape[-2] <= x.shape[-1]
+    x = x if wide else x.mT
+    x = x / (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c) if gram.dim() == 3 else (
+            torch.addmm(gram, gram, gram, beta=b, alpha=c)
+        )  # fmt: skip
+        x = torch.baddbmm(x, poly, x, beta=a) if x.dim() == 3 else torch.addmm(x, poly, x, beta=a)
+    return x if wide else x.mT
 
 
 def polar(core: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from molegrad.gpt.train import setup
 from molegrad.gpt.train.base import model_config
 from molegrad.gpt.train.config import BaseTrainConfig, compute_dtype, resolve
 from molegrad.gpt.train.flags import PREFIX
-from molegrad.monitor.peak import peak_bytes
+from molegrad.monitor.memory import peak_bytes
 from molegrad.optim import muon
 from molegrad.optim.clip import clip_grad_norm_
 from molegrad.plan import cuda as memory_cuda
@@ -88,10 +88,10 @@ def train(config, steps: int = 2) -> None:
         {**preset("balanced"), **CHUNKS, "recompute": "block", "offload": True},
         FACTORED,
         {**FACTORED, "optimizer": "adafactor", "dtype": "bfloat16"},
-        {**FACTORED, "optimizer": "sgd", **CHUNKS},
+        {**FACTORED, "optimizer": "adafactor", **CHUNKS},
         {**LOW_RANK, "optimizer": "adamw"},
         {**LOW_RANK, "optimizer": "adafactor", "dtype": "bfloat16"},
-        {**LOW_RANK, "streaming_method": "power", "optimizer": "sgd"},
+        {**LOW_RANK, "streaming_method": "power", "optimizer": "adafactor"},
         {**FACTORED, "streaming_method": "power"},
         {**LOW_RANK, "streaming_method": "projected"},
         {**LOW_RANK, "streaming_products": "fp8"},
