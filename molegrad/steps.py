@@ -52,7 +52,7 @@ def _warn(name: str, mode: str) -> None:
         "factored": "no optimizer of molegrad.optim has its bases: others would step on the bases "
         "themselves, and the weight stays as it is",
     }[mode]
-    wanted = "Muon" if mode == "momentum" else "Muon, AdamW, Adafactor or SGD"
+    wanted = "Muon" if mode == "momentum" else "Muon, AdamW or Adafactor"
     warnings.warn(
         f"layer {name} is in gradient_mode={mode!r}, and {what}. Give what "
         f"molegrad.optim.matrix_param_groups returns to {wanted} of molegrad.optim, or choose "

@@ -11,7 +11,7 @@ import torch
 from molegrad import MoleGradConfig, MoleLinear, clip_grad_norm_, convert, linear, ops, plan
 from molegrad.config import PRESETS
 from molegrad.monitor import layer_metrics, memory_bytes
-from molegrad.optim import SGD, Muon, matrix_param_groups
+from molegrad.optim import AdamW, Muon, matrix_param_groups
 from tests.samples import randn, tokens
 
 F64 = torch.float64
@@ -365,7 +365,7 @@ def test_clipping_and_other_optimizers_are_refused():
     with pytest.raises(ValueError, match="mlp is in momentum mode.*leave clipping off"):
         clip_grad_norm_(moled, 1.0)
     with pytest.raises(ValueError, match="got 'momentum'.*needs molegrad.optim.Muon"):
-        SGD(matrix_param_groups(moled), lr=0.1)
+        AdamW(matrix_param_groups(moled), lr=0.1)
 
 
 def test_layers_have_shares_of_their_own():

@@ -2,7 +2,7 @@
 
 | parameters | group | optimizer |
 |---|---|---|
-| matrices, factored mode | `matrix_param_groups`, "factored" | Muon, AdamW, Adafactor, SGD |
+| matrices, factored mode | `matrix_param_groups`, "factored" | Muon, AdamW, Adafactor |
 | matrices, momentum mode | "momentum" | Muon |
 | matrices, dense mode and nn.Linear | "dense" | the same, or torch's |
 | embeddings, output head, norms, biases | `other_params` | torch.optim.AdamW |
@@ -15,12 +15,9 @@ from molegrad.optim.adafactor import Adafactor
 from molegrad.optim.adamw import AdamW
 from molegrad.optim.factored import FactoredOptimizer
 from molegrad.optim.groups import matrix_param_groups, other_params
-from molegrad.optim.muon import Muon
-from molegrad.optim.newton_schulz import newton_schulz
-from molegrad.optim.sgd import SGD
+from molegrad.optim.muon import Muon, newton_schulz
 
 __all__ = [
-    "SGD",
     "Adafactor",
     "AdamW",
     "FactoredOptimizer",

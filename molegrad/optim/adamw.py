@@ -25,7 +25,7 @@ from torch.optim.adamw import adamw
 
 from molegrad.optim.bucket import Bucket, all_finite, estimate, right_factor, truncate, turn
 from molegrad.optim.factored import FactoredOptimizer
-from molegrad.optim.rounding import update_weights
+from molegrad.optim.rounding import copy_rounded_, places_of, update_weights
 
 
 class AdamW(FactoredOptimizer):
@@ -83,10 +83,21 @@ class AdamW(FactoredOptimizer):
             raise ValueError(f"AdamW: betas must be two numbers in [0, 1), got {group['betas']}")
 
     def _dense_step(self, group: dict[str, Any]) -> None:
-        self._step_rounded(group, self._adamw)
+        """All at once, or with stochastic rounding one weight at a time in float32."""
+        pairs = list(self._dense(group))
+        if not group["stochastic_rounding"]:
+            self._adamw(group, [(p, p.grad, state) for p, state in pairs])
+            return
+        places = places_of(group)
+        for p, state in pairs:
+            wide = p.float()
+            self._adamw(group, [(wide, p.grad.float(), state)])
+            copy_rounded_(p, wide, state["step"], places[id(p)])
 
     def _adamw(self, group: dict[str, Any], triples: list[tuple[Tensor, Tensor, dict]]) -> None:
         """torch's step of (parameter, gradient, state)."""
+        if not triples:
+            return
         params, grads, states = zip(*triples, strict=True)
         beta1, beta2 = group["betas"]
         adamw(

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -23,7 +23,6 @@ from torch.optim import Optimizer
 from molegrad.amp import exact_products
 from molegrad.autograd import STATS
 from molegrad.optim.bucket import Bucket
-from molegrad.optim.rounding import copy_rounded_, places_of
 from molegrad.steps import STEPPED
 
 FACTORED_KEYS = ("probes", "method", "warm_start_decay", "trust_max", "cond_max", "seed")
@@ -53,7 +52,6 @@ class FactoredOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
-            group.setdefault("stochastic_rounding", False)  # saved before there was the option
             _mark(group)
 
     def _dense_step(self, group: dict[str, Any]) -> None:
@@ -119,53 +117,6 @@ class FactoredOptimizer(Optimizer):
                 if not state:
                     state.update(self._new_dense_state(group, p))
                 yield p, state
-
-    def _step_rounded(
-        self, group: dict[str, Any], step: Callable[[dict, list[tuple]], None], count: bool = False
-    ) -> None:
-        """A dense group stepped by torch's own, `step(group, [(parameter, gradient, state)])`: all
-        at once, or with stochastic rounding one weight at a time in float32. `count`: the state
-        has no count of its steps."""
-        pairs = list(self._dense(group))
-        if not pairs:
-            return
-        if not group["stochastic_rounding"]:
-            step(group, [(p, p.grad, state) for p, state in pairs])
-            return
-        if count:
-            self._count([p for p, _ in pairs])
-        places = places_of(group)
-        for p, state in pairs:
-            wide = p.float()
-            step(group, [(wide, p.grad.float(), state)])
-            copy_rounded_(p, wide, state["step"], places[id(p)])
-
-    def _count(self, weights: list[Tensor]) -> None:
-        """One step more of each weight, on its device: for stochastic rounding, where the state
-        has no count of its own."""
-        for p in weights:
-            if "step" not in self.state[p]:
-                self.state[p]["step"] = torch.zeros((), dtype=torch.int64, device=p.device)
-        if weights:
-            torch._foreach_add_([self.state[p]["step"] for p in weights], 1)
-
-    def planned_state_bytes(self) -> int:
-        """Bytes of the state it will hold, without bases and counters; allocates nothing."""
-        total = 0
-        for group in self.param_groups:
-            params = [p.detach().to("meta") for p in group["params"]]
-            if group["kind"] == "dense":
-                states = [self._new_dense_state(group, p) for p in params]
-            elif group["kind"] == "momentum":  # the momentum itself is among the parameters
-                weights = params[:: 3 if group["quantized"] else 2]
-                states = [self._new_momentum_state(group, p) for p in weights]
-            else:
-                states = []
-                for u, v in zip(params[1::3], params[2::3], strict=True):
-                    states += self._new_state(u, v, u.shape[1] - group["probes"])
-            tensors = [t for state in states for t in state.values()]
-            total += sum(t.numel() * t.element_size() for t in tensors)
-        return total
 
     def _buckets(self, group: dict[str, Any]) -> list[Bucket]:
         params = group["params"]

@@ -2,9 +2,12 @@
 
 Dense groups: momentum, Newton–Schulz, weight −= lr · scale · polar(momentum) (Jordan et al. 2024).
 
-Factored groups never see a matrix of the weight's size except the weight: the momentum is kept in
-factored form (`molegrad.optim.momentum`), and its polar factor is taken exactly, on a core of at
-most 2k × 2k.
+Factored groups never see a matrix of the weight's size except the weight. A layer's momentum is
+U S Vᵀ with a core S (k, k), and its bases U and V *are* the layer's sketch bases, so that one state
+serves both. In the orthonormal bases L = [U, Y⊥] and R = [V, W⊥] both gradient and momentum are
+small cores of at most 2k × 2k, where their average, its exact polar factor and its truncation to
+rank k all take place (the update of MoFaSGD, Mahdavi et al. 2025, with a block iteration in place
+of its SVD, which would make the host wait for the device).
 """
 
 from __future__ import annotations
@@ -19,14 +22,15 @@ import torch
 from torch import Tensor
 
 from molegrad.linear import int8_scale
-from molegrad.optim.momentum import FactoredMomentum
-from molegrad.optim.newton_schulz import newton_schulz, working_dtype
-from molegrad.optim.rounding import add_rounded_, places_of
+from molegrad.optim.bucket import Bucket, all_finite, estimate, truncate, turn, two_sided
+from molegrad.optim.factored import FactoredOptimizer
+from molegrad.optim.rounding import add_rounded_, places_of, update_weights
 
 # Numbers of the matrices whose polar factors are taken together: enough to keep a GPU busy, little
 # beside a model. All at once, they were the peak of a run whose activations are small.
 TOGETHER = 2**24
 ADJUST_LR = ("spectral", "original", "match_rms_adamw", "none")
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of the quintic
 
 
 def lr_scale(adjust_lr: str, m: int, n: int) -> float:
@@ -43,7 +47,7 @@ def lr_scale(adjust_lr: str, m: int, n: int) -> float:
     }[adjust_lr]
 
 
-class Muon(FactoredMomentum):
+class Muon(FactoredOptimizer):
     """Momentum, orthogonalised.
 
     Args:
@@ -69,6 +73,7 @@ class Muon(FactoredMomentum):
     """
 
     KINDS = ("dense", "factored", "momentum")
+    LIMITS = {"lr": (0.0, math.inf), "momentum": (0.0, 1.0), "weight_decay": (0.0, math.inf)}
 
     def __init__(
         self,
@@ -138,6 +143,14 @@ class Muon(FactoredMomentum):
                     p.add_(direction.to(p.dtype), alpha=-lr)
                 del stacked, directions
 
+    def _count(self, weights: list[Tensor]) -> None:
+        """One step more of each weight, on its device: stochastic rounding draws by it."""
+        for p in weights:
+            if "step" not in self.state[p]:
+                self.state[p]["step"] = torch.zeros((), dtype=torch.int64, device=p.device)
+        if weights:
+            torch._foreach_add_([self.state[p]["step"] for p in weights], 1)
+
     def _momentum_step(self, group: dict[str, Any]) -> None:
         """The backward passes have made M ← M + Ĝ; step along a polar factor, then M ← μ M.
 
@@ -182,13 +195,30 @@ class Muon(FactoredMomentum):
     def _new_momentum_state(self, group: dict[str, Any], p: Tensor) -> dict[str, Tensor]:
         return _new_snapshot(p) if group["nesterov"] else {}
 
-    def _average(self, group: dict[str, Any], momentum: Tensor, gradient: Tensor):
-        mu = group["momentum"]
-        average = mu * momentum + (1 - mu) * gradient
-        return average, mu * average + (1 - mu) * gradient if group["nesterov"] else average
+    def _factored_step(self, bucket: Bucket) -> None:
+        group, mu = bucket.group, bucket.group["momentum"]
+        est = estimate(bucket)
+        right, v_c, gradient = two_sided(bucket, est)
+        momentum = est.u_c @ bucket.stacked("core") @ v_c.mT
+        average = mu * momentum + (1 - mu) * gradient  # cores (size, j, i)
+        direction = mu * average + (1 - mu) * gradient if group["nesterov"] else average
+        lr = group["lr"] * lr_scale(group["adjust_lr"], *bucket.shape)
+        decay = group["lr"] * group["weight_decay"]
+        update_weights(bucket, est.left @ polar(direction), right, -lr, decay)
+        p, core, q, condition = truncate(average, v_c, group["truncation_iters"], group["cond_max"])
+        finite, kept = all_finite(average), bucket.kept_columns(core)
+        # No momentum along the modes that `turn` replaces by random ones.
+        bucket.keep("core", core * kept * kept[:, None], finite)
+        turn(bucket, est, est.left @ p, right @ q, condition, finite)
 
-    def _update(self, group: dict[str, Any], direction: Tensor, m: int, n: int):
-        return polar(direction), -group["lr"] * lr_scale(group["adjust_lr"], m, n)
+    def _new_state(self, basis_u: Tensor, basis_v: Tensor, k: int) -> tuple[dict, dict]:
+        return {"core": basis_u.new_zeros(k, k)}, {}
+
+    def _resized(self, state_u: dict, state_v: dict, k: int) -> None:
+        old = state_u["core"]
+        kept = min(k, old.shape[0])
+        state_u["core"] = old.new_zeros(k, k)
+        state_u["core"][:kept, :kept] = old[:kept, :kept]
 
 
 # Where the state_dict has a layer's momentum, and its scale if it is quantized.
@@ -244,6 +274,35 @@ def _average_over_processes(momentum: Tensor, scale: Tensor | None = None) -> No
         value = momentum * (scale / world)
         torch.distributed.all_reduce(value)
         torch.ops.molegrad.add_quantized_(momentum.zero_(), scale, value)
+
+
+def working_dtype(device: torch.device | str) -> torch.dtype:
+    """bfloat16 on CUDA, float32 elsewhere."""
+    return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+
+
+def newton_schulz(g: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -> Tensor:
+    """Approximate polar factor of g (…, m, n), in `dtype` (default `working_dtype`), which is also
+    the result's. Zero matrices stay zero.
+
+    Five steps of the quintic bring every singular value into about [0.7, 1.2], which is close
+    enough to the polar factor for an update (Jordan et al. 2024, "Muon: an optimizer for hidden
+    layers in neural networks").
+    """
+    if dtype is None:
+        dtype = working_dtype(g.device)
+    a, b, c = NEWTON_SCHULZ
+    x = g.to(dtype)
+    wide = x.shape[-2] <= x.shape[-1]
+    x = x if wide else x.mT
+    x = x / (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c) if gram.dim() == 3 else (
+            torch.addmm(gram, gram, gram, beta=b, alpha=c)
+        )  # fmt: skip
+        x = torch.baddbmm(x, poly, x, beta=a) if x.dim() == 3 else torch.addmm(x, poly, x, beta=a)
+    return x if wide else x.mT
 
 
 def polar(core: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ from molegrad.gpt.train.guard import NonFiniteGuard
 from molegrad.linear import MoleLinear, ignored_by_ddp
 from molegrad.optim import muon
 from molegrad.optim.clip import clip_grad_norm_
-from molegrad.optim.newton_schulz import working_dtype
+from molegrad.optim.muon import working_dtype
 from molegrad.plan.cuda import FunctionalOnCuda, scratch
 
 PARTS = (

@@ -15,7 +15,7 @@ BF16 = torch.bfloat16
 N, M = 24, 40
 CASES = [("muon", "momentum"), *((name, kind) for name in ALL for kind in ("dense", "factored"))]
 # At which a step moves the weights, ones, by a small part of the distance of two bfloat16 numbers.
-SMALL = {"muon": 2e-3, "sgd": 2e-6, "adamw": 6e-4, "adafactor": 4e-4}
+SMALL = {"muon": 2e-3, "adamw": 6e-4, "adafactor": 4e-4}
 each_case = pytest.mark.parametrize(("name", "kind"), CASES)
 
 

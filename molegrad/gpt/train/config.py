@@ -21,7 +21,7 @@ from molegrad.monitor.health import parse_actions
 
 # Where matrix_lr is not given; see the optimizers' docstrings for what a learning rate means. In
 # the subspace of a factored gradient AdamW takes twice the rate.
-MATRIX_LR = {"muon": 0.02, "adamw": 0.002, "adafactor": 0.002, "sgd": 0.3}
+MATRIX_LR = {"muon": 0.02, "adamw": 0.002, "adafactor": 0.002}
 
 
 @dataclass(frozen=True)
@@ -74,13 +74,13 @@ class TrainFlags(HealthFields, StreamingFields, Activations):
     num_iterations: int = flag(-1, "number of steps; -1 derives it from the flags below")
     max_train_tokens: int = flag(-1, "train on this many tokens; -1 is no limit of this kind")
 
-    optimizer: Literal["muon", "adamw", "adafactor", "sgd"] = flag(
+    optimizer: Literal["muon", "adamw", "adafactor"] = flag(
         "muon", "optimizer of the block matrices, dense or factored (molegrad.optim)"
     )
     matrix_lr: float = flag(
         0.0,
         "learning rate of the block matrices; 0 takes 0.02 for muon, 0.002 for adamw (0.004 where "
-        "gradients are factored), 0.002 for adafactor and 0.3 for sgd",
+        "gradients are factored) and 0.002 for adafactor",
     )
     embedding_lr: float = flag(0.2, "learning rate of the embedding (AdamW)")
     unembedding_lr: float = flag(0.004, "learning rate of the output head (AdamW)")
@@ -92,7 +92,7 @@ class TrainFlags(HealthFields, StreamingFields, Activations):
         "original", "how Muon's learning rate follows a matrix's shape; see molegrad.optim.muon"
     )
     muon_nesterov: bool = flag(True, "Nesterov's momentum in Muon")
-    momentum: float = flag(0.95, "momentum of Muon, after its warm-up, and of SGD")
+    momentum: float = flag(0.95, "momentum of Muon, after its warm-up")
     momentum_start: float = flag(0.85, "Muon's momentum at the first step")
     momentum_warmup_steps: int = flag(300, "steps of Muon's momentum warm-up")
     warmup_steps: int = flag(0, "steps of linear learning-rate warm-up")

@@ -227,8 +227,6 @@ def _matrix_optimizer(groups: list[dict], config) -> torch.optim.Optimizer:
         return optim.AdamW(
             groups, betas=(config.adam_beta1, config.adam_beta2), eps=ADAM_EPS, **shared
         )
-    if config.optimizer == "sgd":
-        return optim.SGD(groups, momentum=config.momentum, **shared)
     # Projections start at zero here: steps in proportion to the weight would hardly move them.
     return optim.Adafactor(groups, relative=False, **shared)
 

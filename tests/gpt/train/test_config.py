@@ -45,7 +45,7 @@ def test_matrix_lr_follows_the_optimizer():
     def rate(optimizer, **values):
         return resolve(BaseTrainConfig(optimizer=optimizer, **values), CPU).matrix_lr
 
-    rates = {"muon": 0.02, "adamw": 0.002, "adafactor": 0.002, "sgd": 0.3}
+    rates = {"muon": 0.02, "adamw": 0.002, "adafactor": 0.002}
     factored = {"enable_streaming": True, "streaming_gradient_mode": "factored"}
     for optimizer, expected in rates.items():
         assert rate(optimizer) == rate(optimizer, enable_streaming=True) == expected

@@ -27,7 +27,6 @@ OPTIMIZERS = {
     "muon": optim.Muon,
     "adamw": optim.AdamW,
     "adafactor": optim.Adafactor,
-    "sgd": optim.SGD,
 }
 
 
