@@ -1,8 +1,8 @@
 """Loads the native extension and says what it is.
 
-Importing `molegrad._C` registers its kernels for the ops that molegrad/registry.py defines. It is
+Importing `molegrad._C` registers its kernels for the ops that molegrad/ops defines. It is
 left alone where MOLEGRAD_BUILD=0 is in the environment, the variable that also makes an
-installation skip compiling; every op then runs on molegrad/reference.py.
+installation skip compiling; every op then runs on its reference in molegrad/ops.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Backward formulas of the ops that have one.
 
-`linear_dense`, `linear_factored`, `linear_sampled` and `linear_projected` compute the plain linear
+`linear_dense`, `linear_factored` and `linear_sampled` compute the plain linear
 layer y = x Wᵀ + bias; they differ from it, and from each other, in what they keep of x (x, or its
 rows in float8) and in what the backward pass makes of the weight gradient:
 
@@ -11,17 +11,21 @@ rows in float8) and in what the backward pass makes of the weight gradient:
   L(weight + U Vᵀ) with respect to U and V at a point where that product is left out.
 - sampled: an unbiased estimate from a sample of the products that the gradient is a sum of goes to
   `weight.grad`, or straight into the momentum, so that no gradient exists at any time.
-- projected: the same with another estimate, for which x is not kept at all: its projection on the
-  basis V and one of every few of its rows are (`molegrad.projected`).
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from molegrad import bases
-from molegrad.reference import FLOAT8, dequantize_rows, hutch_norm_sq
+from molegrad.ops import checks
+from molegrad.ops.checks import flat as _tokens
+from molegrad.ops.float8 import dequantize_rows
+from molegrad.ops.power import hutch_norm_sq
+from molegrad.ops.registry import op
+from molegrad.ops.sampled import sample_of
 
 Scales = tuple[Tensor | None, Tensor | None]
 
@@ -37,41 +41,6 @@ STATS = (
     "sampling_noise",
 )
 _SAMPLED = slice(STATS.index("sampled_share"), len(STATS))
-_PROJECTED = slice(STATS.index("condition_number"), len(STATS))
-
-
-def _tokens(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
-
-
-def sketch_setup(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def sketch_backward(ctx, grad_y: Tensor, grad_w: Tensor):
-    """Y = Bᵀ(A V) and W = Aᵀ(B U) are linear in each argument."""
-    a, b, u, v, *_ = ctx.saved_tensors
-    need_a, need_b, need_u, need_v, *_ = ctx.needs_input_grad
-    for name, x in (("a", a), ("b", b)):
-        if x.dtype in FLOAT8:
-            raise RuntimeError(
-                f"molegrad::sketch is not differentiable where {name} is {x.dtype}: call it under "
-                "torch.no_grad() or on detached tensors, or give it 16 bits or more"
-            )
-    dtype = grad_y.dtype
-    a_t, b_t = _tokens(a).to(dtype), _tokens(b).to(dtype)
-    grad_a = grad_b = grad_u = grad_v = None
-    if need_a:
-        grad_a = (b_t @ grad_y) @ v.to(dtype).mT + (b_t @ u.to(dtype)) @ grad_w.mT
-        grad_a = grad_a.to(a.dtype).view(a.shape)
-    if need_b:
-        grad_b = (a_t @ v.to(dtype)) @ grad_y.mT + (a_t @ grad_w) @ u.to(dtype).mT
-        grad_b = grad_b.to(b.dtype).view(b.shape)
-    if need_u or need_v:  # the same op once more: Bᵀ(A grad_W) and Aᵀ(B grad_Y)
-        grad_u, grad_v = torch.ops.molegrad.sketch(a, b, grad_y, grad_w)
-        grad_u = grad_u.to(u.dtype) if need_u else None
-        grad_v = grad_v.to(v.dtype) if need_v else None
-    return grad_a, grad_b, grad_u, grad_v, None, None
 
 
 def trust_factor(norm_sq: Tensor, captured_sq: Tensor, trust_max: float) -> Tensor:
@@ -287,40 +256,123 @@ def linear_sampled_backward(ctx, grad: Tensor):
     return grad_x, grad_weight, grad_bias, *[None] * 9
 
 
-def linear_projected_setup(ctx, inputs, output) -> None:
-    x, weight, bias, p, v, rows, rows_scale, index, *ctx.rest = inputs
-    scale = () if rows_scale is None else (rows_scale,)
-    ctx.save_for_backward(weight, p, v, rows, index, *scale)
+def _linear(x, weight, bias, *rest):
+    # With a bias and more than two dimensions torch returns a view, which autograd would not let
+    # anybody change in place.
+    y = F.linear(x.reshape(-1, x.shape[-1]), weight, bias)
+    return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], weight.shape[0]))
 
 
-def linear_projected_backward(ctx, grad: Tensor):
-    """As `linear_sampled_backward`; the basis follows what the rows say, and moves in place."""
-    weight, p, v, rows, index, *scale = ctx.saved_tensors
-    basis_v, momentum, momentum_scale, counter, stats, stride, explored, seed, cond_max = ctx.rest
-    grad_x, grad_bias = _grad_x_and_bias(ctx, grad, weight)
-    grad_weight = None
-    if ctx.needs_input_grad[1]:
-        target = _target(weight, momentum, momentum_scale)
-        block, sampled = torch.ops.molegrad.projected_grad_(
-            target, _tokens(grad), p, rows, scale[0] if scale else None, index, v, stride
-        )
-        new_v, condition, status = bases.refresh(
-            basis_v, block.to(basis_v.dtype), counter, explored, seed + 1, cond_max
-        )
-        values = (condition, _move(basis_v, new_v), status)
-        stats[_PROJECTED] = torch.cat([torch.stack([x.to(stats.dtype) for x in values]), sampled])
-        counter.add_(1)
-        grad_weight = _deliver(target, momentum, momentum_scale)
-    return grad_x, grad_weight, grad_bias, *[None] * 14
+def momentum_of(op: str, weight, momentum, momentum_scale) -> None:
+    """None, or one of the weight's shape; int8 with a scale."""
+    if momentum is None:
+        return
+    if momentum_scale is None:
+        checks.floating(op, weight=weight, momentum=momentum)
+    checks.require(
+        momentum.shape == weight.shape,
+        op,
+        f"expected momentum of the weight's shape {checks.text(weight)}, "
+        f"got {checks.text(momentum)}",
+    )
 
 
-def refuse(name: str):
-    """A backward that says clearly that there is none."""
+def linear(op: str, x, weight, bias, data, scale) -> None:
+    checks.floating(op, x=x, weight=weight, bias=bias)
+    checks.matrix(op, "weight", weight)
+    m, n = weight.shape
+    checks.require(
+        x.dim() >= 1 and x.shape[-1] == n, op,
+        f"expected x with {n} features in its last dimension, got x {checks.text(x)}",
+    )  # fmt: skip
+    checks.require(
+        x.dtype == weight.dtype, op, f"expected x and weight of the same dtype, got {x.dtype} and "
+        f"{weight.dtype}: convert one or use torch.autocast",
+    )  # fmt: skip
+    if bias is not None:
+        checks.require(
+            tuple(bias.shape) == (m,) and bias.dtype == weight.dtype, op,
+            f"expected bias ({m},) of {weight.dtype}, got {checks.text(bias)} of {bias.dtype}",
+        )  # fmt: skip
+    checks.require(
+        (data is None) == (scale is None), op, "expected both data and scale of float8, or none"
+    )
+    if data is not None:
+        checks.require(
+            data.shape == x.shape and scale.shape == x.shape[:-1], op,
+            f"expected data {checks.text(x)} and scale without the last dimension, "
+            f"got {checks.text(data)} and {checks.text(scale)}",
+        )  # fmt: skip
 
-    def backward(ctx, *grads):
-        raise RuntimeError(
-            f"molegrad::{name} is not differentiable: call it under torch.no_grad() or on detached "
-            "tensors"
-        )
 
-    return backward
+def linear_bases(op: str, weight, basis_u, basis_v, rank_k) -> None:
+    checks.floating(op, weight=weight, basis_u=basis_u, basis_v=basis_v)
+    m, n = weight.shape
+    checks.basis(op, "basis_u", basis_u, m)
+    checks.basis(op, "basis_v", basis_v, n)
+    checks.require(
+        1 <= rank_k <= min(m, n, basis_v.shape[1]), op,
+        f"rank k={rank_k} must lie between 1 and {min(m, n, basis_v.shape[1])}",
+    )  # fmt: skip
+
+
+def _check_dense(x, weight, bias, data, scale, basis_u, basis_v, *rest) -> None:
+    linear("linear_dense", x, weight, bias, data, scale)
+    linear_bases("linear_dense", weight, basis_u, basis_v, basis_v.shape[1])
+
+
+def _check_factored(
+    x, weight, bias, data, scale, basis_u, basis_v, stats, method, rank_k, *rest
+) -> None:
+    linear("linear_factored", x, weight, bias, data, scale)
+    linear_bases("linear_factored", weight, basis_u, basis_v, rank_k)
+
+
+def _check_sampled(
+    x, weight, bias, data, scale, momentum, momentum_scale, counter, stats, fraction, block, seed
+) -> None:
+    name = "linear_sampled"
+    linear(name, x, weight, bias, data, scale)
+    momentum_of(name, weight, momentum, momentum_scale)
+    checks.step_counter(name, counter)
+    sample_of(name, fraction, block)
+
+
+# data and scale are x in float8, to be kept for the backward pass in place of x, or None.
+_LINEAR = "Tensor x, Tensor weight, Tensor? bias, Tensor? data, Tensor? scale, "
+
+for _name, _schema, _check, _backward in (
+    (
+        "linear_dense",
+        "Tensor basis_u, Tensor basis_v, Tensor counter, Tensor stats, str method, "
+        "int power_iters, int probes, float trust_max, int explored, int seed, float cond_max, "
+        "bool fp8=False",
+        _check_dense,
+        linear_dense_backward,
+    ),
+    (
+        "linear_factored",
+        "Tensor basis_u, Tensor basis_v, Tensor stats, str method, int rank_k, "
+        "int power_iters, float cond_max, bool fp8=False",
+        _check_factored,
+        linear_factored_backward,
+    ),
+    (
+        "linear_sampled",
+        "Tensor? momentum, Tensor? momentum_scale, Tensor counter, Tensor stats, "
+        "float fraction, int block, int seed",
+        _check_sampled,
+        linear_sampled_backward,
+    ),
+):
+    op(
+        _name,
+        f"({_LINEAR} {_schema}) -> Tensor",
+        _linear,
+        check=_check,
+        fake=lambda x, weight, bias, *rest: x.new_empty((*x.shape[:-1], weight.shape[0])),
+        backward=_backward,
+        setup=linear_setup,
+        cast=3,
+        composed=True,
+    )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from molegrad.reference import project_out
+from molegrad.ops.orth import project_out
 
 
 def rademacher(rows: int, cols: int, counter: Tensor, seed: int, dtype: torch.dtype) -> Tensor:

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from molegrad.amp import without_autocast
 from molegrad.autograd import STATS, tangent_estimate, tangent_start
 from molegrad.config import explored_directions
 from molegrad.linear import MoleLinear
-from molegrad.reference import acc_dtype
+from molegrad.ops.amp import without_autocast
+from molegrad.ops.checks import acc_dtype
 
 _SAMPLED = slice(STATS.index("sampled_share"), len(STATS))
 

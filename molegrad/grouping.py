@@ -29,10 +29,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from molegrad import checks
-from molegrad.amp import without_autocast
+from molegrad import autograd as checks
 from molegrad.autograd import _grad_x_and_bias, _tokens, linear_setup
-from molegrad.reference import dequantize_rows
+from molegrad.ops.amp import without_autocast
+from molegrad.ops.float8 import dequantize_rows
 
 
 class _Waiting(NamedTuple):

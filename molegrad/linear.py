@@ -28,7 +28,7 @@ from molegrad import bases
 from molegrad.autograd import STATS
 from molegrad.config import MoleGradConfig, explored_directions
 from molegrad.grouping import SketchGroup, grouped_linear
-from molegrad.reference import FLOAT8, acc_dtype
+from molegrad.ops.checks import FLOAT8, acc_dtype
 from molegrad.steps import Steps
 
 # Parameters that a layer works with and that are in no state_dict of the model.

@@ -33,9 +33,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-from molegrad.amp import without_autocast
 from molegrad.chunked import chunked_gradient, parameters_of, require_chunkable
 from molegrad.linear import MoleLinear
+from molegrad.ops.amp import without_autocast
 
 Function = Callable[..., "Tensor | tuple[Tensor, ...]"]
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from molegrad.amp import exact_products, without_autocast
+from molegrad.ops.amp import exact_products, without_autocast
 
 CPU = torch.device("cpu")
 

@@ -10,11 +10,13 @@ import torch
 from torch import nn
 
 import molegrad
-from molegrad import MoleGradConfig, clip_grad_norm_, convert, ops, reference
+from molegrad import MoleGradConfig, clip_grad_norm_, convert, ops
 from molegrad.gpt.train.guard import NonFiniteGuard
 from molegrad.grouping import SketchGroup
 from molegrad.linear import MoleLinear
 from molegrad.ops import OPS
+from molegrad.ops.checks import acc_dtype
+from molegrad.ops.sketch import sketch_reference
 from molegrad.optim import Muon, matrix_param_groups
 from tests.models import TinyGPT, perceptron
 from tests.samples import orthonormal, randn, tokens
@@ -77,7 +79,7 @@ def calls(monkeypatch):
     "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str
 )
 def test_the_op_is_that_of_each_layer(dtype):
-    acc = reference.acc_dtype(dtype)
+    acc = acc_dtype(dtype)
     layers, expected = [], []
     for i, (t, n, m, k) in enumerate([(9, 6, 5, 3), (0, 4, 8, 2), (130, 24, 40, 7), (1, 3, 3, 1)]):
         a, b = tokens(t, n, m, dtype, seed=i)
@@ -96,7 +98,7 @@ def test_the_op_adds_both_uses_of_a_layer():
     u, v = orthonormal(5, 2), orthonormal(6, 2)
     y, w = torch.zeros(5, 2), torch.zeros(6, 2)
     ops.sketch_accumulate_many_([y] * 2, [w] * 2, [a[:9], a[9:]], [b[:9], b[9:]], [u] * 2, [v] * 2)
-    for x, true in zip((y, w), reference.sketch(a, b, u, v), strict=True):
+    for x, true in zip((y, w), sketch_reference(a, b, u, v), strict=True):
         torch.testing.assert_close(x, true)
 
 

@@ -11,7 +11,13 @@ import sys
 import pytest
 import torch
 
-from molegrad import _native, ops, reference
+from molegrad import _native, ops
+from molegrad.ops.checks import acc_dtype
+from molegrad.ops.float8 import add_quantized_reference, quantize_rows_reference
+from molegrad.ops.orth import orthonormalize_reference
+from molegrad.ops.power import lowrank_grad_reference
+from molegrad.ops.random import rademacher_reference
+from molegrad.ops.sketch import sketch_reference
 from tests.samples import error, layouts, orthonormal, randn, tokens
 
 MODULE, REASON = _native.load()
@@ -32,7 +38,7 @@ SHAPES = [  # T, n, m, k
 
 
 def assert_as_good_as_torch(x, plain, truth, dtype):
-    floor = torch.finfo(reference.acc_dtype(dtype)).eps
+    floor = torch.finfo(acc_dtype(dtype)).eps
     assert error(x, truth) <= FACTOR * max(error(plain, truth), floor)
 
 
@@ -42,8 +48,8 @@ def test_sketch(shape, dtype):
     t, n, m, k = shape
     a, b = tokens(t, n, m, dtype)
     u, v = orthonormal(m, min(m, k), 1), randn(n, k, seed=2)
-    truth = reference.sketch(a.double(), b.double(), u.double(), v.double())
-    plain = reference.sketch(a, b, u, v)
+    truth = sketch_reference(a.double(), b.double(), u.double(), v.double())
+    plain = sketch_reference(a, b, u, v)
     for x, p, true in zip(ops.sketch(a, b, u, v), plain, truth, strict=True):
         assert x.dtype == p.dtype and x.shape == p.shape
         assert_as_good_as_torch(x, p, true, dtype)
@@ -53,7 +59,7 @@ def test_the_shapes_above_run_native_code(monkeypatch):
     def forbidden(*args):
         raise AssertionError("the reference ran instead of the native kernel")
 
-    monkeypatch.setattr(reference, "sketch_accumulate_", forbidden)
+    monkeypatch.setattr(sys.modules["molegrad.ops.sketch"], "token_chunks", forbidden)
     a, b = tokens(10, 6, 5)
     ops.sketch(a, b, orthonormal(5, 2), orthonormal(6, 2))
 
@@ -61,8 +67,8 @@ def test_the_shapes_above_run_native_code(monkeypatch):
 def test_sketch_of_many_tokens_is_no_worse_than_torch():
     a, b = randn(4096, 96), randn(4096, 200)
     u, v = orthonormal(200, 32), orthonormal(96, 32)
-    truth = reference.sketch(a.double(), b.double(), u.double(), v.double())
-    for x, p, true in zip(ops.sketch(a, b, u, v), reference.sketch(a, b, u, v), truth, strict=True):
+    truth = sketch_reference(a.double(), b.double(), u.double(), v.double())
+    for x, p, true in zip(ops.sketch(a, b, u, v), sketch_reference(a, b, u, v), truth, strict=True):
         assert error(x, true) <= 1.5 * error(p, true)
         bias = ((x.double() - true) * true.sign()).mean().abs() / true.abs().mean()
         assert bias < 2e-7
@@ -83,7 +89,7 @@ def test_lowrank_grad(shape, dtype, power_iters):
     truth = g @ v.double() @ v.double().mT if power_iters == 0 else u.double() @ (u.double().mT @ g)
     # v itself is orthonormal to float32 only
     assert error(u.double() @ w.double().mT, truth) < (2e-5 if dtype != F64 or t == 0 else 2e-6)
-    expected = reference.lowrank_grad(
+    expected = lowrank_grad_reference(
         a.double(), b.double(), v.double(), power_iters, probes.double()
     )[2]
     assert norm_sq.item() == pytest.approx(expected.item(), rel=1e-4)
@@ -128,30 +134,7 @@ def test_orthonormalize(m, k, log_cond, dtype):
     eps = torch.finfo(dtype).eps
     assert (q.double().mT @ q.double() - torch.eye(k, dtype=F64)).norm() < 4 * eps * k
     assert error(q.double() @ r.double(), y.double()) < 4 * eps * k**0.5
-    assert status.item() == reference.orthonormalize(y)[2].item()
-
-
-@pytest.mark.parametrize("dtype", [F32, F64])
-@pytest.mark.parametrize("inside", [0.0, 1.0, 1 - 1e-4])
-def test_tangent_factors_are_orthonormal_also_where_y_lies_in_u(inside, dtype):
-    m, n, k = 101, 37, 13
-    u, v, w = orthonormal(m, k, 1, dtype), orthonormal(n, k, 2, dtype), randn(n, k, dtype=dtype)
-    y = inside * (u @ randn(k, k, seed=4, dtype=dtype)) + (1 - inside) * randn(m, k, dtype=dtype)
-    left, right = ops.tangent_factors(u, v, y, w)
-    tolerance = 20 * torch.finfo(dtype).eps
-    assert (left.double().mT @ left.double() - torch.eye(2 * k)).norm() < tolerance * k
-    u64, y64 = u.double(), y.double()
-    truth = u64 @ w.double().mT + (y64 - u64 @ (u64.mT @ y64)) @ v.double().mT
-    assert error(left.double() @ right.double().mT, truth) < tolerance
-    assert torch.equal(left[:, :k], u) and torch.equal(right[:, :k], w)
-
-
-def test_tangent_factors_of_a_non_finite_y_keep_the_basis_clean():
-    u, v, y = orthonormal(20, 3, 1), orthonormal(9, 3, 2), randn(20, 3)
-    y[4, 1] = torch.nan
-    left, right = ops.tangent_factors(u, v, y, randn(9, 3))
-    assert (left.mT @ left - torch.eye(6)).norm() < 1e-5
-    assert right[:, 3:].isnan().all() and right[:, :3].isfinite().all()
+    assert status.item() == orthonormalize_reference(y)[2].item()
 
 
 @pytest.mark.parametrize("dtype", [F32, F64])
@@ -172,7 +155,7 @@ def test_rademacher_is_the_reference_bit_for_bit(seed):
     for rows, cols, counter in ((33, 7, 5), (1, 1, 0), (0, 4, 1), (129, 3, -2)):
         step = torch.tensor(counter)
         assert torch.equal(
-            ops.rademacher(rows, cols, step, seed), reference.rademacher(rows, cols, step, seed)
+            ops.rademacher(rows, cols, step, seed), rademacher_reference(rows, cols, step, seed)
         )
 
 
@@ -184,7 +167,7 @@ def test_results_repeat_bit_for_bit_at_each_thread_count():
         first = (*ops.sketch(a, b, u, v), *ops.lowrank_grad(a, b, v)[:3])
         again = (*ops.sketch(a, b, u, v), *ops.lowrank_grad(a, b, v)[:3])
         assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
-        truth = reference.sketch(a.double(), b.double(), u.double(), v.double())
+        truth = sketch_reference(a.double(), b.double(), u.double(), v.double())
         assert error(first[0], truth[0]) < 1e-6 and error(first[1], truth[1]) < 1e-6
 
 
@@ -225,8 +208,6 @@ def test_layouts_give_the_same_bits():
         (lambda: ops.orthonormalize(randn(3, 4)), "rank k=4"),
         (lambda: ops.orthonormalize(randn(4, 3), 0.5), "cond_max must be at least 1, got 0.5"),
         (lambda: ops.polar_factor(randn(3)), "polar_factor: w needs at least two dimensions"),
-        (lambda: ops.tangent_factors(randn(5, 3), randn(4, 3), randn(5, 3), randn(4, 3)),
-         "rank k=3 needs 1 <= 2k <= m=5"),
         (lambda: ops.lowrank_update_(randn(3, 4), randn(3, 2), randn(4, 1)), "of one rank k"),
     ],
 )  # fmt: skip
@@ -238,14 +219,15 @@ def test_bad_input_is_named(call, message):
 
 _PROBE = """
 import torch
-from molegrad import ops, build_info, reference
+from molegrad import ops, build_info
+from molegrad.ops.sketch import sketch_reference
 torch.set_num_threads(1)
 torch.manual_seed(0)
 a, b, u, v = torch.randn(77, 31), torch.randn(77, 53), torch.randn(53, 21), torch.randn(31, 9)
 worst = 0.0
 for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
     x, y = a.to(dtype), b.to(dtype)
-    truth = reference.sketch(x.double(), y.double(), u.double(), v.double())
+    truth = sketch_reference(x.double(), y.double(), u.double(), v.double())
     for got, true in zip(ops.sketch(x, y, u, v), truth):
         worst = max(worst, ((got - true).norm() / true.norm()).item())
 q, r, _ = ops.orthonormalize(u)
@@ -383,7 +365,7 @@ def test_quantize_rows_bit_for_bit(shape, dtype):
         x[4] *= 1e-41
     x = x.to(dtype)
     data, scale = ops.quantize_rows(x)
-    expected, expected_scale = reference.quantize_rows(x)
+    expected, expected_scale = quantize_rows_reference(x)
     assert data.shape == x.shape and torch.equal(scale, expected_scale)
     assert torch.equal(data.float().nan_to_num(999), expected.float().nan_to_num(999))
 
@@ -405,10 +387,10 @@ def test_add_quantized_bit_for_bit(m, n, dtype, by_column):
     data = (40 * randn(m, n, seed=3)).clamp(-127, 127).to(torch.int8)
     expected, expected_scale = data.clone(), scale.clone()
     ops.add_quantized_(data, scale, x)
-    reference.add_quantized_(expected, expected_scale, x)
+    add_quantized_reference(expected, expected_scale, x)
     assert torch.equal(data, expected) and torch.equal(scale, expected_scale)
     strided = torch.zeros(n, m, dtype=torch.int8).mT
     strided.copy_(data)
     ops.add_quantized_(strided, scale, x)
-    reference.add_quantized_(data, expected_scale, x)
+    add_quantized_reference(data, expected_scale, x)
     assert torch.equal(strided, data) and torch.equal(scale, expected_scale)

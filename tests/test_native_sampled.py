@@ -11,7 +11,10 @@ import sys
 import pytest
 import torch
 
-from molegrad import _native, checks, ops, reference
+from molegrad import _native, ops
+from molegrad.ops.checks import acc_dtype
+from molegrad.ops.registry import OPS
+from molegrad.ops.sampled import sampled_grad_reference
 from tests.samples import error, layouts, randn, tokens
 
 MODULE, REASON = _native.load()
@@ -49,7 +52,7 @@ def truth(grad, a, b, a_scale, share, block, alpha=1.0, seed=0):
     """grad + alpha Ĝ in float64, and stats."""
     out = grad.double().clone()
     scale = None if a_scale is None else a_scale.double()
-    stats = reference.sampled_grad_(
+    stats = sampled_grad_reference(
         out, a.double(), b.double(), scale, STEP, share, block, alpha, seed
     )
     return out, stats
@@ -60,7 +63,7 @@ def check(grad, a, b, a_scale, share, block, alpha=1.0, seed=0):
     got = grad.clone()
     stats = ops.sampled_grad_(got, a, b, a_scale, STEP, share, block, alpha, seed)
     expected, true_stats = truth(grad, a, b, a_scale, share, block, alpha, seed)
-    eps = torch.finfo(reference.acc_dtype(b.dtype)).eps
+    eps = torch.finfo(acc_dtype(b.dtype)).eps
     change = (expected - grad.double()).norm().item()
     # The sum's own rounding, and half an ulp of the gradient's dtype.
     bound = 20 * eps * (change + 1) + torch.finfo(grad.dtype).eps / 2 * expected.norm().item()
@@ -101,7 +104,7 @@ def test_native_code_runs(monkeypatch):
     def forbidden(*args):
         raise AssertionError("the reference ran instead of the native kernel")
 
-    monkeypatch.setattr(reference, "_scores", forbidden)
+    monkeypatch.setattr(sys.modules["molegrad.ops.sampled"], "_scores", forbidden)
     a, b = tokens(30, 6, 5)
     ops.sampled_grad_(torch.zeros(5, 6), a, b, None, STEP, 0.5)
 
@@ -283,7 +286,7 @@ def test_bad_input_is_refused_in_the_words_of_the_reference(change):
         "counter": STEP, "share": 0.5, "block": 4,
     } | change  # fmt: skip
     with pytest.raises(RuntimeError) as expected:
-        checks.sampled_grad_(**arguments)
+        OPS["sampled_grad_"].check(**arguments)
     with pytest.raises(RuntimeError) as caught:
         ops.sampled_grad_(**arguments)
     assert str(caught.value) == str(expected.value)

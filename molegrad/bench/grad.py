@@ -5,14 +5,13 @@
     python -m scripts.bench_grad --device=cuda --seconds=20 --json
 
 For every in×out shape, token count and rank: the dense gradient BᵀA by torch.mm, and the sketch
-(tangent) and the power estimate, in plain torch (molegrad/reference.py), native, on a GPU by every
+(tangent) and the power estimate, in plain torch (molegrad/ops), native, on a GPU by every
 path that can be forced, and on float8 operands (molegrad/bench/paths.py). The variants are timed in
 interleaved rounds (molegrad/bench/timing.py), and ratios are medians of the rounds' own ratios.
 Then the new bases of all layers of a GPT, the small ops, reference against native, and forward and
 backward pass of whole layers, which share the two dense products that estimated gradients leave as
 they are. Last the sampled product by share and block, on operands as relu² makes them, four fifths
-of the wider one zero, against torch's product added to a gradient, and the ops of the projected
-estimate by stride against the same.
+of the wider one zero, against torch's product added to a gradient.
 
 Columns: µs at the 20th, 50th and 80th percentile; on a GPU the µs the host takes to launch it;
 GFLOP/s or TFLOP/s of the multiplications the formula needs; GB/s of A and B read as often as it
@@ -32,12 +31,11 @@ from dataclasses import dataclass
 
 import torch
 
-from molegrad import build_info, ops, reference
+from molegrad import build_info, ops
 from molegrad.bench import targets
 from molegrad.bench.layers import (
     bench_bases,
     bench_layers,
-    bench_projected,
     bench_sampled,
     row_of,
 )
@@ -52,7 +50,6 @@ from molegrad.gpt.train.hardware import device_name
 
 SMALL_OPS = (
     "orthonormalize",
-    "tangent_factors",
     "polar_factor",
     "lowrank_update_",
     "lowrank_update_many_",
@@ -72,7 +69,7 @@ DEFAULTS = {
              "ranks": "32,64,128", "dtype": "bfloat16", "repeats": 31},
 }  # fmt: skip
 GROUPS = (*FORCED, "fp8")  # of `GradBenchConfig.paths`
-TABLES = ("gradients", "bases", "small", "layers", "sampled", "projected")
+TABLES = ("gradients", "bases", "small", "layers", "sampled")
 
 
 @dataclass(frozen=True)
@@ -164,7 +161,6 @@ def bench_small(
     weight = torch.randn(m, n, device=device)
     arguments = {
         "orthonormalize": (y,),
-        "tangent_factors": (u, v, y, w),
         "polar_factor": (w,),
         "lowrank_update_": (weight, u, w, -1e-3),
         "lowrank_update_many_": (
@@ -185,9 +181,7 @@ def bench_small(
     }
     rows = []
     for name in SMALL_OPS:
-        if name == "tangent_factors" and 2 * k > m:
-            continue
-        variants = {"reference": getattr(reference, name)}
+        variants = {"reference": ops.OPS[name].reference}
         if has_native(name, device):
             variants["native"] = getattr(ops, name)
             if name == "sketch_accumulate_many_":
@@ -294,9 +288,6 @@ def _tables(config: GradBenchConfig, device: torch.device, rate: float | None) -
     def sampled(cell: dict, limit: float) -> list[dict]:
         return bench_sampled(**cell, dtype=dtype, device=device, repeats=repeats, limit=limit)
 
-    def projected(cell: dict, limit: float) -> list[dict]:
-        return bench_projected(**cell, dtype=dtype, device=device, repeats=repeats, limit=limit)
-
     products = [operand | rank for operand in operands for rank in ranks]
     models = [{"depth": config.depth, **rank} for rank in ranks] if config.depth else []
     return {
@@ -305,7 +296,6 @@ def _tables(config: GradBenchConfig, device: torch.device, rate: float | None) -
         "small": ([shape | rank for shape in shapes for rank in ranks], small),
         "layers": (products, layers),
         "sampled": (operands, sampled),
-        "projected": (products, projected),
     }
 
 

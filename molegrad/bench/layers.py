@@ -8,15 +8,16 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from molegrad import MoleGradConfig, MoleLinear, ops, reference
+from molegrad import MoleGradConfig, MoleLinear, ops
 from molegrad.bench.paths import has_native
 from molegrad.bench.products import basis
 from molegrad.bench.timing import Timed, median_ratio, percentiles, time_interleaved
 from molegrad.config import PRESETS
 from molegrad.gpt.model.gpt import GPT, GPTConfig
+from molegrad.ops.orth import orthonormalize_reference
+from molegrad.ops.sampled import sampled_grad_reference
 
 SHARES, BLOCKS = (0.25, 0.125), (1, 2, 4, 16)
-STRIDES = (4, 8, 16)
 WIDE_BLOCKS = (64, 128)  # that suit a GPU's tensor cores
 ZEROS = 0.8  # of the wider operand, as relu² has them
 
@@ -68,7 +69,7 @@ def bench_sampled(
     cuda = device.type == "cuda"
     choices = [(s, block) for s in SHARES for block in (*BLOCKS, *(WIDE_BLOCKS if cuda else ()))]
     one = [(SHARES[0], BLOCKS[-1])]
-    kernels = {"reference": (reference.sampled_grad_, one if cuda else choices)}
+    kernels = {"reference": (sampled_grad_reference, one if cuda else choices)}
     native = has_native("sampled_grad_", device)
     if native:
         kernels["native"] = (ops.sampled_grad_, choices)
@@ -89,49 +90,6 @@ def bench_sampled(
         labels = {"n": n, "m": m, "tokens": tokens, "op": "sampled_grad_", "how": "native"}
         rows.append(labels | {"note": "not built"})
     return rows
-
-
-def bench_projected(
-    n: int,
-    m: int,
-    tokens: int,
-    k: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    repeats: int,
-    limit: float,
-) -> list[dict]:
-    """The ops of method "projected" by stride, against `torch.addmm` to the same gradient.
-
-    They are the library's products: there is a reference and no kernel beside it.
-    """
-    if k > min(n, m):
-        return []
-    a = torch.randn(tokens, n, device=device).to(dtype)
-    b = with_zeros(tokens, m, dtype, device)
-    v = basis(n, k, device)
-    grad, step = torch.zeros(m, n, device=device, dtype=dtype), torch.tensor(0, device=device)
-    p, own_v = ops.project_tokens(a, v)
-    dense, project = (0, "torch.addmm_", "library"), (0, "project_tokens", "reference")
-    variants: dict[tuple, Callable] = {
-        dense: lambda: grad.addmm_(b.mT, a),
-        project: lambda: ops.project_tokens(a, v),
-    }
-    for s in STRIDES:
-        rows, index = ops.sample_tokens(a, step, s)
-        kept = (p, rows, None, index, own_v, s)
-        variants[s, "sample_tokens", "reference"] = lambda s=s: ops.sample_tokens(a, step, s)
-        variants[s, "projected_grad_", "reference"] = lambda kept=kept: ops.projected_grad_(
-            grad, b, *kept
-        )
-    timed = time_interleaved(variants, repeats, device, limit)
-    result = []
-    for name in variants:
-        stride, op, how = name
-        labels = {"n": n, "m": m, "tokens": tokens, "k": k, "op": op, "how": how}
-        labels |= {"stride": stride} if stride else {}
-        result.append(row_of(timed, name, labels, dense))
-    return result
 
 
 def bench_layers(
@@ -157,12 +115,6 @@ def bench_layers(
         (f"linear_{mode}", method): MoleGradConfig(rank_k=k, method=method, gradient_mode=mode)
         for mode in ("dense", "factored")
         for method in ("power", "tangent")
-    }
-    configs |= {
-        ("linear_projected", f"stride {s}"): MoleGradConfig(
-            rank_k=k, method="projected", gradient_mode="momentum", project_stride=s
-        )
-        for s in STRIDES
     }
     configs |= {("preset", name): MoleGradConfig.preset(name) for name in PRESETS}
     for name, config in configs.items():
@@ -207,7 +159,7 @@ def bench_bases(depth: int, k: int, device: torch.device, repeats: int, limit: f
         for shape, count in shapes.items()
         for rows in shape
     ]
-    kernels = {"reference": reference.orthonormalize}
+    kernels = {"reference": orthonormalize_reference}
     native = has_native("orthonormalize", device)
     if native:
         kernels["native"] = ops.orthonormalize

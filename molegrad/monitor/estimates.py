@@ -18,7 +18,8 @@ from torch import Tensor
 from molegrad.autograd import STATS, trust_factor
 from molegrad.config import UNBIASED
 from molegrad.linear import MoleLinear
-from molegrad.reference import acc_dtype, hutch_norm_sq
+from molegrad.ops.checks import acc_dtype
+from molegrad.ops.power import hutch_norm_sq
 
 _NORM, _CAPTURED = (STATS.index(name) for name in ("gradient_norm_sq", "captured_norm_sq"))
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from molegrad.config import UNBIASED, explored_directions
 from molegrad.linear import MoleLinear
-from molegrad.reference import NON_FINITE, RANK_DEFICIENT
+from molegrad.ops.orth import NON_FINITE, RANK_DEFICIENT
 
 LEAST_READINGS = 5  # before a median means anything
 NORMS = ("gradient_norm", "estimate_norm", "momentum_norm")

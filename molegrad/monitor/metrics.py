@@ -25,12 +25,12 @@ import torch
 from torch import Tensor, nn
 
 from molegrad import bases
-from molegrad.amp import exact_products
 from molegrad.autograd import STATS
 from molegrad.config import UNBIASED, explored_directions
 from molegrad.linear import MoleLinear
 from molegrad.monitor.memory import _address, _bytes, _tensors
-from molegrad.reference import acc_dtype
+from molegrad.ops.amp import exact_products
+from molegrad.ops.checks import acc_dtype
 
 MIB = 2**20
 METRICS = (

@@ -30,7 +30,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from molegrad.amp import exact_products
 from molegrad.autograd import STATS
 from molegrad.config import UNBIASED, MoleGradConfig
 from molegrad.linear import MoleLinear
@@ -43,8 +42,9 @@ from molegrad.monitor.estimates import (
 )
 from molegrad.monitor.extra_pass import Call, output_gradients
 from molegrad.names import layer_role, matches
+from molegrad.ops.amp import exact_products
+from molegrad.ops.checks import TOKEN_CHUNK, acc_dtype
 from molegrad.overrides import TARGET_GROUPS
-from molegrad.reference import TOKEN_CHUNK, acc_dtype
 
 SHADOW_METRICS = (
     "energy_capture",

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from molegrad.ops.checks import acc_dtype
 from molegrad.optim.bucket import Bucket, all_finite, estimate, truncate, turn, two_sided
 from molegrad.optim.factored import FactoredOptimizer
 from molegrad.optim.rounding import add_rounded_, update_weights
-from molegrad.reference import acc_dtype
 
 
 class Adafactor(FactoredOptimizer):

@@ -19,7 +19,8 @@ from torch import Tensor
 from molegrad import bases
 from molegrad.autograd import STATS, trust_factor
 from molegrad.config import explored_directions
-from molegrad.reference import NON_FINITE, hutch_norm_sq
+from molegrad.ops.orth import NON_FINITE
+from molegrad.ops.power import hutch_norm_sq
 
 
 class Bucket(NamedTuple):

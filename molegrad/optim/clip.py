@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from molegrad.linear import MoleLinear
-from molegrad.reference import acc_dtype
+from molegrad.ops.checks import acc_dtype
 
 
 def factored_norm_sq(layer: MoleLinear) -> Tensor:

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from molegrad.amp import exact_products
 from molegrad.autograd import STATS
+from molegrad.ops.amp import exact_products
 from molegrad.optim.bucket import Bucket
 from molegrad.steps import STEPPED
 

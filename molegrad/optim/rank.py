@@ -52,7 +52,7 @@ from molegrad import bases
 from molegrad.autograd import STATS
 from molegrad.config import MoleGradConfig, explored_directions, rank_unit
 from molegrad.linear import MoleLinear
-from molegrad.reference import hutch_norm_sq
+from molegrad.ops.power import hutch_norm_sq
 
 WINDOW = 8  # readings before a decision: one gradient is mostly noise
 HELD = 1.5  # what a captured direction counts over a promised one, see `_fit`

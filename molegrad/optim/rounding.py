@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from molegrad.ops.random import random_bits
+from molegrad.ops.update import ROW_CHUNK, round_randomly
 from molegrad.optim.bucket import Bucket
-from molegrad.reference import ROW_CHUNK, _random_bits, round_randomly
 
 
 def update_weights(bucket: Bucket, left: Tensor, right: Tensor, alpha: float, decay: float) -> None:
@@ -68,4 +69,4 @@ def copy_rounded_(weight: Tensor, value: Tensor, step: Tensor, place: int) -> No
 
 def _round(rows: Tensor, value: Tensor, first: int, step: Tensor, place: int) -> None:
     index = torch.arange(first, first + rows.numel(), device=rows.device).view_as(value)
-    rows.copy_(round_randomly(value, _random_bits(index, step, 104_729 * (place + 1))))
+    rows.copy_(round_randomly(value, random_bits(index, step, 104_729 * (place + 1))))

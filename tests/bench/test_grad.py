@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from molegrad.bench import grad, layers, products, targets
-from molegrad.bench.layers import BLOCKS, SHARES, STRIDES, bench_bases, layer_shapes
+from molegrad.bench.layers import BLOCKS, SHARES, bench_bases, layer_shapes
 from molegrad.gpt.train import flags
 
 TINY = ["--shapes=24x16,16x40", "--tokens=8,20", "--ranks=2,4", "--repeats=2", "--depth=2"]
@@ -31,15 +31,13 @@ def test_the_command_prints_tables_and_then_one_json_object(capsys):
     assert len(result["gradients"]) == 2 * 2 * 2 * (6 + 4)  # four rows of float8 operands
     singly = result["native"]  # the row of sketch_accumulate_many_'s layers one by one
     assert len(result["small"]) == 2 * 2 * (len(grad.SMALL_OPS) * 2 + singly)
-    assert len(result["layers"]) == 2 * 2 * 2 * (1 + 4 + len(STRIDES) + 3)
-    assert len(result["projected"]) == 2 * 2 * 2 * (2 + 2 * len(STRIDES))
-    assert {row["stride"] for row in result["projected"] if "stride" in row} == set(STRIDES)
+    assert len(result["layers"]) == 2 * 2 * 2 * (1 + 4 + 3)
     kernels = len(SHARES) * len(BLOCKS) * hows
     assert len(result["sampled"]) == 2 * 2 * (1 + kernels + (not result["native"]))
     measured = {name: [r for r in result[name] if "note" not in r] for name in grad.TABLES}
     native = [name for name in grad.SMALL_OPS if grad.has_native(name, CPU)]
     assert len(measured["small"]) == 2 * 2 * (len(grad.SMALL_OPS) + len(native) + singly)
-    ratios = [*measured["sampled"], *measured["layers"], *measured["projected"]]
+    ratios = [*measured["sampled"], *measured["layers"]]
     assert all(row["vs_dense"] > 0 for row in ratios)
     for row in measured["gradients"]:
         assert 0 < row["us_p20"] <= row["us_p50"] <= row["us_p80"]
@@ -130,7 +128,7 @@ def test_rows_so_far_are_printed_on_ctrl_c(monkeypatch, capsys):
     assert result["interrupted"] is True and "interrupted: the rows so far" in out
     assert len(result["gradients"]) == 2 * 2 * 2 * (6 + 4) and result["bandwidth"]["best"] == 1e9
     assert {row["n"] for row in result["small"]} == {24}
-    assert result["layers"] == result["sampled"] == result["projected"] == []
+    assert result["layers"] == result["sampled"] == []
     assert any("quantize_rows" in line for line in out[:-1])  # a part of the table is shown
 
 

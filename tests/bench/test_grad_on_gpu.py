@@ -105,7 +105,7 @@ def test_every_table_has_its_rows(gpu, capsys):
     blocks = {row["block"] for row in result["sampled"] if row["how"] == "native"}
     assert blocks == {1, 2, 4, 16, 64, 128}
     assert len([row for row in result["sampled"] if row["how"] == "reference"]) == 1
-    assert len(result["layers"]) == 8 + len(layers.STRIDES) and len(result["bases"]) == 2
+    assert len(result["layers"]) == 8 and len(result["bases"]) == 2
     cells = sum(len({(r.get("n"), r.get("k")) for r in result[name]}) for name in grad.TABLES)
     assert len(gpu) >= cells == len(grad.TABLES)
 

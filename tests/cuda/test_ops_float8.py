@@ -8,15 +8,19 @@ from tests.cuda.test_ops_products import library  # noqa: F401
 
 _CHECK = """
 import sys
+from molegrad.ops.checks import FLOAT8
+from molegrad.ops.float8 import quantize_rows_reference
+from molegrad.ops.float8 import quantize_tensor_reference
+from molegrad.ops.power import lowrank_grad_reference
+from molegrad.ops.sketch import sketch_reference
 import torch
-from molegrad import reference
 from tests.samples import error, orthonormal, randn, tokens
 
 torch.set_num_threads(1)
 torch.ops.load_library(sys.argv[1])
 CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
-E4M3, E5M2 = reference.FLOAT8
+E4M3, E5M2 = FLOAT8
 
 
 def call(name, *args):
@@ -24,9 +28,9 @@ def call(name, *args):
 
 
 def narrowed(x, dtype, by_row):
-    if dtype not in reference.FLOAT8:
+    if dtype not in FLOAT8:
         return x.to(dtype), None, x.to(dtype).double()
-    data, scale = (reference.quantize_rows if by_row else reference.quantize_tensor)(
+    data, scale = (quantize_rows_reference if by_row else quantize_tensor_reference)(
         x, dtype == E5M2
     )
     return data, scale, data.double() * (scale.unsqueeze(-1) if by_row else scale).double()
@@ -45,7 +49,7 @@ for dtypes in pairs:
         a, a_scale, wide_a = narrowed(a, dtypes[0], by_row)
         b, b_scale, wide_b = narrowed(1e-5 * b, dtypes[1], by_row)
         u, v = orthonormal(m, max(1, k - 1), 1), orthonormal(n, k, 2)
-        true = reference.sketch(wide_a, wide_b, u.double(), v.double())
+        true = sketch_reference(wide_a, wide_b, u.double(), v.double())
         y, w = call("sketch", a, b, u, v, a_scale, b_scale)
         assert y.dtype == w.dtype == wide
         for x, exact in zip((y, w), true):
@@ -60,7 +64,7 @@ for dtypes in pairs:
             check(x, 2 * exact, tolerance)
         for power_iters, probes in ((1, None), (2, torch.ones(n, 2))):
             got = call("lowrank_grad", a, b, v, power_iters, probes, 1e3, a_scale, b_scale)
-            exact = reference.lowrank_grad(
+            exact = lowrank_grad_reference(
                 wide_a, wide_b, v.double(), power_iters, None if probes is None else probes.double()
             )
             check(got[0].double() @ got[1].double().mT, exact[0] @ exact[1].mT, 10 * tolerance)
@@ -69,7 +73,7 @@ for dtypes in pairs:
 
 # strided: columns, transposed, scales with gaps
 a, b = tokens(60, 24, 18)
-(a, a_scale), (b, b_scale) = reference.quantize_rows(a), reference.quantize_rows(b, True)
+(a, a_scale), (b, b_scale) = quantize_rows_reference(a), quantize_rows_reference(b, True)
 u, v = orthonormal(18, 4), orthonormal(24, 5)
 expected = call("sketch", a, b, u, v, a_scale, b_scale)
 gaps = torch.stack([a_scale, -a_scale], dim=1)[:, 0]

@@ -15,8 +15,9 @@ _CHECK = """
 import ctypes
 import os
 import sys
+from molegrad.ops.checks import acc_dtype
+from molegrad.ops.sketch import sketch_reference
 import torch
-from molegrad import reference
 from tests.samples import orthonormal, randn, tokens
 
 torch.set_num_threads(1)
@@ -32,7 +33,7 @@ def call(*lists):
 
 def layer(t, n, m, kv, ku, dtype, seed):
     a, b = tokens(t, n, m, dtype, seed=seed)
-    acc = reference.acc_dtype(dtype)
+    acc = acc_dtype(dtype)
     y, w = torch.zeros(m, kv, dtype=acc), torch.zeros(n, ku, dtype=acc)
     return y, w, a, b, orthonormal(m, ku, seed + 1), orthonormal(n, kv, seed + 2)
 
@@ -49,7 +50,7 @@ def launches(layers):
 
 def check(layers, times=1):
     for number, (y, w, a, b, u, v) in enumerate(layers):
-        true = reference.sketch(a.double(), b.double(), u.double(), v.double())
+        true = sketch_reference(a.double(), b.double(), u.double(), v.double())
         for x, exact in zip((y, w), true):
             error = (x.double() - times * exact).norm() / exact.norm().clamp_min(1e-300)
             assert error < TOLERANCE[a.dtype], f"layer {number}: {error:.1e}"

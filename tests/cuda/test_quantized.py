@@ -1,7 +1,14 @@
 import pytest
 import torch
 
-from molegrad import reference
+from molegrad.ops.checks import FLOAT8
+from molegrad.ops.float8 import (
+    add_quantized_reference,
+    float8_dtype,
+    quantize_rows_reference,
+    quantize_tensor_reference,
+)
+from molegrad.ops.registry import OPS
 from tests.cuda.build import call_op
 from tests.samples import randn
 
@@ -23,13 +30,13 @@ def quantize(library, x, e5m2=False):
     data = torch.zeros(x.shape, dtype=torch.uint8)
     scale = torch.zeros(x.shape[0])
     library.molegrad_quantize_rows(x.dtype, x, *x.shape, x.stride(0), int(e5m2), data, scale)
-    return data.view(reference.float8_dtype(e5m2)), scale
+    return data.view(float8_dtype(e5m2)), scale
 
 
 def saturated(ratio, e5m2):
     """Numbers beyond the largest, which only a row that is not finite has, are the largest here;
     in torch they are NaN or infinite."""
-    dtype = reference.float8_dtype(e5m2)
+    dtype = float8_dtype(e5m2)
     largest = torch.finfo(dtype).max
     return ratio.clamp(-largest, largest).to(dtype)
 
@@ -46,7 +53,7 @@ def same(data, expected):  # -0 is not 0 here, but one NaN is as good as another
 @pytest.mark.parametrize("e5m2", [False, True])
 def test_float8_rows_bit_for_bit(emulated, t, n, dtype, e5m2):
     x = rows_of_every_kind(t, n, dtype)
-    expected_scale = reference.quantize_rows(x, e5m2)[1]
+    expected_scale = quantize_rows_reference(x, e5m2)[1]
     expected = saturated(x.float() / expected_scale[:, None], e5m2)
     wide = torch.zeros(t, n + 9, dtype=dtype)
     apart, shifted = wide[:, :n], wide[:, 1 : n + 1]
@@ -64,7 +71,7 @@ def test_float8_rows_bit_for_bit(emulated, t, n, dtype, e5m2):
 
 @pytest.mark.parametrize("e5m2", [False, True])
 def test_float8_rows_round_every_magnitude_as_torch_does(emulated, e5m2):
-    dtype = reference.float8_dtype(e5m2)
+    dtype = float8_dtype(e5m2)
     largest = torch.finfo(dtype).max
     bits = torch.arange(0, 2**31, 49999, dtype=torch.int64).to(torch.int32)
     x = bits.view(F32)
@@ -83,7 +90,7 @@ def test_float8_of_a_whole_tensor_bit_for_bit(emulated, t, n, dtype, e5m2):
         x = (factor * finite).to(dtype)
         if bad is not None and t > 0:
             x[t // 2, n // 2] = bad
-        expected_scale = reference.quantize_tensor(x, e5m2)[1]
+        expected_scale = quantize_tensor_reference(x, e5m2)[1]
         expected = saturated(x.float() / expected_scale, e5m2)
         wide = torch.zeros(t, n + 9, dtype=dtype)
         packed = torch.zeros(t, n // 16 * 16 + 32, dtype=dtype)
@@ -98,7 +105,7 @@ def test_float8_of_a_whole_tensor_bit_for_bit(emulated, t, n, dtype, e5m2):
             assert same(data.view(expected.dtype), expected)
 
 
-@pytest.mark.parametrize("dtype", reference.FLOAT8)
+@pytest.mark.parametrize("dtype", FLOAT8)
 @pytest.mark.parametrize("by_row", [True, False])
 @pytest.mark.parametrize("out", [F32, F64, BF16, F16])
 def test_dequantized(emulated, dtype, by_row, out):
@@ -130,7 +137,7 @@ def test_int8_sums_bit_for_bit(emulated, m, n, dtype, by_column):
         x[4], data[4] = 0, 0
         x[5, 5], x[6, 6] = torch.inf, torch.nan
     expected, expected_scale = data.clone(), scale.clone()
-    reference.add_quantized_(expected, expected_scale, x)
+    add_quantized_reference(expected, expected_scale, x)
     for view in (x, torch.zeros(m, n + 9, dtype=dtype)[:, 1 : n + 1]):
         view.copy_(x)
         got, got_scale = data.clone(), scale.clone()
@@ -165,7 +172,7 @@ def test_the_ops_of_float8(emulated_op, x, dtype, e5m2):
     x = x.to(dtype)
     for name in ("quantize_rows", "quantize_tensor"):
         data, scale = call_op(name, x, e5m2)
-        expected, expected_scale = getattr(reference, name)(x, e5m2)
+        expected, expected_scale = OPS[name].reference(x, e5m2)
         assert data.shape == x.shape and data.is_contiguous() and data.dtype == expected.dtype
         assert same(data, expected) and torch.equal(scale, expected_scale)
         assert scale.shape == expected_scale.shape
@@ -178,7 +185,7 @@ def test_the_op_add_quantized(emulated_op, by_column):
     scale = randn(1, 20).abs() if by_column else randn(12, 1).abs()
     data = (40 * randn(12, 20, seed=3)).to(torch.int8)
     expected, expected_scale = data.clone(), scale.clone()
-    reference.add_quantized_(expected, expected_scale, x)
+    add_quantized_reference(expected, expected_scale, x)
     for values, scales, sums in (
         (data.clone(), scale.clone(), x),
         (

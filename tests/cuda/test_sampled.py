@@ -7,7 +7,8 @@ in a pair whose hash meets the probability to the last bits; none of these input
 import pytest
 import torch
 
-from molegrad import checks, reference
+from molegrad.ops.checks import acc_dtype
+from molegrad.ops.registry import OPS
 from tests.cuda.build import Struct, call_op
 from tests.samples import error, layouts, randn, tokens
 from tests.test_native_sampled import STEP, sparse_tokens, truth
@@ -25,7 +26,7 @@ def sampled(emulated):
     def run(grad, a, b, a_scale, counter, share, block=2, alpha=1.0, seed=0, memory=MEMORY, tile=0):
         wide_a = a.shape[1] > b.shape[1]
         if a_scale is not None:
-            a_scale = a_scale.flatten().to(reference.acc_dtype(b.dtype))
+            a_scale = a_scale.flatten().to(acc_dtype(b.dtype))
 
         def operand(x, scale):
             return x, x.dtype, x.stride(0) if len(x) > 1 else x.shape[1], x.shape[1], scale
@@ -54,7 +55,7 @@ def check(sampled, grad, a, b, a_scale, share, block, alpha=1.0, seed=0, **optio
     change = (expected - grad.double()).norm().item()
     # What is weighted is rounded to the dtype of the product, as is a float8 operand with a scale;
     # then the sum's own rounding, and half an ulp of the gradient's dtype.
-    accumulated = torch.finfo(reference.acc_dtype(b.dtype)).eps
+    accumulated = torch.finfo(acc_dtype(b.dtype)).eps
     bound = 20 * accumulated * (change + 1) + torch.finfo(b.dtype).eps * change
     bound += torch.finfo(grad.dtype).eps / 2 * expected.norm().item()
     assert (got.double() - expected).norm().item() <= bound
@@ -311,7 +312,7 @@ def test_bad_input_is_refused_in_the_words_of_the_reference(emulated_op, change)
         "counter": STEP, "share": 0.5, "block": 4, "alpha": 1.0, "seed": 0,
     } | change  # fmt: skip
     with pytest.raises(RuntimeError) as expected:
-        checks.sampled_grad_(**arguments)
+        OPS["sampled_grad_"].check(**arguments)
     with pytest.raises(RuntimeError) as caught:
         call_op("sampled_grad_", *arguments.values())
     assert str(caught.value).replace("device type 14", "meta") == str(expected.value)

@@ -8,7 +8,8 @@ and float64 are held to the reference in their own precision.
 import pytest
 import torch
 
-from molegrad import reference
+from molegrad.ops.checks import acc_dtype
+from molegrad.ops.sketch import sketch_reference
 from tests.cuda import build
 from tests.samples import error, orthonormal, randn, tokens
 
@@ -62,7 +63,7 @@ def run(kernels, a, b, u, v, add_to=None, chunk=None, device=DEVICE):
     """Y and W; None for the half whose basis is None."""
     (t, n), m = a.shape, b.shape[1]
     kv, ku = (0 if basis is None else basis.shape[1] for basis in (v, u))
-    dtype = reference.acc_dtype(a.dtype)
+    dtype = acc_dtype(a.dtype)
     y, w = add_to or (torch.full(size, torch.nan, dtype=dtype) for size in ((m, kv), (n, ku)))
     library = kernels[a.dtype]
     if a.dtype in (F32, F64):
@@ -87,13 +88,13 @@ def run(kernels, a, b, u, v, add_to=None, chunk=None, device=DEVICE):
 
 
 def truth(a, b, u, v):
-    return reference.sketch(a.double(), b.double(), u.double(), v.double())
+    return sketch_reference(a.double(), b.double(), u.double(), v.double())
 
 
 def chain(a, b, u, v):
     """What torch's own products make of it: bases, P and R in the dtype of A, sums in float32."""
     if a.dtype in (F32, F64):
-        return reference.sketch(a, b, u, v)
+        return sketch_reference(a, b, u, v)
 
     def narrow(x):
         return x.to(a.dtype).float()
@@ -112,7 +113,7 @@ def bias(x, true):
 
 
 def assert_as_good(x, plain, true, dtype):
-    eps = torch.finfo(reference.acc_dtype(dtype)).eps
+    eps = torch.finfo(acc_dtype(dtype)).eps
     assert x.isfinite().all()
     assert error(x, true) <= FACTOR * max(error(plain, true), eps)
     assert angle(x, true) <= FACTOR * max(angle(plain, true), eps)
@@ -136,7 +137,7 @@ def test_against_float64(kernels, order, shape, dtype):
 def test_no_tokens_give_zero_or_what_was_there(kernels, dtype):
     a, b = tokens(0, 9, 7, dtype)
     u, v = orthonormal(7, 3), orthonormal(9, 2)
-    acc = reference.acc_dtype(dtype)
+    acc = acc_dtype(dtype)
     y, w = run(kernels, a, b, u, v)
     assert torch.equal(y, torch.zeros(7, 2, dtype=acc))
     assert torch.equal(w, torch.zeros(9, 3, dtype=acc))
@@ -225,7 +226,7 @@ def test_float16_of_any_size(kernels, scale):
     b[:130] *= 0.01  # tokens of very different sizes
     a[130:200] = 0
     u, v = 30 * orthonormal(m, 8), 30 * orthonormal(n, 8)
-    true, plain = truth(a, b, u, v), reference.sketch(a, b, u, v)
+    true, plain = truth(a, b, u, v), sketch_reference(a, b, u, v)
     for x, p, exact in zip(run(kernels, a, b, u, v), plain, true, strict=True):
         assert error(x, exact) < TWO_PIECES and error(p, exact) < 2e-5
 

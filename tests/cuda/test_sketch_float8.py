@@ -5,7 +5,9 @@ stand for, in float64. What is lost to float8 itself is measured in tests/test_f
 import pytest
 import torch
 
-from molegrad import reference
+from molegrad.ops.checks import FLOAT8
+from molegrad.ops.float8 import quantize_rows_reference, quantize_tensor_reference
+from molegrad.ops.sketch import sketch_reference
 from tests.cuda.test_sketch import DEVICE, TWO_PIECES, order, scratch  # noqa: F401
 from tests.samples import error, orthonormal, randn, tokens
 
@@ -26,9 +28,9 @@ SHAPES = [  # T, n, m, k
 
 def narrowed(x, dtype, kind="rows"):
     """x in `dtype`, its scale if that is float8, and what the two stand for."""
-    if dtype not in reference.FLOAT8:
+    if dtype not in FLOAT8:
         return x.to(dtype), None, x.to(dtype).double()
-    quantize = reference.quantize_rows if kind == "rows" else reference.quantize_tensor
+    quantize = quantize_rows_reference if kind == "rows" else quantize_tensor_reference
     data, scale = quantize(x, dtype == E5M2)
     return data, scale, data.double() * (scale.unsqueeze(-1) if kind == "rows" else scale).double()
 
@@ -69,7 +71,7 @@ def test_every_pair_and_scale(library, order, dtypes, kinds):  # noqa: F811
         a, a_scale, wide_a = narrowed(a, dtypes[0], kinds)
         b, b_scale, wide_b = narrowed(b, dtypes[1], kinds)
         u, v = orthonormal(m, min(m, k), 1), randn(n, k, seed=2)
-        true = reference.sketch(wide_a, wide_b, u.double(), v.double())
+        true = sketch_reference(wide_a, wide_b, u.double(), v.double())
         for x, exact in zip(run(library, a, a_scale, b, b_scale, u, v), true, strict=True):
             assert x.isfinite().all() and error(x, exact) < TWO_PIECES
 
@@ -81,7 +83,7 @@ def test_chunks_halves_and_sums(library, kinds):
     a, a_scale, wide_a = narrowed(a, E4M3, kinds[0])
     b, b_scale, wide_b = narrowed(b, E5M2, kinds[1])
     u, v = orthonormal(m, 20), orthonormal(n, 9)
-    true = reference.sketch(wide_a, wide_b, u.double(), v.double())
+    true = sketch_reference(wide_a, wide_b, u.double(), v.double())
     start = randn(m, 9), randn(n, 20)
     for chunk in (128, 256, 384):
         got = run(library, a, a_scale, b, b_scale, u, v, chunk=chunk)
@@ -102,7 +104,7 @@ def test_any_gpu(library, processors):
     a, a_scale, wide_a = narrowed(a, E4M3)
     b, b_scale, wide_b = narrowed(b, E5M2)
     u, v = orthonormal(300, 16), orthonormal(200, 16)
-    true = reference.sketch(wide_a, wide_b, u.double(), v.double())
+    true = sketch_reference(wide_a, wide_b, u.double(), v.double())
     got = run(library, a, a_scale, b, b_scale, u, v, device=(processors, 100 << 10))
     for x, exact in zip(got, true, strict=True):
         assert error(x, exact) < TWO_PIECES

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from molegrad import reference
+from molegrad.ops.checks import acc_dtype
+from molegrad.ops.update import lowrank_update_many_reference
 from tests.cuda.build import Struct
 from tests.samples import randn
 
@@ -42,7 +43,7 @@ def update_many(emulated, weights, u, w, alpha, decay=0.0, counter=None, seed=0,
 
 def assert_rounded_once(weight, truth, k):
     # Half a unit of the weight's last place, and the rounding of a sum in float32.
-    acc = torch.finfo(reference.acc_dtype(weight.dtype)).eps
+    acc = torch.finfo(acc_dtype(weight.dtype)).eps
     bound = torch.finfo(weight.dtype).eps / 2 * truth.abs() + 4 * acc * k * truth.abs().max()
     assert ((weight.double() - truth).abs() <= bound).all()
 
@@ -69,7 +70,7 @@ def test_dtypes_and_rows_of_factors(emulated, u_dtype, w_dtype):
     u, w = randn(40, 20, dtype=u_dtype)[:, 3:12], randn(30, 9, dtype=w_dtype)
     for dtype in (F32, F64):
         weight = randn(40, 30, dtype=dtype)
-        acc = reference.acc_dtype(dtype)
+        acc = acc_dtype(dtype)
         truth = weight.double() - u.to(acc).double() @ w.to(acc).double().mT
         update(emulated, weight, u, w, -1.0)
         assert_rounded_once(weight, truth, 9)
@@ -136,7 +137,7 @@ def test_stochastic_rounding_is_the_references(emulated, order, transposed):
     expected = [weight.clone() for weight in weights]
     counter = torch.tensor(7)
     update_many(emulated, weights, u, w, 0.5, 0.0, counter, -11)
-    reference.lowrank_update_many_(expected, u, w, 0.5, 0.0, True, counter, -11)
+    lowrank_update_many_reference(expected, u, w, 0.5, 0.0, True, counter, -11)
     for weight, other in zip(weights, expected, strict=True):
         assert torch.equal(weight, other)
 

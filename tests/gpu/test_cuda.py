@@ -8,10 +8,16 @@ import pytest
 import torch
 from torch import nn
 
-from molegrad import MoleGradConfig, MoleLinear, build_info, convert, ops, reference
+from molegrad import MoleGradConfig, MoleLinear, build_info, convert, ops
 from molegrad.bench.grad import has_native
 from molegrad.config import PRESETS
 from molegrad.ops import OPS
+from molegrad.ops.checks import FLOAT8, acc_dtype
+from molegrad.ops.float8 import add_quantized_reference
+from molegrad.ops.orth import orthonormalize_reference, polar_factor_reference
+from molegrad.ops.power import lowrank_grad_reference
+from molegrad.ops.sampled import sampled_grad_reference
+from molegrad.ops.sketch import sketch_reference
 from molegrad.optim import Muon, matrix_param_groups
 from tests.gpu.device import DEVICE, needs_cuda, needs_device, no_waiting
 from tests.samples import error, orthonormal, randn, sample_inputs, tokens
@@ -59,7 +65,7 @@ def on_gpu(values):
 
 def assert_as_good_as_torch(x, plain, truth, dtype, tokens_summed):
     assert x.dtype == plain.dtype and x.shape == plain.shape and x.device == plain.device
-    floor = torch.finfo(reference.acc_dtype(dtype)).eps * tokens_summed**0.5
+    floor = torch.finfo(acc_dtype(dtype)).eps * tokens_summed**0.5
     assert error(x, truth) <= FACTOR * max(error(plain, truth), floor)
     if truth.norm() > 0 and truth.numel() > 1000:
         cosine = torch.nn.functional.cosine_similarity(x.double().flatten(), truth.flatten(), 0)
@@ -82,8 +88,8 @@ def test_sketch(shape, dtype):
     t, n, m, k = shape
     a, b = on_gpu(tokens(t, n, m, dtype))
     u, v = orthonormal(m, min(m, k), 1).to(GPU), randn(n, k, seed=2).to(GPU)
-    truth = reference.sketch(a.double(), b.double(), u.double(), v.double())
-    plain = reference.sketch(a, b, u, v)
+    truth = sketch_reference(a.double(), b.double(), u.double(), v.double())
+    plain = sketch_reference(a, b, u, v)
     for x, p, true in zip(ops.sketch(a, b, u, v), plain, truth, strict=True):
         assert_as_good_as_torch(x, p, true, dtype, max(t, 1))
 
@@ -102,7 +108,7 @@ def test_lowrank_grad(shape, dtype, power_iters):
     g = b.double().mT @ a.double()
     truth = g @ v.double() @ v.double().mT if power_iters == 0 else u.double() @ (u.double().mT @ g)
     assert error(u.double() @ w.double().mT, truth) < (2e-5 if dtype == F32 else 2e-3)
-    expected = reference.lowrank_grad(
+    expected = lowrank_grad_reference(
         a.double(), b.double(), v.double(), power_iters, probes.double()
     )[2]
     torch.testing.assert_close(norm_sq.double(), expected, rtol=1e-2, atol=0.0)
@@ -123,12 +129,12 @@ def test_products_of_float8(shape, by_row):
     u, v = orthonormal(m, min(m, k), 1).to(GPU), randn(n, k, seed=2).to(GPU)
     for dtypes in ((0, 1), (1, 0), (1, 1), (0, BF16), (F16, 1), (0, F32)):
         (x, x_scale, wide_x), (z, z_scale, wide_z) = (
-            float8(y, reference.FLOAT8[dtype], by_row)
+            float8(y, FLOAT8[dtype], by_row)
             if isinstance(dtype, int)
             else (y.to(dtype), None, y.to(dtype).double())
             for y, dtype in zip((a, 1e-4 * b), dtypes, strict=True)
         )
-        truth = reference.sketch(wide_x, wide_z, u.double(), v.double())
+        truth = sketch_reference(wide_x, wide_z, u.double(), v.double())
         got = ops.sketch(x, z, u, v, x_scale, z_scale)
         for y, true in zip(got, truth, strict=True):
             # Bases, P and R in two bfloat16 numbers; tensor cores cut sums off.
@@ -146,7 +152,7 @@ def test_products_of_float8(shape, by_row):
 
 def test_every_number_of_float8_is_read_as_it_is():
     one = torch.ones((), device=GPU)
-    for dtype in reference.FLOAT8:
+    for dtype in FLOAT8:
         codes = torch.arange(256, dtype=torch.uint8).view(dtype)
         codes = codes[codes.float().isfinite()].to(GPU)
         n = codes.numel()
@@ -168,14 +174,14 @@ def test_orthonormalize(shape, cond):
     eye = torch.eye(k, dtype=F64, device=GPU)
     assert (q.double().mT @ q.double() - eye).norm(dim=(1, 2)).max() < 2e-5 * k
     assert error(q.double() @ r.double(), y.double()) < 1e-5
-    assert torch.equal(status.cpu() == 0, reference.orthonormalize(y.cpu())[2] == 0)
+    assert torch.equal(status.cpu() == 0, orthonormalize_reference(y.cpu())[2] == 0)
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 4), (24, 768, 32), (5, 130, 128)], ids=str)
 def test_polar_factor(shape):
     w = randn(*shape).to(GPU)
     p = ops.polar_factor(w).double()
-    torch.testing.assert_close(p, reference.polar_factor(w.double()), atol=1e-5, rtol=0)
+    torch.testing.assert_close(p, polar_factor_reference(w.double()), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
@@ -186,7 +192,7 @@ def test_sampled_grad(dtype, share, block):
     counter = torch.tensor(3, device=GPU)
     own, plain = grad.clone(), grad.clone()
     stats = ops.sampled_grad_(own, a, b, None, counter, share, block, 0.5, 7)
-    expected = reference.sampled_grad_(plain, a, b, None, counter, share, block, 0.5, 7)
+    expected = sampled_grad_reference(plain, a, b, None, counter, share, block, 0.5, 7)
     # A pair whose chance lies within rounding of its random number may be taken by one alone.
     torch.testing.assert_close(stats, expected, rtol=1e-2, atol=1e-3)
     assert (own - plain).norm() < 0.02 * (plain - grad).norm()
@@ -198,7 +204,7 @@ def test_quantized_rows_and_sums(dtype):
     for name in ("quantize_rows", "quantize_tensor"):
         for e5m2 in (False, True):
             data, scale = getattr(ops, name)(x, e5m2)
-            expected, expected_scale = getattr(reference, name)(x, e5m2)
+            expected, expected_scale = OPS[name].reference(x, e5m2)
             assert torch.equal(data.float(), expected.float())
             assert torch.equal(scale, expected_scale)
     for shape in ((300, 1), (1, 1000)):
@@ -206,7 +212,7 @@ def test_quantized_rows_and_sums(dtype):
         scales = scales.to(GPU)
         other, other_scales = sums.clone(), scales.clone()
         ops.add_quantized_(sums, scales, x)
-        reference.add_quantized_(other, other_scales, x)
+        add_quantized_reference(other, other_scales, x)
         assert torch.equal(sums, other) and torch.equal(scales, other_scales)
 
 
@@ -260,7 +266,7 @@ def wide_layers(count, dtype=BF16):
     for i, (t, n, m, k) in enumerate(shapes):
         a, b = on_gpu((randn(t, n, seed=i, dtype=dtype), randn(t, m, seed=i + 1, dtype=dtype)))
         u, v = orthonormal(m, k, i).to(GPU), orthonormal(n, k, i + 1).to(GPU)
-        acc = reference.acc_dtype(dtype)
+        acc = acc_dtype(dtype)
         y, w = (torch.zeros(rows, k, dtype=acc, device=GPU) for rows in (m, n))
         layers.append((y, w, a, b, u, v))
     return tuple(map(list, zip(*layers, strict=True)))
@@ -271,8 +277,8 @@ def test_a_group_of_sketches_is_that_of_each_layer(dtype):
     y, w, a, b, u, v = wide_layers(3, dtype)
     ops.sketch_accumulate_many_(y, w, a, b, u, v)
     for i in range(len(a)):
-        truth = reference.sketch(a[i].double(), b[i].double(), u[i].double(), v[i].double())
-        plain = reference.sketch(a[i], b[i], u[i], v[i])
+        truth = sketch_reference(a[i].double(), b[i].double(), u[i].double(), v[i].double())
+        plain = sketch_reference(a[i], b[i], u[i], v[i])
         for x, p, true in zip((y[i], w[i]), plain, truth, strict=True):
             assert_as_good_as_torch(x, p, true, dtype, max(len(a[i]), 1))
 

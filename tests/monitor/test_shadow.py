@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from molegrad import MoleGradConfig, MoleLinear, convert, ignored_by_ddp
 from molegrad.autograd import STATS
 from molegrad.monitor.shadow import SHADOW_METRICS, Shadow, choose_layers
-from molegrad.reference import hutch_norm_sq
+from molegrad.ops.power import hutch_norm_sq
 from tests.models import TinyGPT
 from tests.monitor.shadow_steps import (
     EVERY,
