@@ -198,7 +198,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One transformer block: attention, then feed-forward, each on the normalised stream.
 
-    The methods beside `forward` are its token-wise parts, as `molegrad.gpt.model.activations` runs them.
+    The methods beside `forward` are its token-wise parts, which `Activations` runs in chunks.
     """
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
@@ -258,7 +258,7 @@ class GPT(nn.Module):
         return model
 
     def set_activations(self, how: Activations) -> None:
-        """What training passes keep of a block's activations; see `molegrad.gpt.model.activations`."""
+        """What training passes keep of a block's activations."""
         self.activations = how
         self._offload = HostOffload() if how.offload else None
 
