@@ -1,25 +1,33 @@
-"""What a stage of a run left behind, read back for the report: configuration, metrics, results.
+"""What a stage of a run left behind, read back: configuration, metrics, evaluations, commands.
 
 Everything is read from config.json, metrics.jsonl, shadow.jsonl, health.jsonl, eval_NNNNNN.json and
-meta.json; what is not in them is None here, and named as missing by the report.
+meta.json. What is not in them is None here, and the report names it as not recorded.
 """
 
 import dataclasses
+import json
 import math
+import re
 import shlex
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from molegrad import ConversionPlan, MoleGradConfig, plan
+from molegrad.convert import ConversionPlan, plan
+from molegrad.gpt import paths
 from molegrad.gpt import runs as stages
-from molegrad.gpt.evaluate.evaluate import read_evaluations
+from molegrad.gpt.data.tokenizer import FILE, Tokenizer
+from molegrad.gpt.evaluate import evaluate
 from molegrad.gpt.model.gpt import GPT, GPTConfig
 from molegrad.gpt.train import checkpoint
+from molegrad.gpt.train.config import BaseTrainConfig
 from molegrad.gpt.train.flags import PREFIX
 from molegrad.gpt.train.logger import read_metrics
+from molegrad.gpt.train.sft import SFTConfig
+from molegrad.gpt.train.tok_train import TokTrainConfig
 from molegrad.monitor.instruments import HEALTH_RECORDS, SHADOW_RECORDS
 from molegrad.monitor.records import read_records
 
@@ -29,32 +37,66 @@ _COMPARED = (
     *("depth", "aspect_ratio", "head_dim", "kv_groups", "max_seq_len", "total_batch_size"),
     *("steps", "optimizer", "weight_dtype", "dtype", "seed", "tokenizer", "eval_tokens", "data"),
 )
-_PAST = ("resume", "resume_from_step", "overwrite")  # say how a run was started, not what it is
+_PAST = ("resume", "resume_from_step", "overwrite")  # how a run was started, not what it is
+_TRAIN = {"base": ("base_train", BaseTrainConfig), "sft": ("chat_sft", SFTConfig)}
+_EVAL = {
+    "base": ("base_eval", evaluate.BaseEvalConfig),
+    "sft": ("chat_eval", evaluate.ChatEvalConfig),
+}
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One stage of a run."""
+    """One stage of a run. folder: None where there is none, and so no shadow and health records."""
 
     label: str  # the run's name, with the stage where it is not "base"
     stage: str
-    folder: Path
+    folder: Path | None
     config: dict
     metrics: list[dict]
     evaluations: list[dict]
 
     @property
     def dense(self) -> bool:
-        """Whether the weight gradients were dense."""
+        """Whether all weight gradients were the exact ones of dense layers."""
         return not self.config.get("enable_streaming", False)
 
+    @property
+    def title(self) -> str:
+        """The method and, in brackets, the run's name."""
+        return f"{self.method} ({self.label})"
+
+    @property
+    def method(self) -> str:
+        """How the weight gradients were made, in a few words of the configuration."""
+        if not self.config:
+            return "unknown"
+        if self.dense:
+            return "dense"
+        get = {key: self.config.get(PREFIX + key) for key in ("method", "rank_k", "gradient_mode")}
+        words = [str(get["method"] or "converted")]
+        words += [f"rank {get['rank_k']}"] if get["rank_k"] else []
+        words += [str(get["gradient_mode"])] if get["gradient_mode"] else []
+        return ", ".join(words)
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """{part: bytes} of every memory/PART that was logged, the newest of each."""
+        names = dict.fromkeys(k for line in self.metrics for k in line if k.startswith("memory/"))
+        known = {name.removeprefix("memory/"): self.last(name) for name in names}
+        return {part: int(value) for part, value in known.items() if value is not None}
+
     def series(self, key: str, against: str = "step") -> tuple[list[float], list[float]]:
-        """(x, y) of the records that hold both as finite numbers."""
-        points = [
-            (record[against], record[key])
-            for record in self.metrics
-            if _finite(record.get(key)) and _finite(record.get(against))
-        ]
+        """(x, y) of the records that hold both as finite numbers. `against` may be "tokens": the
+        step times the tokens of one."""
+        tokens = self.config.get("total_batch_size")
+        points = []
+        for record in self.metrics:
+            x, y = record.get(against), record.get(key)
+            if against == "tokens":
+                x = record["step"] * tokens if tokens and "step" in record else None
+            if _finite(x) and _finite(y):
+                points.append((x, y))
         return [x for x, _ in points], [y for _, y in points]
 
     def layers(self, key: str, prefix: str = "layer") -> dict[str, tuple[list, list]]:
@@ -90,9 +132,19 @@ class RunRecord:
         deciles = statistics.quantiles(late, n=10, method="inclusive")
         return deciles[1], deciles[4], deciles[7]
 
+    def speed(self) -> tuple[float, float] | None:
+        """FLOP/s that the run did, and the peak FLOP/s of its devices that its own MFU rests on."""
+        flops, tokens = self.last("total_training_flops"), self.last("train/tokens")
+        rate, mfu = self.settled("train/tok_per_sec"), self.settled("train/mfu")
+        if not (flops and tokens and rate and mfu and mfu[1] > 0):
+            return None
+        done = flops / tokens * rate[1]
+        return done, 100 * done / mfu[1]
+
     def summary(self) -> dict:
-        """The numbers of a row of the report's table; None where they were not logged."""
-        state = [self.last(f"memory/{name}") for name in ("optimizer_state", "bases")]
+        """The numbers of a row of the report's first table; None where they were not logged."""
+        held = self.memory
+        state = [held.get(name) for name in ("optimizer_state", "bases")]
         seconds, rate, mfu = map(self.settled, ("train/dt", "train/tok_per_sec", "train/mfu"))
         return {
             "steps": self.last("step"),
@@ -106,25 +158,55 @@ class RunRecord:
             "tokens_per_second": rate and rate[1],
             "mfu": mfu and mfu[1],
             "seconds": self.last("total_training_time"),
-            "gradient_bytes": self.last("memory/gradients"),
+            "gradient_bytes": held.get("gradients"),
             "state_bytes": None if None in state else sum(state),
+            "saved_bytes": held.get("saved_inputs"),
             "peak_bytes": self.last("train/peak_memory_bytes"),
         }
 
-    def conversion(self) -> ConversionPlan | None:
-        """Which layers were converted, planned again on a model without weights; None where the
-        run was dense or has no checkpoint."""
-        newest = checkpoint.latest(self.folder)
-        if self.dense or newest is None:
+    def blank_model(self) -> GPT | None:
+        """The model without weights (on the meta device); None where there is no checkpoint."""
+        newest = None if self.folder is None else checkpoint.latest(self.folder)
+        if newest is None:
             return None
         with torch.device("meta"):
-            model = GPT(GPTConfig(**checkpoint.read_meta(newest)["model_config"]))
-        names = [f.name for f in dataclasses.fields(MoleGradConfig)]
-        values = {n: self.config[PREFIX + n] for n in names if PREFIX + n in self.config}
-        return plan(model, MoleGradConfig(**values))
+            return GPT(GPTConfig(**checkpoint.read_meta(newest)["model_config"]))
+
+    def conversion(self) -> ConversionPlan | None:
+        """Which layers were converted, planned again; None where the run was dense or has no
+        checkpoint."""
+        model = None if self.dense else self.blank_model()
+        if model is None:
+            return None
+        known = {field.name for field in dataclasses.fields(BaseTrainConfig)}
+        values = {name: v for name, v in self.config.items() if name in known}
+        values |= {name: tuple(v) for name, v in values.items() if isinstance(v, list)}
+        return plan(model, BaseTrainConfig(**values).streaming_config())
+
+    def commands(self) -> list[str]:
+        """The commands that give this stage again: tokenizer, training, newest evaluation."""
+        lines, made = [], None if self.folder is None else self.folder.parent / "tok_train.json"
+        if self.stage == "base" and made is not None and made.exists():
+            config = json.loads(made.read_text(encoding="utf-8"))["config"]
+            lines.append(command("tok_train", TokTrainConfig, config))
+        config = dict(self.config)
+        if "tokenizer" in config:  # its fingerprint; a command takes a name
+            name = tokenizer_name(config["tokenizer"])
+            if name is None and self.folder is not None:
+                name = self.label.partition("/")[0]
+                copied = paths.home() / "tokenizers" / name
+                words = ["cp", "-r", str(self.folder / "tokenizer"), str(copied)]
+                lines.append(shlex.join(words))
+            config["tokenizer"] = name or ""
+        if self.config:
+            lines.append(command(*_TRAIN[self.stage], config))
+        for result in self.evaluations[-1:]:
+            if "config" in result:
+                lines.append(command(*_EVAL[self.stage], result["config"]))
+        return lines
 
 
-def read_runs(names: list[str]) -> list[RunRecord]:
+def read_runs(names: Sequence[str]) -> list[RunRecord]:
     """Every stage of the named runs that has metrics, in the order of the names.
 
     Raises:
@@ -145,17 +227,26 @@ def read_runs(names: list[str]) -> list[RunRecord]:
 
 def _read(name: str, folder: Path) -> RunRecord:
     label = name if folder.name == "base" else f"{name}/{folder.name}"
-    return RunRecord(
-        label,
-        folder.name.partition("-")[0],
-        folder,
-        stages.read_config(folder),
-        read_metrics(folder),
-        read_evaluations(folder),
-    )
+    config, evaluations = stages.read_config(folder), evaluate.read_evaluations(folder)
+    stage = folder.name.partition("-")[0]
+    return RunRecord(label, stage, folder, config, read_metrics(folder), evaluations)
 
 
-def differences(records: list[RunRecord]) -> list[str]:
+def peaks(records: Sequence[RunRecord]) -> dict[str, float]:
+    """{device: FLOP/s}: the highest peak that any of the runs on a device was measured against."""
+    found: dict[str, float] = {}
+    for record in records:
+        if speed := record.speed():
+            found[device_of(record)] = max(speed[1], found.get(device_of(record), 0.0))
+    return found
+
+
+def device_of(record: RunRecord) -> str:
+    """What the run ran on; "" where it was not recorded."""
+    return str((record.config.get("machine") or {}).get("device") or "")
+
+
+def differences(records: Sequence[RunRecord]) -> list[str]:
     """What keeps runs from being compared: one line for each setting in which they differ."""
     lines = []
     for key in _COMPARED:
@@ -181,9 +272,9 @@ def command(script: str, config_class, values: dict) -> str:
     """The command line that gives this resolved configuration: every flag that is not the default.
 
     Flags are spelt as the documentation does: --enable_streaming and --streaming_* with
-    underscores, the others with dashes.
+    underscores, the others with dashes. A run of several processes gets torchrun.
     """
-    words = ["python", "-m", f"scripts.{script}"]
+    words = []
     for field in dataclasses.fields(config_class):
         value = values.get(field.name)
         value = tuple(value) if isinstance(value, list) else value  # JSON knows no tuples
@@ -194,7 +285,33 @@ def command(script: str, config_class, values: dict) -> str:
         underscores = field.name.startswith(PREFIX) or field.name == "enable_streaming"
         name = field.name if underscores else field.name.replace("_", "-")
         words.append(f"--{name}={value}")
-    return shlex.join(words)
+    processes = (values.get("machine") or {}).get("processes", 1)
+    start = ["python", "-m", f"scripts.{script}"]
+    if processes > 1:
+        start = ["torchrun", f"--nproc-per-node={processes}", *start[1:], "--"]
+    return shlex.join([*start, *words])
+
+
+def tokenizer_name(fingerprint: str) -> str | None:
+    """The name that --tokenizer takes for the tokenizer of this fingerprint ("" is the default
+    one); None where none of those under $MOLEGRAD_HOME has it."""
+    home = paths.home()
+    folders = [home / "tokenizer", *sorted((home / "tokenizers").glob("*"))]
+    for folder in folders:
+        if (folder / FILE).exists() and Tokenizer.load(folder).fingerprint == fingerprint:
+            return "" if folder == home / "tokenizer" else folder.name
+    return None
+
+
+def short(layer: str) -> str:
+    """A layer's name without what all of them begin with."""
+    return layer.removeprefix("transformer.")
+
+
+def visible(text: str) -> str:
+    """Text whose control characters, which a terminal or a browser would obey, are escapes."""
+    controls = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
+    return re.sub(controls, lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def _finite(value) -> bool:
