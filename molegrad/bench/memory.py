@@ -58,7 +58,7 @@ from molegrad.bench.partial import exit_status, no_room, until_interrupted
 from molegrad.bench.step import Training, alone, attention_taken, prepared, tried
 from molegrad.gpt.train import flags
 from molegrad.gpt.train.hardware import device_name
-from molegrad.lab.timing import median_interval
+from molegrad.lab.table import median_interval
 from molegrad.monitor.peak import peak_bytes
 from molegrad.plan.memory import GIB
 

@@ -37,7 +37,7 @@ from molegrad.gpt.train.flags import flag
 from molegrad.gpt.train.hardware import device_name, keep_freed_memory
 from molegrad.gpt.train.logger import METRICS, RunLogger
 from molegrad.lab.methods import Method, parse_methods
-from molegrad.lab.timing import median_interval
+from molegrad.lab.table import median_interval
 
 
 @dataclass(frozen=True)

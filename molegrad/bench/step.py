@@ -43,7 +43,7 @@ from molegrad.gpt.train.config import BaseTrainConfig, compute_dtype, resolve
 from molegrad.gpt.train.flags import flag
 from molegrad.gpt.train.hardware import attention_backend, device_name, peak_memory_bytes
 from molegrad.lab.methods import Method, parse_methods
-from molegrad.lab.timing import median_interval
+from molegrad.lab.table import median_interval
 from molegrad.monitor import PhaseTimer, memory_bytes, saved_bytes
 
 PHASES = ("forward", "backward", "optimizer")
