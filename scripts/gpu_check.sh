@@ -96,7 +96,7 @@ without() {
 
 # Shapes, tokens, ranks and bfloat16 are the benchmark's own for a GPU. The methods are one for each
 # target of a training step: all linear layers, feed-forward layers only, modes only.
-methods=balanced,balanced:target_layers=ffn_only,factored-tangent:target_layers=all
+methods=balanced,balanced:target_layers=ffn_only,tangent:target_layers=all
 grad=(--seconds=11)
 steps=(--depth=12 --batches=1x8192,16x2048 --steps=10 --methods=exact,$methods)
 if [ "${QUICK:-0}" = 1 ]; then

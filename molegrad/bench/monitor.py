@@ -1,7 +1,7 @@
 """What watching a training run costs: whole steps with the instruments against steps without.
 
     python -m scripts.bench_monitor --device=cpu --json
-    python -m scripts.bench_monitor --depth=8 --batch=8x512 --methods=balanced,factored-tangent
+    python -m scripts.bench_monitor --depth=8 --batch=8x512 --methods=balanced,tangent
 
 Two copies of one training make their steps in turn in one process. The bare one trains and reads
 its loss. The watched one does besides what a run of scripts.base_train does by default: phase times
@@ -53,7 +53,7 @@ class MonitorBenchConfig:
     aspect_ratio: int = flag(64, "width per block")
     vocab: int = flag(4096, "entries of the vocabulary")
     batch: str = flag("4x256", "sequences x tokens of a step")
-    methods: str = flag("balanced,factored-tangent", "methods, as scripts.compare takes them")
+    methods: str = flag("balanced,tangent", "methods, as scripts.compare takes them")
     dtype: str = flag("auto", "of the matrix products: auto, bfloat16 or float32")
     every: int = flag(10, "steps between readings of the metrics, and length of a window")
     windows: int = flag(20, "windows of every method that count")
@@ -223,7 +223,7 @@ def bench(config: MonitorBenchConfig) -> dict:
     if not methods or any(not m.flags.get("enable_streaming", False) for m in methods):
         raise ValueError(
             f"methods={config.methods}: only methods with converted layers are watched, such as "
-            "balanced or factored-tangent"
+            "balanced or tangent"
         )
     threads = torch.get_num_threads()
     torch.set_num_threads(config.threads or threads)

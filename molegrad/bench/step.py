@@ -63,9 +63,7 @@ class StepBenchConfig:
     aspect_ratio: int = flag(64, "width per block")
     vocab: int = flag(32768, "entries of the vocabulary")
     batches: str = flag("4x512", "sequences x tokens of a step, comma separated")
-    methods: str = flag(
-        "exact,balanced,minimal,factored-tangent", "methods, as scripts.compare takes them"
-    )
+    methods: str = flag("exact,balanced,minimal,tangent", "methods, as scripts.compare takes them")
     dtype: str = flag("auto", "of the matrix products: auto, bfloat16 or float32")
     compile: str = flag("no", "torch.compile: no, yes or both")
     steps: int = flag(20, "steps of every method that count")

@@ -248,6 +248,11 @@ class Search:
     edge: bool = False
 
 
+def _order(record: dict) -> float:
+    """What a lower value of is better; a run that failed ranks last."""
+    return record["bpb"] if record["status"] == "ok" else math.inf
+
+
 def search(config: CompareConfig, text: Text, cell: Cell, known: Mapping[str, dict]) -> Search:
     """How far the choice of the cell's learning rate is, by what is known (key -> record)."""
     rates = list(cell.method.rates or config.rates)
@@ -256,9 +261,7 @@ def search(config: CompareConfig, text: Text, cell: Cell, known: Mapping[str, di
         done = [(lr, known[run.key]) for lr, run in runs.items() if run.key in known]
         if len(done) < len(runs):
             return Search([run for run in runs.values() if run.key not in known], done)
-        lr, best = min(
-            done, key=lambda pair: (pair[1]["status"] != "ok", pair[1].get("bpb"), pair[0])
-        )
+        lr, best = min(done, key=lambda pair: (_order(pair[1]), pair[0]))
         edge = len(rates) > 1 and lr in (rates[0], rates[-1])
         if not (edge and config.extend_lrs) or added == EXTENSIONS:
             break

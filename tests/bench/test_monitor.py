@@ -23,8 +23,8 @@ TINY = {
 
 
 def test_a_row_of_every_method():
-    result = bench(MonitorBenchConfig(methods="balanced,factored-tangent:rank=8", **TINY))
-    assert [row["method"] for row in result["rows"]] == ["balanced", "factored-tangent:rank=8"]
+    result = bench(MonitorBenchConfig(methods="balanced,tangent:rank=8", **TINY))
+    assert [row["method"] for row in result["rows"]] == ["balanced", "tangent:rank=8"]
     for row in result["rows"]:
         assert row["cost_low"] <= row["cost"] <= row["cost_high"]
         assert row["own"] > 0 and row["bare_ms"] > 0 and row["line_bytes"] > 1000
@@ -52,7 +52,7 @@ def test_slow_instruments_are_seen(monkeypatch, phase):
 
 
 def test_the_watched_training_trains_and_logs_like_a_run(tmp_path):
-    config = MonitorBenchConfig(methods="factored-tangent:rank=8", **TINY)
+    config = MonitorBenchConfig(methods="tangent:rank=8", **TINY)
     method = parse_methods(config.methods)[1]
     steps = WatchedSteps(Training(config.training, method, (2, 16), False), tmp_path)
     before = steps.training.loss().item()

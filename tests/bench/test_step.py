@@ -19,11 +19,11 @@ TINY = {
 
 
 def test_rows_pair_every_method_with_dense():
-    config = StepBenchConfig(methods="balanced,factored-tangent:rank=8", **TINY)
+    config = StepBenchConfig(methods="balanced,tangent:rank=8", **TINY)
     result = bench(config)
     dense, balanced, factored = result["rows"]
     assert [row["method"] for row in result["rows"]] == [
-        "dense", "balanced", "factored-tangent:rank=8",
+        "dense", "balanced", "tangent:rank=8",
     ]  # fmt: skip
     assert dense["ratio"] == 1.0 and dense["ratio_low"] == dense["ratio_high"] == 1.0
     weights = 2 * 12 * 64 * 64 * 4 / 2**20

@@ -7,7 +7,7 @@ import pytest
 from molegrad.bench.targets import shown, targets
 
 GPU_CHECK = Path(__file__).parents[2] / "scripts/gpu_check.sh"
-FFN, MODES = "balanced:target_layers=ffn_only", "factored-tangent:target_layers=all"
+FFN, MODES = "balanced:target_layers=ffn_only", "tangent:target_layers=all"
 
 LABELS = {"n": 1280, "m": 5120, "tokens": 8192, "k": 32}
 GRAD = {
@@ -41,7 +41,7 @@ STEP = {
             (1, 8192, "balanced", 0.81, 0.0),
             (1, 8192, FFN, 0.87, 108.0),
             (1, 8192, "balanced:target_layers=attention_only", 0.4, 216.0),
-            (1, 8192, "factored-tangent", 0.9, 120.0),  # feed-forward layers only
+            (1, 8192, "tangent", 0.9, 120.0),  # feed-forward layers only
             (1, 8192, MODES, 0.85, 20.0),
             (16, 2048, "dense", 1.0, 324.0),
             (16, 2048, "balanced", 0.3, 0.0),
@@ -126,7 +126,7 @@ def test_compiled_steps_count_and_are_named():
         ("exact", "step all"),
         ("minimal:target_layers=[c_fc,c_proj,c_q,c_k,c_v]", "step all"),
         ("balanced:target_layers=[mlp.c_fc,mlp.c_proj]", "step ffn"),
-        ("dense-power", "step ffn"),
+        ("lowrank-grad", "step ffn"),
         ("molegrad:rank=16:target_layers=all", "step all"),
         ("balanced:target_layers=mlp.c_fc", None),
         ("molegrad:rank=32:target_layers=all:min_layer_utilization=0.93", "step ffn"),

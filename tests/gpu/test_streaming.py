@@ -27,8 +27,8 @@ LEVERS = (
 METHODS = (
     "dense",
     "exact:saved_inputs=full:momentum_dtype=float32",
-    "dense-tangent:target_layers=all",
-    "factored-tangent:target_layers=all",
+    "lowrank-grad:method=tangent:target_layers=all",
+    "tangent:target_layers=all",
 )
 PROJECTED = "projected:rank=16"  # not for streaming, which keeps no input at all
 UNCHUNKED = [levers for levers in LEVERS if "sequence_chunk" not in levers]
@@ -174,7 +174,7 @@ def test_projected_layers_lower_what_is_kept():
     "method, levers",
     [
         ("dense", f"sequence_chunk={CHUNK}:sequence_parts=all:recompute=block"),
-        ("factored-tangent:target_layers=all", "recompute=block"),
+        ("tangent:target_layers=all", "recompute=block"),
     ],
 )
 def test_compiled_steps_have_the_same_gradients(method, levers):
