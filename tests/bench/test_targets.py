@@ -127,10 +127,10 @@ def test_compiled_steps_count_and_are_named():
         ("minimal:target_layers=[c_fc,c_proj,c_q,c_k,c_v]", "step all"),
         ("balanced:target_layers=[mlp.c_fc,mlp.c_proj]", "step ffn"),
         ("lowrank-grad", "step ffn"),
-        ("molegrad:rank=16:target_layers=all", "step all"),
+        ("lowrank-grad:rank=16:target_layers=all", "step all"),
         ("balanced:target_layers=mlp.c_fc", None),
-        ("molegrad:rank=32:target_layers=all:min_layer_utilization=0.93", "step ffn"),
-        ("muon", None),
+        ("lowrank-grad:rank=32:target_layers=all:min_layer_utilization=0.93", "step ffn"),
+        ("dion", None),
     ],
 )
 def test_what_a_method_converts_decides_which_target_it_measures(method, target):
