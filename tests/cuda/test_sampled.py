@@ -10,8 +10,8 @@ import torch
 from molegrad.ops.checks import acc_dtype
 from molegrad.ops.registry import OPS
 from tests.cuda.build import Struct, call_op
+from tests.ops.test_sampled import STEP, sparse_tokens, truth
 from tests.samples import error, layouts, randn, tokens
-from tests.test_native_sampled import STEP, sparse_tokens, truth
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 F8 = torch.float8_e4m3fn

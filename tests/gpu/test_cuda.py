@@ -20,8 +20,8 @@ from molegrad.ops.sampled import sampled_grad_reference
 from molegrad.ops.sketch import sketch_reference
 from molegrad.optim import Muon, matrix_param_groups
 from tests.gpu.device import DEVICE, needs_cuda, needs_device, no_waiting
-from tests.samples import error, orthonormal, randn, sample_inputs, tokens
-from tests.test_ops import checks_for
+from tests.ops.samples import opchecks, sample_inputs
+from tests.samples import error, orthonormal, randn, tokens
 
 pytestmark = needs_device
 
@@ -235,7 +235,7 @@ def test_every_op_runs(name):
 def test_opcheck(name):
     for args in sample_inputs(name):
         args = on_gpu(args)
-        torch.library.opcheck(getattr(torch.ops.molegrad, name), args, test_utils=checks_for(args))
+        torch.library.opcheck(getattr(torch.ops.molegrad, name), args, test_utils=opchecks(args))
 
 
 @needs_cuda

@@ -38,22 +38,3 @@ def test_exact_products_leave_the_settings_as_they_were(precision):
         assert [setting.fp32_precision for setting in settings] == was
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-def test_factored_steps_are_exact(monkeypatch):
-    from molegrad import MoleGradConfig, MoleLinear
-    from molegrad.optim import Muon, factored, matrix_param_groups
-
-    seen, step = [], Muon._factored_step
-    config = MoleGradConfig(rank_k=4, gradient_mode="factored", min_layer_utilization=0.0)
-    layer = MoleLinear(32, 32, config=config)
-    optimizer = Muon(matrix_param_groups(layer), lr=0.1)
-    layer(torch.randn(8, 32)).sum().backward()
-
-    def watched(self, bucket):
-        seen.append(torch.backends.cuda.matmul.fp32_precision)
-        step(self, bucket)
-
-    monkeypatch.setattr(Muon, "_factored_step", watched)
-    optimizer.step()
-    assert seen == ["ieee"] and factored.exact_products is exact_products
