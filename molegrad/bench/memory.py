@@ -5,7 +5,7 @@
 
 Every variant trains at every length, alone, and its peak is measured over all of it, from the
 making of the model to the end of the second step (`molegrad.monitor.peak`); beside it stands what
-`molegrad.plan.simulate` predicts.
+`molegrad.memory.simulate` predicts.
 
 Slopes are those of the peaks of a forward and a backward pass, which are measured apart (an
 optimizer's step, whose work does not depend on the sequence, would hide them where it needs more):
@@ -60,7 +60,7 @@ from molegrad.gpt.train import flags
 from molegrad.gpt.train.hardware import device_name
 from molegrad.lab.table import median_interval
 from molegrad.monitor.peak import peak_bytes
-from molegrad.plan.memory import GIB
+from molegrad.memory.plan import GIB
 
 WARM_UP = 2
 ATTEMPTS = 2  # at the deepest model

@@ -9,7 +9,7 @@ from molegrad.bench.step import StepBenchConfig, settings
 from molegrad.gpt.train.config import BaseTrainConfig
 from molegrad.gpt.train.flags import flag
 from molegrad.lab.methods import METHODS, Method
-from molegrad.plan.memory import RESERVE_GIB
+from molegrad.memory.plan import RESERVE_GIB
 
 ATTENTION = ("auto", "flash")
 

@@ -19,8 +19,8 @@ import torch
 from molegrad import build_info
 from molegrad.bench.memory_config import MemoryBenchConfig
 from molegrad.bench.memory_report import TOKENS
-from molegrad.plan.memory import GIB, RESERVE_GIB, largest_depth, simulated
-from molegrad.plan.simulate import PER_TOKEN
+from molegrad.memory.plan import GIB, RESERVE_GIB, largest_depth, simulated
+from molegrad.memory.simulate import PER_TOKEN
 
 AGAIN = "write it anew with --predict-only and these flags"
 # What a row of peaks has of a prediction.

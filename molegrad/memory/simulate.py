@@ -1,7 +1,7 @@
 """A training step on tensors without memory: what is alive when, and what it is for.
 
 What: `simulate(config, sizes)` builds the model and the optimizers that a configuration
-describes, and runs steps of the very code that trains, on fake tensors, which have shapes and no
+describes, and runs a step of the very code that trains, on fake tensors, which have shapes and no
 data. A record of every storage, from birth to death, gives the peak and its parts:
 
 | part | what it is, by the code that makes it |
@@ -18,13 +18,16 @@ data. A record of every storage, from birth to death, gives the peak and its par
 Why not formulas: what a step keeps follows from autograd's formulas, autocast, the levers of
 `molegrad.gpt.model.activations` and the optimizers; formulas beside them rot with every change.
 
-How: the tensors say that they are the CPU's on every device, as autograd refuses those of a device
-that this torch was not built for. For a CUDA device what the kernels there do otherwise is put in
-their place, and what they allocate for themselves is added (`molegrad.plan.cuda`).
-Where the CPU's native kernels are not built, the references run, as they would in the real step.
+How: blocks of a model are alike, so the passes of a deep model are those of one with two blocks,
+and for every further one what a model with four has more; the optimizers' step is that of the whole
+model. The tensors say that they are the CPU's on every device, as autograd refuses those of a
+device that this torch was not built for. For a CUDA device two functions are replaced while a step
+runs, root mean square norms and the dtype of Muon's polar factors, and what CUDA's kernels allocate
+for themselves is added (`molegrad.memory.cuda`).
 
-Not simulated: torch.compile, whose graphs keep less, data parallelism's buffers, and what is done
-now and then (evaluation, samples, instruments, checkpoints).
+Not simulated: torch.compile, whose graphs keep less, data parallelism's buffers, temporaries of the
+reference formulas where no native kernels are built, and what is done now and then (evaluation,
+samples, instruments, checkpoints).
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ import sys
 import warnings
 import weakref
 from collections import defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from types import CodeType, FunctionType
 
@@ -44,36 +47,37 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from molegrad import build_info, offload, ops, streaming
+from molegrad import MoleLinear, clip_grad_norm_, ignored_by_ddp, offload, streaming
 from molegrad.gpt.model import gpt as model_module
 from molegrad.gpt.model import loss as loss_module
 from molegrad.gpt.model.gpt import GPT, MLP, Attention, Block, GPTConfig
 from molegrad.gpt.model.loss import default_chunk
 from molegrad.gpt.train import setup
 from molegrad.gpt.train.config import compute_dtype
-from molegrad.gpt.train.guard import NonFiniteGuard
-from molegrad.linear import MoleLinear, ignored_by_ddp
+from molegrad.memory.cuda import FunctionalOnCuda, scratch
 from molegrad.optim import muon
-from molegrad.optim.clip import clip_grad_norm_
 from molegrad.optim.muon import working_dtype
-from molegrad.plan.cuda import FunctionalOnCuda, scratch
 
 PARTS = (
     "weights", "weight casts", "optimizer", "bases", "gradients", "inputs", "stream", "norms",
     "attention", "keys and values", "feed-forward", "logits", "workspace",
 )  # fmt: skip
 PHASES = ("forward", "backward", "optimizer")
+PASSES = PHASES[:2]
 HOST = "host"
 # Of a sequence's own size by necessity: what remains besides should hardly grow with it.
 PER_TOKEN = ("stream", "keys and values")
+FEW, MORE = 2, 4  # blocks of the models that stand for a deeper one
 
 
 @dataclass(frozen=True)
 class Simulation:
     """What a training step holds.
 
-    phases: for each of PHASES the bytes of each of PARTS when most are alive in it. held: the same
-    between two steps. host: most bytes of pinned host memory, which a GPU's own leaves out.
+    Attributes:
+        phases: for each of PHASES the bytes of each of PARTS when most are alive in it.
+        held: bytes of each part between two steps.
+        host: most bytes of pinned host memory, which a GPU's own leaves out.
     """
 
     phases: dict[str, dict[str, int]]
@@ -97,7 +101,7 @@ class Simulation:
     @property
     def passes(self) -> str:
         """The phase of the two passes that holds more."""
-        return max(PHASES[:2], key=self.of)
+        return max(PASSES, key=self.of)
 
     def of(self, phase: str) -> int:
         """Most bytes alive in a phase."""
@@ -113,29 +117,26 @@ def simulate(config, sizes: GPTConfig) -> Simulation:
             device_type is not cuda the step is the CPU's.
         sizes: of the model.
     """
-    gpu = config.device_type == "cuda"
-    if not sizes.loss_chunk:
-        chunk = default_chunk(sizes.vocab_size, config.device_type)
-        sizes = replace(sizes, loss_chunk=chunk)
-    with torch.device("meta"):  # once its parameters are fake they would refuse another dtype
-        model = setup.place(GPT(sizes), config, torch.device("meta"))
-        setup.equip(model, config)
-    with _no_memory() as ledger, contextlib.ExitStack() as stack:
-        stack.enter_context(warnings.catch_warnings())
-        # Asked for its address a fake tensor warns, and says 0.
-        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
-        ledger.scratch = scratch if gpu else None
-        ledger.references = not gpu and not build_info()["native"]
-        stack.enter_context(_replaced(streaming._Call, "chunks", _few_chunks))
-        stack.enter_context(_replaced(loss_module, "_chunks", _few))
-        if gpu:  # no TorchFunctionMode: it is off in the backward pass, where blocks are recomputed
-            stack.enter_context(_replaced(model_module, "F", FunctionalOnCuda()))
-            stack.enter_context(_replaced(muon, "working_dtype", lambda _: working_dtype("cuda")))
-        run = _Run(ledger, config, model)
-        run.make_state()
-        start = ledger.now
-        run.step()
-        return ledger.summary(start, host_counts=not gpu)
+    if sizes.depth <= MORE:
+        return _simulated(config, sizes)
+    few, more = (
+        _simulated(config, replace(sizes, depth=depth, aspect_ratio=sizes.width // depth), PASSES)
+        for depth in (FEW, MORE)  # of the same width, which is a multiple of 32
+    )
+    whole = _simulated(config, sizes, PHASES[2:])
+
+    def of_all(small: int, large: int) -> int:
+        return small + (large - small) * (sizes.depth - FEW) // (MORE - FEW)
+
+    phases = {
+        phase: {part: of_all(few.phases[phase][part], more.phases[phase][part]) for part in PARTS}
+        for phase in PASSES
+    }
+    phases |= {phase: dict(whole.phases[phase]) for phase in PHASES[2:]}
+    offloaded = of_all(few.held["stream"], more.held["stream"])  # on the CPU, whose memory it is
+    for amounts in (phases[PHASES[2]], whole.held):
+        amounts["stream"] += offloaded
+    return Simulation(phases, whole.held, of_all(few.host, more.host))
 
 
 def planned_memory(config, sizes: GPTConfig) -> dict[str, int]:
@@ -145,13 +146,35 @@ def planned_memory(config, sizes: GPTConfig) -> dict[str, int]:
     return {**{part: size for part, size in found.parts.items() if size}, "total": found.peak}
 
 
+def _simulated(config, sizes: GPTConfig, phases: tuple[str, ...] = PHASES) -> Simulation:
+    """These phases of a step of a model of these sizes, block by block."""
+    gpu = config.device_type == "cuda"
+    if not sizes.loss_chunk:
+        sizes = replace(sizes, loss_chunk=default_chunk(sizes.vocab_size, config.device_type))
+    with torch.device("meta"):  # once its parameters are fake they would refuse another dtype
+        model = setup.place(GPT(sizes), config, torch.device("meta"))
+        setup.equip(model, config)
+    with _no_memory(scratch if gpu else None) as ledger, contextlib.ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        # Asked for its address a fake tensor warns, and says 0.
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+        if gpu:  # no TorchFunctionMode: it is off in the backward pass, where blocks are recomputed
+            stack.enter_context(_replaced(model_module, "F", FunctionalOnCuda()))
+            stack.enter_context(_replaced(muon, "working_dtype", lambda _: working_dtype("cuda")))
+        run = _Run(ledger, config, model)
+        run.make_state()
+        start = ledger.now
+        run.step(phases)
+        return ledger.summary(start, host_counts=not gpu)
+
+
 @contextlib.contextmanager
-def _no_memory() -> Iterator[_Ledger]:
+def _no_memory(scratch: Callable | None) -> Iterator[_Ledger]:
     """Tensors that are made inside are fake, and in the ledger that it gives."""
     with (
         torch.autograd.set_multithreading_enabled(False),  # the modes are this thread's
         FakeTensorMode(),
-        _Ledger() as ledger,
+        _Ledger(scratch) as ledger,
     ):
         yield ledger
 
@@ -168,12 +191,10 @@ class _Storage:
 class _Ledger(TorchDispatchMode):
     """Every storage that operations make, by the moments of its birth and death."""
 
+    scratch: Callable | None = None  # (op, arguments) -> bytes that its kernel takes while it runs
     now: int = 0
     storages: list[_Storage] = field(default_factory=list)
     phases: list[tuple[int, str]] = field(default_factory=list)
-    scratch: object = None  # (op, arguments) -> bytes that its kernel takes while it runs
-    references: bool = False  # whether ops of molegrad run their references
-    in_reference: bool = False
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -184,12 +205,6 @@ class _Ledger(TorchDispatchMode):
         if func is torch.ops.prim.device.default:
             return func(*args, **(kwargs or {}))
         kwargs = kwargs or {}
-        if self.in_reference and func is torch.ops.aten.is_nonzero.default:
-            return True  # orthonormalize asks whether all went well
-        if func.namespace == "molegrad" and self.references:
-            name = func._schema.name.removeprefix("molegrad::")
-            if not name.startswith("linear_"):
-                return self._reference(name, args, kwargs)
         size = 0 if self.scratch is None else self.scratch(func, args)
         taken = self._born(size, "workspace") if size else None
         out = func(*args, **kwargs)
@@ -204,14 +219,6 @@ class _Ledger(TorchDispatchMode):
         if func in _ATTENTION:
             self.label([args[1], args[2]], "keys and values", over=_ACTIVATIONS)
         return out
-
-    def _reference(self, name: str, args, kwargs):
-        before, self.in_reference = self.in_reference, True
-        try:
-            with self, torch.no_grad():
-                return ops.OPS[name].reference(*args, **kwargs)
-        finally:
-            self.in_reference = before
 
     def _born(self, size: int, part: str | None) -> _Storage:
         entry = _Storage(size, self.now, part)
@@ -345,7 +352,6 @@ class _Run:
         self.ledger, self.config, self.model = ledger, config, model
         _materialise(self.model)
         self.optimizers = setup.build_optimizers(self.model, config)
-        self.guard = NonFiniteGuard(self.model)
         named = dict(self.model.named_parameters())
         self.without_gradient = {id(named[name]) for name in ignored_by_ddp(self.model)}
         ledger.label([*self.model.parameters()], "weights")
@@ -359,35 +365,40 @@ class _Run:
 
     def make_state(self) -> None:
         """The optimizers' state, by a step on gradients that no pass has made."""
-        for parameter in self.model.parameters():
-            if parameter.requires_grad and id(parameter) not in self.without_gradient:
-                parameter.grad = torch.empty_like(parameter)
+        self._fill_gradients()
         self._optimize()
         self.ledger.label(self._state(), "optimizer")
 
-    def step(self) -> None:
-        """One step; of many micro-batches two, as the second of them finds what all others find."""
+    def step(self, phases: tuple[str, ...]) -> None:
+        """These phases of a step: of several micro-batches the last, which finds the others'
+        gradients."""
         config, ledger = self.config, self.ledger
-        rows, tokens = config.device_batch_size, config.max_seq_len
-        micro_batches = min(2, config.total_batch_size // (rows * tokens))
-        dtype = compute_dtype(config)
-        total = torch.zeros((), dtype=torch.float32)
-        for _ in range(micro_batches):
-            text = [torch.empty(rows, tokens, dtype=torch.int64) for _ in range(2)]
-            ledger.label(text, "inputs")
+        shape = config.device_batch_size, config.max_seq_len
+        text = [torch.empty(shape, dtype=torch.int64) for _ in range(2)]
+        ledger.label(text, "inputs")
+        passes = PASSES[0] in phases
+        if not passes or config.total_batch_size > shape[0] * shape[1]:
+            self._fill_gradients()
+        if passes:
+            dtype = compute_dtype(config)
             ledger.phase("forward")
             with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
                 loss = self.model(*text)
             ledger.phase("backward")
-            (loss / micro_batches).backward()
-            total += loss.detach() / micro_batches
+            loss.backward()
             del loss
             self._label_gradients()
-        ledger.phase("optimizer")
-        if config.grad_clip > 0:
-            clip_grad_norm_(self.model, config.grad_clip)
-        self.guard.update(0)
-        self._optimize()
+        if PHASES[2] in phases:
+            ledger.phase("optimizer")
+            if config.grad_clip > 0:
+                clip_grad_norm_(self.model, config.grad_clip)
+            self._optimize()
+
+    def _fill_gradients(self) -> None:
+        for parameter in self.model.parameters():
+            if parameter.requires_grad and id(parameter) not in self.without_gradient:
+                parameter.grad = torch.empty_like(parameter)
+        self._label_gradients()
 
     def _optimize(self) -> None:
         for optimizer in self.optimizers:
@@ -440,15 +451,3 @@ def _replaced(owner, name: str, function) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, before)
-
-
-def _few_chunks(call, length: int) -> list[slice]:
-    return _few(length, call.positions)
-
-
-def _few(length: int, chunk: int) -> list[slice]:
-    """Of the chunks that a streamed part or the loss runs in, the first two and the last, which
-    hold as much at a time as all do: what they give goes where memory for all of it is already."""
-    starts = range(0, length, chunk)
-    kept = [*starts[:2], *starts[2:][-1:]]
-    return [slice(start, min(start + chunk, length)) for start in kept]

