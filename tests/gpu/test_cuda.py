@@ -1,4 +1,4 @@
-"""What only a GPU can show. `bash scripts/gpu_check.sh` runs it with the benchmarks.
+"""What only a GPU can show. `bash scripts/gpu/on-gpu.sh tests` runs it.
 
 Measure of rightness: the error against a float64 truth may be at most FACTOR times that of the
 same formula in torch's own products (cuBLAS) on the same data and device.
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from molegrad import MoleGradConfig, MoleLinear, build_info, convert, ops
-from molegrad.bench.grad import has_native
+from molegrad.bench.timing import has_native
 from molegrad.config import PRESETS
 from molegrad.ops import OPS
 from molegrad.ops.checks import FLOAT8, acc_dtype

@@ -12,13 +12,13 @@ from molegrad.gpt.train import setup
 from molegrad.gpt.train.base import model_config
 from molegrad.gpt.train.config import BaseTrainConfig, compute_dtype, resolve
 from molegrad.gpt.train.flags import PREFIX
-from molegrad.monitor.peak import peak_bytes
-from molegrad.optim import muon
-from molegrad.optim.clip import clip_grad_norm_
 from molegrad.memory import cuda as memory_cuda
 from molegrad.memory import simulate as memory_sim
 from molegrad.memory.plan import preset_flags as preset
 from molegrad.memory.simulate import PARTS, simulate
+from molegrad.monitor.peak import peak_bytes
+from molegrad.optim import muon
+from molegrad.optim.clip import clip_grad_norm_
 
 VOCAB = 512
 SMALL = {"depth": 2, "aspect_ratio": 64, "device_batch_size": 2, "max_seq_len": 256}
