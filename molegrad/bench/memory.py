@@ -76,8 +76,9 @@ class MemoryBenchConfig:
         "to 1024 elsewhere",
     )  # fmt: skip
     methods: str = flag(
-        "", "methods, as scripts.bench_step takes them; empty takes dense and balanced with chunks, "
-        "recompute and offload added one after the other",
+        "",
+        "methods, as scripts.bench_step takes them; empty takes dense and balanced, with chunks, "
+        "recompute and offload one after the other",
     )  # fmt: skip
     dtype: str = flag("auto", "of the matrix products: auto, bfloat16 or float32")
     cap_gib: float = flag(0.0, "GiB that the process may take of a GPU; 0 is no limit")
