@@ -4,14 +4,13 @@ Everything is read from config.json, metrics.jsonl, shadow.jsonl, health.jsonl, 
 meta.json. What is not in them is None here, and the report names it as not recorded.
 """
 
-import dataclasses
 import json
 import math
 import re
 import shlex
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -38,10 +37,9 @@ _COMPARED = (
     *("steps", "optimizer", "weight_dtype", "dtype", "seed", "tokenizer", "eval_tokens", "data"),
 )
 _PAST = ("resume", "resume_from_step", "overwrite")  # how a run was started, not what it is
-_TRAIN = {"base": ("base_train", BaseTrainConfig), "sft": ("chat_sft", SFTConfig)}
-_EVAL = {
-    "base": ("base_eval", evaluate.BaseEvalConfig),
-    "sft": ("chat_eval", evaluate.ChatEvalConfig),
+_SCRIPTS = {  # of a stage: training and evaluation
+    "base": (("base_train", BaseTrainConfig), ("base_eval", evaluate.BaseEvalConfig)),
+    "sft": (("chat_sft", SFTConfig), ("chat_eval", evaluate.ChatEvalConfig)),
 }
 
 
@@ -73,11 +71,10 @@ class RunRecord:
             return "unknown"
         if self.dense:
             return "dense"
-        get = {key: self.config.get(PREFIX + key) for key in ("method", "rank_k", "gradient_mode")}
-        words = [str(get["method"] or "converted")]
-        words += [f"rank {get['rank_k']}"] if get["rank_k"] else []
-        words += [str(get["gradient_mode"])] if get["gradient_mode"] else []
-        return ", ".join(words)
+        method, rank, mode = (
+            self.config.get(PREFIX + key) for key in ("method", "rank_k", "gradient_mode")
+        )
+        return ", ".join(str(word) for word in (method, rank and f"rank {rank}", mode) if word)
 
     @property
     def memory(self) -> dict[str, int]:
@@ -89,25 +86,21 @@ class RunRecord:
     def series(self, key: str, against: str = "step") -> tuple[list[float], list[float]]:
         """(x, y) of the records that hold both as finite numbers. `against` may be "tokens": the
         step times the tokens of one."""
-        tokens = self.config.get("total_batch_size")
-        points = []
-        for record in self.metrics:
-            x, y = record.get(against), record.get(key)
-            if against == "tokens":
-                x = record["step"] * tokens if tokens and "step" in record else None
-            if _finite(x) and _finite(y):
-                points.append((x, y))
-        return [x for x, _ in points], [y for _, y in points]
+        scale, x_key = 1, against
+        if against == "tokens":
+            scale, x_key = self.config.get("total_batch_size", math.nan), "step"
+        pairs = [(line.get(x_key), line.get(key)) for line in self.metrics]
+        points = [(scale * x, y) for x, y in pairs if _finite(x) and _finite(y)]
+        return [x for x, _ in points if _finite(x)], [y for x, y in points if _finite(x)]
 
     def layers(self, key: str, prefix: str = "layer") -> dict[str, tuple[list, list]]:
         """{layer: (steps, values)} of a metric that was logged as PREFIX/LAYER/KEY."""
-        names: dict[str, None] = {}
-        for record in self.metrics:
-            for name in record:
-                first, *rest = name.split("/")
-                if first == prefix and len(rest) > 1 and rest[-1] == key:
-                    names["/".join(rest[:-1])] = None
-        found = {name: self.series(f"{prefix}/{name}/{key}") for name in names}
+        start, end = f"{prefix}/", f"/{key}"
+        found = {}
+        for name in dict.fromkeys(name for line in self.metrics for name in line):
+            layer = name.removeprefix(start).removesuffix(end)
+            if name == f"{start}{layer}{end}":
+                found[layer] = self.series(name)
         return {name: points for name, points in found.items() if points[1]}
 
     def shadow(self) -> list[dict]:
@@ -164,46 +157,43 @@ class RunRecord:
             "peak_bytes": self.last("train/peak_memory_bytes"),
         }
 
-    def blank_model(self) -> GPT | None:
-        """The model without weights (on the meta device); None where there is no checkpoint."""
+    def model(self, device: str = "meta") -> GPT | None:
+        """A model of the run's sizes with the weights of a new one (on the meta device: with none);
+        None where there is no checkpoint."""
         newest = None if self.folder is None else checkpoint.latest(self.folder)
         if newest is None:
             return None
-        with torch.device("meta"):
+        with torch.device(device):
             return GPT(GPTConfig(**checkpoint.read_meta(newest)["model_config"]))
 
     def conversion(self) -> ConversionPlan | None:
         """Which layers were converted, planned again; None where the run was dense or has no
         checkpoint."""
-        model = None if self.dense else self.blank_model()
+        model = None if self.dense else self.model()
         if model is None:
             return None
-        known = {field.name for field in dataclasses.fields(BaseTrainConfig)}
-        values = {name: v for name, v in self.config.items() if name in known}
+        values = {f.name: self.config[f.name] for f in fields(BaseTrainConfig)
+                  if f.name in self.config}  # fmt: skip
         values |= {name: tuple(v) for name, v in values.items() if isinstance(v, list)}
         return plan(model, BaseTrainConfig(**values).streaming_config())
 
     def commands(self) -> list[str]:
         """The commands that give this stage again: tokenizer, training, newest evaluation."""
-        lines, made = [], None if self.folder is None else self.folder.parent / "tok_train.json"
+        lines, config, (train, evaluation) = [], dict(self.config), _SCRIPTS[self.stage]
+        made = None if self.folder is None else self.folder.parent / "tok_train.json"
         if self.stage == "base" and made is not None and made.exists():
-            config = json.loads(made.read_text(encoding="utf-8"))["config"]
-            lines.append(command("tok_train", TokTrainConfig, config))
-        config = dict(self.config)
+            words = json.loads(made.read_text(encoding="utf-8"))["config"]
+            lines.append(command("tok_train", TokTrainConfig, words))
         if "tokenizer" in config:  # its fingerprint; a command takes a name
-            name = tokenizer_name(config["tokenizer"])
-            if name is None and self.folder is not None:
-                name = self.label.partition("/")[0]
-                copied = paths.home() / "tokenizers" / name
-                words = ["cp", "-r", str(self.folder / "tokenizer"), str(copied)]
-                lines.append(shlex.join(words))
-            config["tokenizer"] = name or ""
-        if self.config:
-            lines.append(command(*_TRAIN[self.stage], config))
-        for result in self.evaluations[-1:]:
-            if "config" in result:
-                lines.append(command(*_EVAL[self.stage], result["config"]))
-        return lines
+            config["tokenizer"] = tokenizer_name(config["tokenizer"])
+            if config["tokenizer"] is None and self.folder is not None:
+                config["tokenizer"] = self.label.partition("/")[0]
+                copied = paths.home() / "tokenizers" / config["tokenizer"]
+                lines.append(shlex.join(["cp", "-r", f"{self.folder}/tokenizer", f"{copied}"]))
+        if config:
+            lines.append(command(*train, config))
+        newest = self.evaluations[-1:]
+        return lines + [command(*evaluation, one["config"]) for one in newest if "config" in one]
 
 
 def read_runs(names: Sequence[str]) -> list[RunRecord]:
@@ -249,23 +239,15 @@ def device_of(record: RunRecord) -> str:
 def differences(records: Sequence[RunRecord]) -> list[str]:
     """What keeps runs from being compared: one line for each setting in which they differ."""
     lines = []
-    for key in _COMPARED:
-        lines += _difference(key, {r.label: r.config.get(key) for r in records})
-    corpora = {r.label: (r.config.get("corpus") or {}).get("sha256") for r in records}
-    lines += _difference("corpus", corpora)
-    devices = {r.label: (r.config.get("machine") or {}).get("device") for r in records}
-    return lines + _difference("machine", devices)
-
-
-def _difference(name: str, values: dict) -> list[str]:
-    if len({repr(value) for value in values.values()}) <= 1:
-        return []
-
-    def short(value) -> str:
-        text = str(value)
-        return f"{text[:12]}..." if len(text) == 64 else text
-
-    return [f"{name}: " + ", ".join(f"{label} {short(v)}" for label, v in values.items())]
+    for key in (*_COMPARED, "corpus sha256", "machine device"):
+        name, _, inner = key.partition(" ")
+        values = [record.config.get(name) for record in records]
+        values = [(value or {}).get(inner) if inner else value for value in values]
+        if len(set(map(repr, values))) > 1:
+            texts = [f"{v[:12]}..." if isinstance(v, str) and len(v) == 64 else v for v in values]
+            pairs = zip(records, texts, strict=True)
+            lines.append(f"{key}: " + ", ".join(f"{record.label} {v}" for record, v in pairs))
+    return lines
 
 
 def command(script: str, config_class, values: dict) -> str:
@@ -275,7 +257,7 @@ def command(script: str, config_class, values: dict) -> str:
     underscores, the others with dashes. A run of several processes gets torchrun.
     """
     words = []
-    for field in dataclasses.fields(config_class):
+    for field in fields(config_class):
         value = values.get(field.name)
         value = tuple(value) if isinstance(value, list) else value  # JSON knows no tuples
         if field.name in _PAST or value is None or value == field.default:

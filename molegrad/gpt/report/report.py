@@ -50,16 +50,6 @@ td, th { border-bottom: 1px solid #d8dee4; padding: .25rem .6rem; text-align: le
 svg { max-width: 42rem; height: auto; }
 pre { background: #f6f8fa; padding: .7rem; font-size: .82rem; white-space: pre-wrap; }
 """
-_SHADOW = {
-    "energy_capture": "energy captured",
-    "best_energy": "best at this rank",
-    "cosine": "cosine",
-    "norm_ratio": "norm ratio",
-    "relative_error": "relative error",
-    "energy_estimate_error": "error of the free energy",
-    "norm_estimate_error": "error of the free norm",
-    "effective_rank": "effective rank of G",
-}
 _SUMMARY = (  # title, key of RunRecord.summary, format, factor
     ("bits per byte", "bpb", "{:.4f}", 1),
     ("gap to dense", "gap", "{}", 1),
@@ -248,18 +238,20 @@ def estimates(records: Sequence[RunRecord]) -> list:
 
 def shadows(records: Sequence[RunRecord]) -> str:
     """The last comparison with true gradients: all layers compared, and their mean."""
+    lines = [(record.title, record.shadow()) for record in records]
+    keys = dict.fromkeys(key for _, found in lines for line in found for key in line)
+    keys = [key for key in keys if key not in ("step", "layer", "rank") and "spectrum" not in key]
     rows = []
-    for record in records:
-        lines = record.shadow()
-        last = [line for line in lines if line["step"] == lines[-1]["step"]]
-        for line in last:
-            values = [number(line.get(key)) for key in _SHADOW]
-            rows.append([record.title, f"{line['step']:,}", short(line["layer"]), *values])
+    for title, found in lines:
+        last = [line for line in found if line["step"] == found[-1]["step"]]
+        columns = [[line.get(key) for line in last] for key in keys]
+        known = [[value for value in values if _is_number(value)] for values in columns]
+        means = [sum(values) / len(values) if values else None for values in known]
+        for layer, values in [(line["layer"], [line.get(k) for k in keys]) for line in last]:
+            rows.append([title, f"{last[0]['step']:,}", short(layer), *map(number, values)])
         if last:
-            known = ([v for line in last if _is_number(v := line.get(key))] for key in _SHADOW)
-            means = [number(sum(values) / len(values)) if values else "" for values in known]
-            rows.append([record.title, f"{last[0]['step']:,}", "mean", *means])
-    return table(["method (run)", "step", "layer", *_SHADOW.values()], rows)
+            rows.append([title, f"{last[0]['step']:,}", "mean", *map(number, means)])
+    return table(["method (run)", "step", "layer", *keys], rows)
 
 
 def phases(records: Sequence[RunRecord]) -> list:

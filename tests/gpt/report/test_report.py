@@ -241,7 +241,7 @@ def test_runs_that_are_not_alike_are_named():
     two = record("two", config={"depth": 3, "corpus": {"sha256": "b" * 64}})
     assert differences([one, two]) == [
         "depth: one 2, two 3",
-        "corpus: one aaaaaaaaaaaa..., two bbbbbbbbbbbb...",
+        "corpus sha256: one aaaaaaaaaaaa..., two bbbbbbbbbbbb...",
     ]
 
 
