@@ -1,4 +1,4 @@
-"""Products of torch in bfloat16 and in float8 at the sizes of layers, and what float8 operands cost.
+"""Products of torch in bfloat16 and in float8 at the sizes of layers; the cost of float8 operands.
 
     python scripts/gpu/fp8_products.py --shapes=768x3072 --tokens=8192
 

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 KIT = ROOT / "scripts/gpu"
-# All but the tests, which the suite collects by itself, and compiled, whose flags are those of step.
+# All but tests, which the suite collects by itself, and compiled, whose flags are those of step.
 PARTS = ("info", "grad", "step", "profile", "fp8", "memory")
 
 
