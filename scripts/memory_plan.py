@@ -1,6 +1,6 @@
 """Predict peak memory: python -m scripts.memory_plan --depth=12 --max-seq-len=8192 --card=32"""
 
-from molegrad.plan.memory import main
+from molegrad.memory.plan import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -1,5 +1,4 @@
-"""The sampled estimate: unbiased, as exact as it says, exact where enough is zero; the momentum
-mode built on it; inputs kept in float8."""
+"""Layers with the sampled estimate: the momentum mode, inputs kept in float8."""
 
 import copy
 import warnings
@@ -8,160 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from molegrad import MoleGradConfig, MoleLinear, clip_grad_norm_, convert, linear, ops, plan
+from molegrad import MoleGradConfig, MoleLinear, clip_grad_norm_, convert, linear, plan
 from molegrad.config import PRESETS
 from molegrad.monitor import layer_metrics, memory_bytes
 from molegrad.optim import AdamW, Muon, matrix_param_groups
-from tests.samples import randn, tokens
+from tests.samples import randn
 
 F64 = torch.float64
-FLOAT8 = torch.ones(30, 8).to(torch.float8_e4m3fn)
-
-
-def counter(step: int = 0) -> torch.Tensor:
-    return torch.tensor(step)
-
-
-def sampled(a, b, share, block=4, seed=0, step=0, scale=None):
-    grad = torch.zeros(b.shape[-1], a.shape[-1], dtype=torch.promote_types(b.dtype, torch.float32))
-    stats = ops.sampled_grad_(grad, a, b, scale, counter(step), share, block, 1.0, seed)
-    return grad, stats
-
-
-@pytest.mark.parametrize(("n", "m"), [(24, 40), (40, 24), (24, 24)])
-@pytest.mark.parametrize("block", [1, 5, 16])
-def test_unbiased_with_the_variance_it_reports(n, m, block):
-    a, b = tokens(60, n, m, F64)
-    wide = a if n > m else b
-    wide.clamp_(min=0)
-    g = b.mT @ a
-    estimates = torch.stack([sampled(a, b, 0.3, block, step=i)[0] for i in range(600)])
-    error = (estimates - g).square().sum((1, 2)).mean()
-    stats = sampled(a, b, 0.3, block)[1]
-    terms = (a.square().sum(1) * b.square().sum(1)).sum()
-    assert 0.9 < error / (stats[1] * terms) < 1.1
-    # The mean of N draws is off by the error of one over √N.
-    assert (estimates.mean(0) - g).square().sum() < 1.5 * error / len(estimates)
-    assert abs(stats[0].item() - 0.3) < 0.06
-
-
-def test_samples_differ_by_seed_and_step_and_repeat():
-    a, b = tokens(50, 12, 20)
-    first = sampled(a, b, 0.2)[0]
-    assert torch.equal(first, sampled(a, b, 0.2)[0])
-    assert not torch.equal(first, sampled(a, b, 0.2, seed=1)[0])
-    assert not torch.equal(first, sampled(a, b, 0.2, step=1)[0])
-
-
-@pytest.mark.parametrize("wide_a", [False, True])
-def test_exact_where_enough_is_zero(wide_a):
-    """An eighth of X is not zero: a quarter share takes all of it, with weight 1."""
-    x, z = randn(400, 64, dtype=F64), randn(400, 16, seed=1, dtype=F64)
-    x = x * (torch.rand(400, 64, generator=torch.Generator().manual_seed(2)) < 0.125)
-    a, b = (x, z) if wide_a else (z, x)
-    grad, stats = sampled(a, b, 0.25, block=1)
-    assert (grad - b.mT @ a).norm() < 0.02 * (b.mT @ a).norm()
-    assert stats[1] < 0.01
-    coarse = sampled(a, b, 0.25, block=16)[1]
-    assert coarse[1] > 10 * stats[1]  # hardly a block of 16 is all zero
-
-
-def test_smaller_blocks_and_larger_shares_have_less_noise():
-    a, b = tokens(300, 16, 64)
-    b.relu_()
-    noise = [[float(sampled(a, b, s, k)[1][1]) for s in (0.1, 0.3, 0.6)] for k in (1, 4, 16)]
-    for row in noise:
-        assert row[0] > row[1] > row[2] > 0
-    for left, right in zip(noise, noise[1:], strict=False):
-        assert all(x < y for x, y in zip(left, right, strict=True))
-
-
-def test_adds_in_place_with_alpha_and_share_one_is_exact():
-    a, b = tokens(30, 8, 12)
-    grad = torch.ones(12, 8)
-    stats = ops.sampled_grad_(grad, a, b, None, counter(), 1.0, 4, -2.0)
-    torch.testing.assert_close(grad, 1 - 2 * (b.mT @ a), rtol=1e-4, atol=1e-4)
-    assert stats.tolist() == [1.0, 0.0]
-    half = torch.ones(12, 8, dtype=torch.bfloat16)
-    ops.sampled_grad_(half, a, b, None, counter(), 1.0, 4, -2.0)
-    assert torch.equal(half, grad.to(torch.bfloat16))
-
-
-@pytest.mark.parametrize("t", [0, 1, 3])
-@pytest.mark.parametrize("zero", ["a", "b", "neither"])
-def test_few_tokens_and_zeros_stay_finite(t, zero):
-    a, b = tokens(t, 8, 12)
-    (a if zero == "a" else b if zero == "b" else a[:0]).zero_()
-    grad, stats = sampled(a, b, 0.01)
-    assert grad.isfinite().all() and stats.isfinite().all()
-    if zero != "neither" or t == 0:
-        assert not grad.any()
-
-
-def test_nan_reaches_the_gradient():
-    a, b = tokens(30, 8, 12)
-    b[3, 2] = float("nan")
-    assert sampled(a, b, 0.5)[0].isnan().any()
-
-
-def test_float8_rows():
-    x = randn(3, 7, 33) * torch.logspace(-6, 6, 7)[:, None]
-    x[1, 2] = 0
-    data, scale = ops.quantize_rows(x)
-    back = data.float() * scale.unsqueeze(-1)
-    largest = x.abs().amax(-1, keepdim=True)
-    assert data.dtype == torch.float8_e4m3fn and scale.shape == (3, 7)
-    assert ((back - x).abs() <= x.abs() / 16 + largest * 2.0**-17).all()
-    assert torch.equal(back.abs().amax(-1), x.abs().amax(-1)) or torch.allclose(
-        back.abs().amax(-1, keepdim=True), largest
-    )
-    a, b = tokens(64, 16, 24)
-    data, scale = ops.quantize_rows(a)
-    direct = sampled(data.float() * scale[:, None], b, 0.4)[0]
-    torch.testing.assert_close(sampled(data, b, 0.4, scale=scale)[0], direct)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"fraction": 0.0}, "fraction must be positive, got 0.0"),
-        ({"block": 0}, "block must be at least 1, got 0"),
-        ({"grad": torch.zeros(3, 3)}, r"expected grad of shape \(12, 8\), got \(3, 3\)"),
-        ({"a_scale": torch.ones(30)}, "a_scale belongs to a float8 a, got a of torch.float32"),
-        ({"a": FLOAT8}, "a of torch.float8_e4m3fn needs a_scale, what quantize_rows returned"),
-        (
-            {"a": FLOAT8, "a_scale": torch.ones(30, 1)},
-            r"expected a_scale in torch.float32, one for each token of a \(30, 8\), got \(30, 1\)",
-        ),
-        ({"a": FLOAT8, "a_scale": torch.ones(30, dtype=F64)}, r"got \(30\) of torch.float64"),
-        ({"counter": torch.zeros(2)}, "counter as an int64 scalar"),
-    ],
-)
-def test_bad_arguments_are_named(change, message):
-    a, b = tokens(30, 8, 12)
-    given = {"grad": torch.zeros(12, 8), "a": a, "b": b, "a_scale": None, "counter": counter()}
-    with pytest.raises(RuntimeError, match=f"molegrad::sampled_grad_: .*{message}"):
-        ops.sampled_grad_(**{**given, "fraction": 0.5, "block": 4, **change})
-
-
-@pytest.mark.parametrize("shape", [(13, 1), (1, 11)])
-def test_add_quantized_rounds_to_half_a_step(shape):
-    data, scale = torch.zeros(13, 11, dtype=torch.int8), torch.ones(shape)
-    x = randn(13, 11) * torch.logspace(-3, 3, shape[0] + shape[1] - 1).view(shape)
-    total = torch.zeros(13, 11)
-    for _ in range(3):
-        ops.add_quantized_(data, scale, x)
-        total += x
-        assert ((data * scale - total).abs() <= 1.51 * scale).all()
-    ops.add_quantized_(data, scale, -(data * scale))
-    assert not data.any() and torch.equal(scale, torch.ones(shape))
-    ops.add_quantized_(data, scale, torch.full((13, 11), float("nan")))
-    assert (data * scale).isnan().all()
-    with pytest.raises(RuntimeError, match=r"molegrad::add_quantized_: expected scale \(13, 1\)"):
-        ops.add_quantized_(data, torch.ones(11), x)
-
-
-# The layer
 
 
 def layer(n=16, m=64, **fields) -> MoleLinear:

@@ -1,206 +1,150 @@
-"""Puts together what scripts/gpu_check.sh has measured: gpu_check.json and gpu_check.md.
+"""What a benchmark can choose on a GPU, and what the project wants of one.
 
-    python -m scripts.gpu_report --folder=gpu_check
-
-The folder has parts.txt, a line "name exit-status seconds" for every part that ran, and the logs
-grad.log, step.log, compiled.log (steps too) and memory.log, with the benchmark's JSON on a line of
-its own. What is missing there is said to be missing, and not measured is not guessed.
+A sketch of bfloat16 operands has several paths there (csrc/cuda/product_paths.h): "own" kernels in
+two launches a chunk, products of "cublaslt", one "fused" launch. MOLEGRAD_SKETCH_PATH names one, or
+one for each size, and is read at every call. "native" is what the op does unasked. "fp8 A" is the
+op on an A that the forward pass has kept in float8 (E4M3, a scale for each token), "fp8 A, B" with
+B in E5M2 too; what quantising takes is a row of its own, `quantize_rows`.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
-import json
-import subprocess
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from molegrad import build_info
-from molegrad.bench import grad, memory_report, step
-from molegrad.bench import targets as targets_of
-from molegrad.bench.table import table
-from molegrad.gpt.train import flags
-from molegrad.gpt.train.flags import flag
-from molegrad.gpt.train.hardware import device_name
+from molegrad import _native, build_info
+from molegrad.bench.timing import has_native
 
-BENCHMARKS = ("grad", "step", "compiled", "memory")
-# Of a part, by its exit status: `timeout` ends with 124, or 137 where it had to kill.
-STATUS = {
-    0: "passed", None: "not run", 124: "out of time", 130: "interrupted", 137: "out of time",
-}  # fmt: skip
+VARIABLE = "MOLEGRAD_SKETCH_PATH"
+FORCED = ("own", "cublaslt", "fused")
+FP8 = ("fp8 A", "fp8 A, B")
+SIZE = {"n": 1280, "m": 5120, "tokens": 8192, "k": 32}  # of the targets of products, in bfloat16
+# What is wanted of a GPU: (table of bench_grad, what the native row has, key, at least or at most).
+TARGETS = (
+    ("gradients", {"op": "sketch", **SIZE}, "vs_dense", ">=", 2.5),
+    ("gradients", {"op": "sketch", **SIZE}, "of_floor", ">=", 0.65),
+    ("gradients", {"op": "lowrank_grad", **SIZE}, "vs_dense", ">=", 1.6),
+    ("bases", {"op": "orthonormalize", "depth": 12, "k": 32}, "us_p50", "<=", 150.0),
+)
 
 
 @dataclass(frozen=True)
-class GpuReportConfig:
-    """Put the results of scripts/gpu_check.sh together."""
+class Problem:
+    """A product to time: A (tokens, n), B (tokens, m), bases of k columns, dtype of A and B."""
 
-    folder: str = flag("gpu_check", "where they are, and where the report goes")
+    n: int
+    m: int
+    tokens: int
+    k: int
+    dtype: torch.dtype
+    device: torch.device
 
 
-def machine() -> dict:
-    """The GPU, its driver, and the versions at work."""
-    found = torch.cuda.is_available()
-    info = {
-        "gpu": device_name(torch.device("cuda")) if found else None,
-        "driver": None,
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "build_info": build_info(),
-    }
+@contextlib.contextmanager
+def forced(path: str) -> Iterator[None]:
+    """The native sketches called inside take `path` where they can, whatever was asked for."""
+    before = os.environ.get(VARIABLE)
+    os.environ[VARIABLE] = path
     try:
-        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-        info["driver"] = answer.stdout.splitlines()[0].strip()
-    except (OSError, subprocess.SubprocessError, IndexError):
-        pass  # the report says that it is not known
-    return info
+        yield
+    finally:
+        if before is None:
+            del os.environ[VARIABLE]
+        else:
+            os.environ[VARIABLE] = before
 
 
-def collect(folder: Path) -> dict:
-    """All results of a folder: "machine", "parts", "targets", and "grad", "step" and "memory", None
-    where missing.
+def ways(op: str, device: torch.device) -> list[str]:
+    """How a product can be made to compute on a device, whether it is built for that or not.
 
-    Raises:
-        FileNotFoundError: the folder holds no results.
+    `lowrank_grad` multiplies one half at a time, for which there is no fused launch;
+    `sketch_accumulate_` has the kernels of `sketch`, which is timed in all its ways.
     """
-    listing = folder / "parts.txt"
-    if not listing.is_file():
-        raise FileNotFoundError(f"{listing} is missing: run bash scripts/gpu_check.sh {folder}")
-    parts = []
-    for line in listing.read_text().splitlines():
-        name, status, seconds = line.split()
-        known = int(status) if status.isdigit() else None
-        log = folder / f"{name}.log"
-        said = log.read_text(errors="replace").strip().splitlines() if log.is_file() else []
-        last = said[-1][:200] if said and not said[-1].startswith("{") else ""
-        parts.append({"name": name, "status": known, "seconds": int(seconds), "said": last})
-    measured = {name: _last_json(folder / f"{name}.log") for name in BENCHMARKS}
-    measured["step"] = _joined(measured["step"], measured.pop("compiled"))
-    return {
-        "machine": machine(),
-        "parts": parts,
-        "targets": _targets(**measured),
-        **measured,
-    }
+    if op == "sketch_accumulate_":
+        return ["native"]
+    paths = [p for p in FORCED if op == "sketch" or p != "fused"] if device.type == "cuda" else []
+    return ["native", *paths, *FP8]
 
 
-def _targets(grad: dict | None, step: dict | None, memory: dict | None) -> list[dict]:
-    of_memory = [] if memory is None else memory.get("targets", [])
-    return [*targets_of.targets(grad, step), *of_memory]
+def obstacle(op: str, way: str, problem: Problem) -> str | None:
+    """Why an op cannot be timed in one of its `ways`; None where it can."""
+    if not has_native(op, problem.device):
+        return "not built"
+    if way in FP8:
+        path = build_info()["paths"]["fp8"] if problem.device.type == "cuda" else None
+        return None if path is None or path["supported"] else f"not supported: {path['reason']}"
+    return _path_obstacle(way, problem) if way in FORCED else None
 
 
-def _last_json(log: Path) -> dict | None:
-    """The last line that is a JSON object: what goes to stderr may follow it."""
-    lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
-    for line in reversed(lines):
-        if line.startswith("{"):
-            with contextlib.suppress(json.JSONDecodeError):
-                return json.loads(line)
+def _path_obstacle(way: str, problem: Problem) -> str | None:
+    module, _ = _native.load()
+    dtype = str(problem.dtype).removeprefix("torch.")
+    with forced(way):
+        taken = module.sketch_path(dtype, problem.n, problem.m, problem.tokens, problem.k)
+    if taken != way:
+        return f"not supported: {dtype} takes {taken}"
+    if way == "fused":
+        gpu = torch.cuda.get_device_properties(problem.device)
+        sizes = problem.tokens, problem.n, problem.m, problem.k
+        limits = gpu.multi_processor_count, gpu.shared_memory_per_multiprocessor
+        if not module.fused_fits(*sizes, *limits):
+            return "does not fit"
     return None
 
 
-def _joined(eager: dict | None, compiled: dict | None) -> dict | None:
-    """Steps of both runs of the benchmark in one result."""
-    if eager is None or compiled is None:
-        return eager or compiled
-    rows = [*eager["rows"], *compiled["rows"]]
-    stopped = {"interrupted": True} if compiled.get("interrupted") else {}
-    return {**eager, "rows": rows, **stopped}
+def fastest(rows: list[dict]) -> str | None:
+    """The value of MOLEGRAD_SKETCH_PATH that takes the fastest measured path of every size.
+
+    A rule holds for layers from n to m features and from m to n, so many tokens or more and ranks
+    up to its own; what no rule means stays with "auto".
+
+    Args:
+        rows: of `molegrad.bench.grad.bench_gradients`; those of forced sketches count.
+
+    Returns:
+        None where at most one path of a size was measured: there is nothing to choose.
+    """
+    best: dict[tuple[int, int, int, int], dict] = {}
+    counts = collections.Counter()
+    for row in rows:
+        if row.get("op") == "sketch" and row["how"] in FORCED and "us_p50" in row:
+            size = row["n"], row["m"], row["k"], -row["tokens"]
+            counts[size] += 1
+            best[size] = min(best.get(size, row), row, key=lambda r: r["us_p50"])
+    chosen = [size for size in sorted(best) if counts[size] > 1]
+    if not chosen:
+        return None
+    rules = (f"{n}x{m}x{-tokens}x{k}={best[n, m, k, tokens]['how']}" for n, m, k, tokens in chosen)
+    return ",".join([*rules, "auto"])
 
 
-def _cut_short(measured: dict) -> list[str]:
-    return ["Interrupted: what was measured until then.", ""] if "interrupted" in measured else []
-
-
-def markdown(results: dict) -> str:
-    """The report as Markdown."""
-    lines = [
-        *_machine_lines(results["machine"]),
-        "",
-        "| part | result | seconds | last line |",
-        "|---|---|---|---|",
-    ]
-    for part in results["parts"]:
-        status = STATUS.get(part["status"], f"failed ({part['status']})")
-        said = part["said"].replace("|", "\\|")
-        lines.append(f"| {part['name']} | {status} | {part['seconds']} | {said} |")
-    lines += ["", "## Targets", "", targets_of.shown(results["targets"]), "", "## Ops", ""]
-    if results["grad"] is None:
-        lines += ["Not measured.", ""]
-    else:
-        lines += [*_cut_short(results["grad"]), _bandwidth_line(results["grad"]), ""]
-        for name in grad.TABLES:
-            lines += [table(results["grad"][name], markdown=True) or f"{name}: no rows", ""]
-    lines += ["## Training steps", ""]
-    if results["step"] is None:
-        lines.append("Not measured.")
-    else:
-        lines += _cut_short(results["step"])
-        lines.append(step.shown(results["step"]["rows"], markdown=True))
-    lines += ["", "## Memory", ""]
-    if results["memory"] is None:
-        lines.append("Not measured: FULL=1, or python -m scripts.bench_memory --device=cuda.")
-    else:
-        lines += _cut_short(results["memory"])
-        lines.append(memory_report.measured(results["memory"], markdown=True))
-    return "\n".join(lines) + "\n"
-
-
-def _machine_lines(machine: dict) -> list[str]:
-    """What ran: the GPU, its driver, and the versions."""
-    info = machine["build_info"]
-    built, found = info.get("cuda_built", {}), info.get("cuda_found", {})
-    extension = (
-        f"built with CUDA {_version(built.get('toolkit'))} for {built['architectures']}, "
-        f"cuBLASLt {found.get('cublaslt') or 'unknown'}"
-        if built
-        else info.get("reason", "built with the CPU ops only")
-    )
-    lines = [
-        f"# {machine['gpu'] or 'No GPU'}",
-        "",
-        f"Driver {machine['driver'] or 'unknown'}, torch {machine['torch']}, CUDA "
-        f"{machine['cuda']}; native extension: {extension}. "
-        "Reproduce: `bash scripts/gpu_check.sh`.",
-        "",
-    ]
-    for name, path in info.get("paths", {}).items():
-        taken = ", ".join(f"{k} {v}" for k, v in path.items() if k not in ("supported", "reason"))
-        supported = "yes" if path["supported"] else "no"
-        lines.append(f"- {name}: {supported}, {path['reason']}{': ' * bool(taken)}{taken}")
-    return lines
-
-
-def _version(number: int | None) -> str:
-    """CUDART_VERSION as people write it: 13000 is 13.0."""
-    return f"{number // 1000}.{number % 1000 // 10}" if number else "unknown"
-
-
-def _bandwidth_line(measured: dict) -> str:
-    rate, config = measured["bandwidth"], measured["config"]
-    if rate is None:
-        why = measured.get("bandwidth_note", "not measured")
-        return f"{measured['device']}, {config['dtype']}. Memory bandwidth: {why}."
-    return (
-        f"{measured['device']}, {config['dtype']}. Memory: {rate['read'] / 1e9:.0f} GB/s read by a "
-        f"sum, {rate['copy'] / 1e9:.0f} GB/s copied (read and written); the larger is the floor "
-        "under every pass over A and B."
-    )
-
-
-@flags.command("gpu_report")
-def main(argv: list[str] | None = None) -> int:
-    """The command; its status is 1 where there are no results."""
-    config = flags.parse(GpuReportConfig, argv, prog="python -m scripts.gpu_report")
-    folder = Path(config.folder)
-    try:
-        results = collect(folder)
-    except FileNotFoundError as error:
-        print(f"gpu_report: {error}")
-        return 1
-    (folder / "gpu_check.json").write_text(json.dumps(results, indent=1) + "\n")
-    (folder / "gpu_check.md").write_text(markdown(results))
-    print(f"written: {folder / 'gpu_check.json'}, {folder / 'gpu_check.md'}")
-    return 0
+def targets(result: dict) -> list[dict]:
+    """A row for each of TARGETS, from a result of bench_grad on a GPU in bfloat16: "measured" is
+    None where there is no time of it."""
+    rows = []
+    for name, labels, key, sign, wanted in TARGETS:
+        mine = (
+            row[key]
+            for row in result[name]
+            if row.get("how") == "native"
+            and row.get(key) is not None
+            and all(row.get(label) == value for label, value in labels.items())
+        )
+        measured = next(mine, None)
+        met = measured is not None and (measured >= wanted if sign == ">=" else measured <= wanted)
+        verdict = "not measured" if measured is None else "met" if met else "not met"
+        sizes = ", ".join(f"{k}={v}" for k, v in labels.items() if k != "op")
+        rows.append(
+            {
+                "target": f"{labels['op']} {key} ({sizes})",
+                "wanted": f"{sign} {wanted:g}",
+                "measured": measured,
+                "result": verdict,
+            }
+        )
+    return rows

@@ -3,17 +3,16 @@
     python -m scripts.bench_step --device=cpu --depth=4 --aspect-ratio=32 --batches=8x256 --json
     python -m scripts.bench_step --device=cuda --depth=12 --batches=1x8192,16x2048 --compile=both
 
-A method is a name of `molegrad.lab.methods`, overrides behind colons included. For every batch
-(sequences x tokens of one micro-batch, a step each) and every method, first its memory is measured
-with nothing else there: gradients, optimizer state and saved layer inputs as tensors that exist,
-and on a GPU the peak of three steps. Then its steps are timed in turn with dense's, step by step,
-in the same process; a ratio is the median of the pairs' own ratios, with an interval that holds it
-with 95% confidence.
+A method is a name of `molegrad.lab.methods`, overrides behind colons included, such as
+balanced:sequence_chunk=1024:sequence_parts=all. For every batch (sequences x tokens of one
+micro-batch, a step each) and every method, first its memory is measured with nothing else there:
+gradients, optimizer state and saved layer inputs as tensors that exist, and on a GPU the peak of
+three steps. Then its steps are timed in turn with dense's, step by step, in the same process; a
+ratio is the median of the pairs' own ratios, with an interval that holds it with 95% confidence.
 
 Phases: forward (the loss included), backward, optimizer (zero_grad included), total. Times are the
-host's on the CPU, the device's between events on a GPU, which is waited for once a step. Where
-dense and a method do not fit the device together, the method's steps follow dense's instead, and
-"in_turn" is false. What fails has a note that says why, and the rest goes on; Ctrl-C ends with what
+host's on the CPU, the device's between events on a GPU, which is waited for once a step. What fails
+or does not fit beside dense has a note that says why, and the rest goes on; Ctrl-C ends with what
 has been measured.
 
 Precision of float32 products and the kernel of attention are those of base training, torch's own
@@ -34,8 +33,7 @@ from dataclasses import dataclass
 import torch
 
 from molegrad import build_info
-from molegrad.bench.partial import exit_status, no_room, until_interrupted
-from molegrad.bench.table import table
+from molegrad.bench.timing import exit_status, no_room, until_interrupted
 from molegrad.gpt.model.gpt import GPT, GPTConfig
 from molegrad.gpt.train import flags, setup
 from molegrad.gpt.train.base import prepare_device
@@ -43,7 +41,8 @@ from molegrad.gpt.train.config import BaseTrainConfig, compute_dtype, resolve
 from molegrad.gpt.train.flags import flag
 from molegrad.gpt.train.hardware import attention_backend, device_name, peak_memory_bytes
 from molegrad.lab.methods import Method, parse_methods
-from molegrad.lab.timing import median_interval
+from molegrad.lab.table import median_interval
+from molegrad.memory.table import table
 from molegrad.monitor import PhaseTimer, memory_bytes, saved_bytes
 
 PHASES = ("forward", "backward", "optimizer")
@@ -63,9 +62,7 @@ class StepBenchConfig:
     aspect_ratio: int = flag(64, "width per block")
     vocab: int = flag(32768, "entries of the vocabulary")
     batches: str = flag("4x512", "sequences x tokens of a step, comma separated")
-    methods: str = flag(
-        "exact,balanced,minimal,factored-tangent", "methods, as scripts.compare takes them"
-    )
+    methods: str = flag("exact,balanced,minimal,tangent", "methods, as scripts.compare takes them")
     dtype: str = flag("auto", "of the matrix products: auto, bfloat16 or float32")
     compile: str = flag("no", "torch.compile: no, yes or both")
     steps: int = flag(20, "steps of every method that count")
@@ -254,30 +251,23 @@ def bench_batch(
     dense = methods[0]
     common = {"sequences": batch[0], "tokens": batch[1], "compiled": compiled}
     found: dict[str, dict] = {}
-    dense_seconds: list[dict[str, float]] = []
     try:
         for method in methods:
             row = found[method.label] = {**common, "method": method.label}
             held, why = alone(_memory, config, method, batch, compiled)
-            row |= _held(held) if held else why
-            both = "peak_mib" in row and "peak_mib" in found[dense.label]
-            row |= {"peak_ratio": row["peak_mib"] / found[dense.label]["peak_mib"]} if both else {}
+            row |= why or {f"{key}_mib": value / 2**20 for key, value in held.items()}
+            if "peak_mib" in row and "peak_mib" in found[dense.label]:
+                row["peak_ratio"] = row["peak_mib"] / found[dense.label]["peak_mib"]
         for method in methods[1:] or methods:
-            row = found[method.label]
-            if "note" in row:
-                continue
-            if "note" in found[dense.label]:
-                row["note"] = f"not timed, as dense failed: {found[dense.label]['note']}"
+            row, reference = found[method.label], found[dense.label]
+            if "note" in row or "note" in reference:
+                row.setdefault("note", f"not timed, as dense failed: {reference.get('note')}")
                 continue
             timed, why = alone(_time, config, dense, method, batch, compiled)
-            row |= why
-            if timed:
-                seconds, reference, row["in_turn"] = timed
-                dense_seconds += reference
-                row |= _times(seconds, reference) if method is not dense else {}
+            row |= why or (_times(*timed) if method is not dense else {})
+            if timed and "ratio" not in reference:
+                reference |= _times(timed[1], timed[1])
     finally:
-        if dense_seconds:
-            found[dense.label] |= _times(dense_seconds, dense_seconds) | {"in_turn": True}
         rows.extend(found.values())
 
 
@@ -289,39 +279,17 @@ def _memory(config, method: Method, batch, compiled: bool) -> dict[str, int]:
 
 
 def _time(config, dense: Method, method: Method, batch, compiled: bool):
-    """Seconds by phase of the method's steps and of dense's, and whether they were in turn."""
+    """Seconds by phase of the method's steps and of dense's, made in turn."""
     try:
         reference = Training(config, dense, batch, compiled)
-        if method is dense:
-            seconds = _steps(config, reference)
-            return seconds, seconds, True
-        own = None
-        try:
-            own = Training(config, method, batch, compiled)
-            return _steps(config, own, reference), reference.seconds[WARM_UP:], True
-        except RuntimeError as error:
-            if not no_room(error):
-                raise
-        own = None
-        clean()
-        reference.seconds.clear()
-        seconds, reference = _steps(config, reference), None
-        clean()
-        return _steps(config, Training(config, method, batch, compiled)), seconds, False
+        own = reference if method is dense else Training(config, method, batch, compiled)
+        for number in range(WARM_UP + config.steps):
+            pair = (reference,) if own is reference else (own, reference)
+            for training in pair[::-1] if number % 2 else pair:
+                training.step()
+        return own.seconds[WARM_UP:], reference.seconds[WARM_UP:]
     finally:
         torch.compiler.reset()
-
-
-def _steps(config: StepBenchConfig, *trainings: Training) -> list[dict[str, float]]:
-    """Seconds by phase of the first training's steps, made in turn with the others'."""
-    for number in range(WARM_UP + config.steps):
-        for training in trainings[::-1] if number % 2 else trainings:
-            training.step()
-    return trainings[0].seconds[WARM_UP:]
-
-
-def _held(held: dict[str, int]) -> dict[str, float]:
-    return {f"{key}_mib": value / 2**20 for key, value in held.items()}
 
 
 def _times(seconds, reference) -> dict:
@@ -382,7 +350,7 @@ def shown(rows: list[dict], markdown: bool = False) -> str:
     """The rows of `bench` as aligned text or as Markdown."""
     if not rows:
         return "no rows"
-    return table([_shown(row) for row in rows], markdown, _COLUMNS)
+    return table([_shown(row) for row in rows], _COLUMNS, markdown)
 
 
 def _shown(row: dict) -> dict:
@@ -392,8 +360,7 @@ def _shown(row: dict) -> dict:
         "compiled": "yes" if row["compiled"] else "no",
     }
     if "ratio" in row:
-        interval = f"{row['ratio']:.3f} ({row['ratio_low']:.3f} to {row['ratio_high']:.3f})"
-        shown["shown"] = interval + ("" if row["in_turn"] else ", not in turn")
+        shown["shown"] = f"{row['ratio']:.3f} ({row['ratio_low']:.3f} to {row['ratio_high']:.3f})"
     return shown
 
 

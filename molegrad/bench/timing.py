@@ -1,32 +1,37 @@
-"""Timing of ops: interleaved rounds, on a GPU between events and with a cold L2 cache.
+"""Timing: interleaved rounds, on a GPU between events and with a cold L2 cache; and what every
+benchmark shares: failures as notes, a limit of seconds, results so far on Ctrl-C.
 
 Several variants of one thing are run one after the other, round by round, so that another
 program's load falls on all of them, and a ratio is the median of the rounds' own ratios.
 
 On a GPU a variant's time is what passes on the device between two events around it. Before the
 first event a buffer is read that is larger than the L2 cache, as other layers' tensors would have
-been in a training step, and it is read as often as the host needs to launch the variant: the device
-must not be seen to wait for launches. Were it written, the cache would hold what has yet to go to
-memory, and that would be the variant's to wait for.
+been in a training step, and it is read as often as the host needs to launch the variant, so that
+the device does not wait for launches. It is not written: the cache would then hold lines that have
+to go to memory first, and the variant would wait for them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
+import signal
 import statistics
+import threading
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 
-from molegrad.bench.partial import no_room
+from molegrad import ops
+from molegrad.ops import OPS
 
+INTERRUPTED = 130  # exit status of a command that SIGINT has ended, as shells have it
 LEAST_ROUNDS = 3  # however little time there is
 FLUSH_BYTES = 256 << 20  # at least, and twice the L2 cache
 LONGEST_LAUNCH = 5e-3  # seconds of launching that are hidden behind the flush
-FIRST_COUNTS = 8  # cells for whose time a table's first cell is measured
 
 
 @dataclass
@@ -202,55 +207,126 @@ def bandwidth(device: torch.device, size: int | None = None) -> dict[str, float]
     return {"read": read, "copy": copy, "best": max(read, copy)}
 
 
-class Budget:
-    """The seconds of a table, shared out among its cells, so that the last ones get some too.
-
-    Args:
-        seconds: of the whole table; 0 is no limit. cells: how many shares there are.
-    """
-
-    def __init__(self, seconds: float, cells: int) -> None:
-        self._cells = cells
-        self._end = time.perf_counter() + seconds if seconds else math.inf
-
-    def share(self, cells: int = 1) -> float | None:
-        """Seconds for the next cell, which counts as so many; None where nothing is left."""
-        left = self._end - time.perf_counter()
-        share = left * cells / max(self._cells, cells)
-        self._cells -= cells
-        return share if left > 0 else None
-
-
 def measure_cells(
     rows: list[dict],
     cells: list[dict],
     measure: Callable[[dict, float], list[dict]],
     seconds: float,
     device: torch.device,
-    first: dict | None = None,
 ) -> None:
     """Adds to `rows` those of all cells of a table. What is not measured has one with a "note".
 
     Args:
-        cells: what tells one from the other, such as {"n": 768, "m": 3072}.
+        cells: the sizes of each, such as {"n": 768, "m": 3072}.
         measure: (cell, seconds it may take) -> its rows.
-        seconds: of the whole table; 0 is no limit.
-        first: the cell that matters most. If it is among them, it goes before the others and has
-            the time of FIRST_COUNTS cells.
+        seconds: of the whole table, shared out among its cells; 0 is no limit.
     """
-    if first in cells:
-        cells = [first, *(cell for cell in cells if cell != first)]
-    counts = [FIRST_COUNTS if cell == first else 1 for cell in cells]
-    budget = Budget(seconds, sum(counts))
-    for cell, count in zip(cells, counts, strict=True):
-        limit = budget.share(count)
-        if limit is None:
+    end = time.perf_counter() + seconds if seconds else math.inf
+    for done, cell in enumerate(cells):
+        left = end - time.perf_counter()
+        if left <= 0:
             rows.append(cell | {"note": f"not measured: the table's {seconds:g} s are spent"})
             continue
         try:
             if device.type == "cuda":  # the cell before may have left most of the memory cached
                 gc.collect()
                 torch.cuda.empty_cache()
-            rows += measure(cell, limit)
+            rows += measure(cell, left / (len(cells) - done))
         except Exception as error:  # whatever it was: the other cells are measured
             rows.append(cell | {"note": reason(error)})
+
+
+def row_of(timed: Timed, name, labels: dict, dense=None, plain=None) -> dict:
+    """A variant's row: percentiles and ratios to the variants `dense` and `plain`, or its note."""
+    times = timed.seconds.get(name)
+    if times is None:
+        return labels | {"note": timed.failed[name]}
+    row = labels | percentiles(times)
+    if name in timed.host:
+        row["us_host"] = timed.host[name] * 1e6
+    for key, other in (("vs_dense", dense), ("vs_reference", plain)):
+        if other in timed.seconds:
+            row[key] = median_ratio(timed.seconds[other], times)
+    return row
+
+
+def has_native(name: str, device: torch.device) -> bool:
+    """Whether `torch.ops.molegrad.<name>` has a native kernel on the device."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"molegrad::{name}", device.type.upper())
+
+
+def op_rows(
+    name: str,
+    run: Callable[[Callable], object],
+    labels: dict,
+    device: torch.device,
+    repeats: int,
+    limit: float,
+    beside: dict[str, Callable] | None = None,
+    reference: bool = True,
+) -> list[dict]:
+    """Rows of an op's reference and of its native kernel, or a note that none is built.
+
+    Args:
+        run: calls the op that it is given, on the operands to time.
+        beside: what else is timed with them; ratios are to "dense", if it is there.
+        reference: whether the reference runs.
+    """
+    kernels = {"reference": OPS[name].reference} if reference else {}
+    native = has_native(name, device)
+    if native:
+        kernels["native"] = getattr(ops, name)
+    variants = {**(beside or {}), **{how: lambda op=op: run(op) for how, op in kernels.items()}}
+    timed = time_interleaved(variants, repeats, device, limit)
+    rows = [
+        row_of(timed, how, labels | {"op": name, "how": how}, "dense",
+               "reference" if how == "native" else None)
+        for how in variants
+    ]  # fmt: skip
+    if not native:
+        rows.append(labels | {"op": name, "how": "native", "note": "not built"})
+    return rows
+
+
+def no_room(error: BaseException) -> bool:
+    """Whether a measurement has failed because the device's memory does not suffice.
+
+    An allocation that fails inside a native op does not arrive as an OutOfMemoryError: LibTorch's
+    stable ABI says that an "API call failed", and of nothing else that fails there more than that.
+    """
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and (
+        "out of memory" in text or "API call failed" in text
+    )
+
+
+@contextlib.contextmanager
+def until_interrupted(result: dict) -> Iterator[None]:
+    """Ctrl-C inside ends the block, not the program: result["interrupted"] is then True.
+
+    Works where SIGINT was ignored too, as in what a script starts in the background, and with more
+    than one signal, as `timeout` sends them: the first counts.
+    """
+
+    def stop(number, frame) -> None:
+        if not result.get("interrupted"):
+            result["interrupted"] = True
+            raise KeyboardInterrupt
+
+    before = None
+    if threading.current_thread() is threading.main_thread():  # others may not set handlers
+        before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    except KeyboardInterrupt:
+        result["interrupted"] = True
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGINT, before)
+
+
+def exit_status(result: dict, failed: bool = False) -> int:
+    """Of the command: 130 where it was interrupted, 1 where something failed, 0."""
+    return INTERRUPTED if result.get("interrupted") else int(failed)

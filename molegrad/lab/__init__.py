@@ -1,13 +1,9 @@
-"""The quality laboratory: what low-rank weight gradients cost, against tuned baselines.
+"""The quality laboratory: what estimated weight gradients cost, against tuned dense Muon.
 
-methods.py   names of methods -> flags of base training, and the syntax of overrides
-sweep.py     the axes, the cells they span, and which runs come next
+methods.py   names of methods -> flags of base training, and the syntax of changes
+peers.py     other people's optimizers for the block matrices
 store.py     what has been trained, one JSON line a run
-worker.py    one run in a process of its own; several of them at once
-timing.py    step times, measured alone
-summary.py   gaps to dense with confidence intervals, tables
-plots.py     Pareto plots
-command.py   python -m scripts.compare
-peers.py     other people's optimizers for the block matrices, and references.py theirs that
-             have no package
+run.py       one run in a process of its own; several at once; steps of two runs in turn
+table.py     gaps to dense with confidence intervals, the tables, the plot
+sweep.py     python -m scripts.compare: its flags, and which runs come next
 """

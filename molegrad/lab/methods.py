@@ -1,96 +1,54 @@
-"""Methods of training: a name, overrides behind colons, and what they mean for base training.
+"""Methods of training: a name, changes behind colons, and the flags of base training they mean.
 
-    dense                                        Muon on exact gradients, the reference
-    factored-tangent                             an entry of METHODS
-    factored-tangent:rank=16:warm_start_decay=1  with other values of base_train's flags
-    balanced:sample_share=0.125                  a preset of molegrad.config
-    adamw:matrix_lrs=0.001|0.002|0.004           with learning rates of its own
-    galore:rank=16                               a name of molegrad.lab.peers
+    dense                                 Muon on exact gradients, the reference
+    lowrank:rank=16:warm_start_decay=1    a name of METHODS with other values of base_train's flags
+    balanced:sample_share=0.125           a streaming flag needs no prefix
+    adamw:matrix_lrs=0.001|0.002|0.004    with learning rates of its own
+    galore:rank=16:scale=0.5              a name of molegrad.lab.peers, with an option of it
 
-A new method is one line in METHODS. An override names any flag of base training, a streaming flag
-also without its prefix; `rank` is the rank of whatever it is given to, `lr` is `matrix_lr`. A value
-in square brackets may hold commas and colons. What is no flag goes to a peer as its option.
+A new method is one line in METHODS. `rank` is the rank of whatever it is given to. A value in
+square brackets may hold commas and colons.
 """
 
 from __future__ import annotations
 
 import ast
-import dataclasses
 import difflib
-import importlib
 import types
 import typing
 from dataclasses import dataclass, field
 
 from molegrad.config import PRESETS
-from molegrad.estimators.lowrank_options import DEFAULT_RANK
 from molegrad.gpt.train.config import BaseTrainConfig
 from molegrad.gpt.train.flags import PREFIX
+from molegrad.lab.peers import OPTIONS, PEERS, Peer
+from molegrad.lab.store import STEERING
 
 _HINTS = typing.get_type_hints(BaseTrainConfig)
+_LOW_RANK = {"enable_streaming": True, "streaming_gradient_mode": "factored"}
 METHODS: dict[str, dict] = {
     "dense": {},
-    **{
-        name: {"optimizer": name} for name in typing.get_args(_HINTS["optimizer"]) if name != "muon"
+    "adamw": {"optimizer": "adamw"},
+    "adafactor": {"optimizer": "adafactor"},
+    "lowrank": {**_LOW_RANK, "streaming_method": "power"},
+    "lowrank-grad": {
+        **_LOW_RANK,
+        "streaming_method": "power",
+        "streaming_gradient_mode": "dense",
     },
-    "molegrad": {"enable_streaming": True},  # to be completed by overrides
+    "tangent": {**_LOW_RANK, "streaming_method": "tangent"},
     **{
-        f"{mode}-{method}": {
-            "enable_streaming": True,
-            "streaming_gradient_mode": mode,
-            "streaming_method": method,
-        }
-        for mode in ("dense", "factored")
-        for method in ("power", "tangent")
-    },
-    **{
-        name: {"enable_streaming": True, **{PREFIX + k: v for k, v in fields.items()}}
-        for name, fields in PRESETS.items()
-    },
-    "projected": {
-        "enable_streaming": True,
-        "streaming_method": "projected",
-        "streaming_gradient_mode": "momentum",
-        "streaming_momentum_dtype": "bfloat16",
-        "streaming_saved_inputs": "fp8",
-        "streaming_target_layers": "all",
+        name: {"enable_streaming": True, **{PREFIX + k: v for k, v in PRESETS[name].items()}}
+        for name in ("exact", "balanced", "minimal")
     },
 }
+RANK = PREFIX + "rank_k"
 RATES = ("lr", "matrix_lr", "matrix_lrs")
-# Peers without a rank, or with a fixed one: --ranks makes no difference to them.
-RANKLESS = {"adamw", "muon", "in-backward-adamw", "in-backward-muon", "apollo-mini"}
-PEER_OPTIONS = {"momentum", "weight_decay"}  # also flags, of the optimizer that a peer replaces
-# Flags that the sweep sets itself: every method has to have the same.
-RESERVED = {
-    "depth": "--sizes",
-    "aspect_ratio": "--sizes",
-    "seed": "--seeds",
-    "num_iterations": "--num-iterations",
-    "max_train_tokens": "--train-tokens",
-    "total_batch_size": "--batch-sizes",
-    "max_seq_len": "--max-seq-len",
-    "data": "--data",
-    "tokenizer": "--vocab",
-    "eval_tokens": "--eval-tokens",
-    "threads": "--threads",
-    "device_type": "--device-type",
-} | dict.fromkeys(
-    (
-        *("run", "model_tag", "dashboards", "eval_every", "save_every", "keep_last", "resume"),
-        *("resume_from_step", "overwrite", "monitor_every", "sample_every", "streaming_seed"),
-        *("layer_metrics", "shadow_every", "shadow_layers"),
-    ),
-    "nothing: the sweep sets it",
-)
-
-
-@dataclass(frozen=True)
-class Peer:
-    """An optimizer of molegrad.lab.peers for the block matrices, with its rank and options."""
-
-    name: str
-    rank: int | float | None  # None where the peer has none
-    options: dict = field(default_factory=dict)
+# Flags that the sweep sets, for all methods alike.
+RESERVED = STEERING | {
+    *("depth", "aspect_ratio", "max_seq_len", "total_batch_size", "num_iterations"),
+    *("max_train_tokens", "eval_tokens", "device_type", "seed", "streaming_seed"),
+}
 
 
 @dataclass(frozen=True)
@@ -102,141 +60,97 @@ class Method:
     rates: tuple[float, ...] = ()
     peer: Peer | None = None
 
-    @property
-    def family(self) -> str:
-        """The label without a rank: what several ranks of one method share."""
-        words = split(self.label, ":")
-        return ":".join(w for w in words if _key(w).removeprefix(PREFIX) not in ("rank", "rank_k"))
 
-    @property
-    def rank(self) -> int | float | None:
-        """The rank k (a fraction: of a layer's smaller side), None for dense methods."""
-        if self.peer is not None:
-            return self.peer.rank
-        streaming = BaseTrainConfig(**self.flags).streaming_config()
-        return None if streaming is None else streaming.rank_k
-
-
-def peer_module():
-    """molegrad.lab.peers, imported when a peer is asked for."""
-    return importlib.import_module("molegrad.lab.peers")
-
-
-def parse_methods(text: str, ranks: str = "", common: str = "") -> list[Method]:
+def parse_methods(text: str, common: str = "") -> list[Method]:
     """The methods of a --methods flag; "dense" is always the first (it may have rates of its own).
 
     Args:
         text: comma separated specifications.
-        ranks: comma separated; every low-rank method without a rank of its own is made once for
-            each. Empty is the default of the configuration.
-        common: overrides for all methods, colon separated.
+        common: changes for all methods, colon separated; a method's own win. Streaming flags among
+            them are for the methods that stream.
 
     Raises:
         ValueError: an unknown method or flag, or a value of the wrong kind.
     """
-    shared = _overrides(common, split(common, ":"))
-    for name, remedy in (("rank", "--ranks"), ("rates", "--matrix-lrs")):
-        if name in shared:
-            raise ValueError(f"--common={common}: use {remedy} for all methods")
-    rank_list = [number(rank, "--ranks") for rank in split(ranks, ",")]
-    methods = [m for spec in split(text, ",") for m in _methods(spec, shared, rank_list)]
-    dense = [m for m in methods if m.label == "dense"] or _methods("dense", shared, rank_list)
+    shared = _changes(f"--common={common}", split(common, ":"))
+    if "rates" in shared:
+        raise ValueError(f"--common={common}: learning rates of all methods are --matrix-lrs")
+    methods = [_method(spec, shared) for spec in split(text, ",")]
+    dense = [m for m in methods if m.label == "dense"] or [_method("dense", shared)]
     return [dense[0], *(m for m in methods if m.label != "dense")]
 
 
-def _methods(spec: str, shared: dict, ranks: list) -> list[Method]:
+def _method(spec: str, shared: dict) -> Method:
     name, *words = split(spec, ":")
     label = ":".join([name, *(word for word in words if _key(word) not in RATES)])
-    if name in METHODS:
-        given = _overrides(spec, words)
-        peer = None
-    elif name in peer_module().PEERS:
-        given = _overrides(spec, words, free=True)
-        peer = Peer(name, None, given.pop("options"))
-    else:
-        names = [*METHODS, *peer_module().PEERS]
-        raise ValueError(f"unknown method {name!r}: {_nearest(name, names)}")
-    rates, rank = given.pop("rates", ()), given.pop("rank", None)
-    flags = {**METHODS.get(name, {}), **shared, **given}
-    if not flags.get("enable_streaming", False):  # what is common to all is for those it concerns
+    if name not in METHODS and name not in PEERS:
+        raise ValueError(f"unknown method {name!r}: {_nearest(name, [*METHODS, *PEERS])}")
+    given = _changes(label, words, OPTIONS.get(name, {}))
+    rates = given.pop("rates", ())
+    if name in PEERS:
+        rank = given.pop(RANK, shared.get(RANK))
+        options = {key: given.pop(key) for key in OPTIONS[name] if key in given}
+        idle = [key for key in given if _concerns_gradients(key)]
+        if idle:
+            raise ValueError(f"{label!r}: {idle[0]} is not for a peer, which takes dense gradients")
+        flags = {k: v for k, v in {**shared, **given}.items() if not _concerns_gradients(k)}
+        return Method(label, flags, rates, Peer(name, rank, options))
+    flags = {**METHODS[name], **shared, **given}
+    if not flags.get("enable_streaming"):
         flags = {k: v for k, v in flags.items() if k in given or not k.startswith(PREFIX)}
-    low_rank = flags.get("enable_streaming", False) if peer is None else name not in RANKLESS
-    if rank is not None and not low_rank:
-        raise ValueError(f"{spec!r} has a rank, but {name} is not a method with a free rank")
-    if peer is not None:
-        if flags.get("enable_streaming", False) or flags.get("optimizer", "muon") != "muon":
-            raise ValueError(f"{spec!r}: a peer is the optimizer, and its gradients are dense")
-        own = [rank] if rank is not None else ranks or [DEFAULT_RANK]
-        own = own if low_rank else [None]
-        return [Method(label, flags, rates, dataclasses.replace(peer, rank=k)) for k in own]
-    if not low_rank or flags.get(PREFIX + "method") == "sampled":
-        return [Method(label, flags, rates)]
-    key = PREFIX + "rank_k"
-    own = [rank] if rank is not None else [] if key in given else ranks
-    return [Method(label, {**flags, key: k}, rates) for k in own] or [Method(label, flags, rates)]
+    return Method(label, flags, rates)
 
 
-def _overrides(spec: str, words: list[str], free: bool = False) -> dict:
-    """Flag -> value of the words NAME=VALUE; "rank" and "rates" besides, and "options" if free."""
-    result: dict = {"options": {}} if free else {}
+def _concerns_gradients(flag: str) -> bool:
+    return flag in ("enable_streaming", "optimizer") or flag.startswith(PREFIX)
+
+
+def _changes(spec: str, words: list[str], options=()) -> dict:
+    """Flag or option -> value of the words NAME=VALUE; "rates" besides."""
+    result: dict = {}
     for word in words:
         name, equals, text = word.partition("=")
+        name, text = _key(word), text.strip().removeprefix("[").removesuffix("]")
         if not equals:
             raise ValueError(f"{spec!r}: {word!r} should look like NAME=VALUE")
-        name, text = name.strip().replace("-", "_"), text.strip()
-        if text.startswith("[") and text.endswith("]"):
-            text = text[1:-1]
-        if free and name in PEER_OPTIONS:
-            result["options"][name] = _literal(text)
-        elif name == "rank":
-            result["rank"] = number(text, spec)
-        elif name in RATES:
+        if name in RATES:
             result["rates"] = learning_rates(text.replace("|", ","), spec)
+        elif name in options:
+            result[name] = _literal(text)
         elif name in RESERVED or PREFIX + name in RESERVED:
-            remedy = RESERVED.get(name) or RESERVED[PREFIX + name]
-            raise ValueError(f"{spec!r}: {name} is the same for all methods; use {remedy}")
-        elif name in _HINTS:
+            raise ValueError(
+                f"{spec!r}: {name} is the same for all methods; compare has a flag for it, or sets "
+                "it itself"
+            )
+        elif name in _HINTS or PREFIX + name in _HINTS:
+            name = name if name in _HINTS else PREFIX + name
             result[name] = typed(name, text, _HINTS[name])
-        elif PREFIX + name in _HINTS:
-            result[PREFIX + name] = typed(name, text, _HINTS[PREFIX + name])
-        elif free:
-            result["options"][name] = _literal(text)
         else:
-            known = [*_HINTS, *(n.removeprefix(PREFIX) for n in _HINTS), "rank", "matrix_lrs"]
+            known = [*_HINTS, *(n.removeprefix(PREFIX) for n in _HINTS), *options]
             raise ValueError(f"{spec!r}: unknown flag {name!r}; {_nearest(name, known)}")
     return result
 
 
 def _key(word: str) -> str:
-    return word.partition("=")[0].strip().replace("-", "_")
+    name = word.partition("=")[0].strip().replace("-", "_")
+    return RANK if name == "rank" else name
 
 
 def split(text: str, separator: str) -> list[str]:
     """The parts of a text, stripped, empty ones left out; brackets protect what is in them."""
-    parts, depth, part = [], 0, ""
+    parts, depth = [""], 0
     for character in text:
         depth += (character == "[") - (character == "]")
         if character == separator and depth == 0:
-            parts.append(part)
-            part = ""
+            parts.append("")
         else:
-            part += character
-    return [part.strip() for part in [*parts, part] if part.strip()]
-
-
-def number(text: str, where: str) -> int | float:
-    """An integer, or else a float. ValueError names the text and where it stood."""
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    raise ValueError(f"{where}: {text!r} is no number")
+            parts[-1] += character
+    return [part.strip() for part in parts if part.strip()]
 
 
 def learning_rates(text: str, where: str) -> tuple[float, ...]:
     """Comma separated positive numbers in rising order, each once."""
-    rates = sorted({float(number(part, where)) for part in split(text, ",")})
+    rates = sorted({float(typed(where, part, float)) for part in split(text, ",")})
     if not rates or not 0 < rates[0] <= rates[-1] < float("inf"):
         raise ValueError(f"{where}: learning rates must be positive numbers, got {text!r}")
     return tuple(rates)
@@ -251,30 +165,23 @@ def typed(name: str, text: str, hint):
     union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     members = typing.get_args(hint) if union else (hint,)
     choices = [c for m in members if typing.get_origin(m) is typing.Literal for c in m.__args__]
-    low = text.lower()
-    if type(None) in members and low == "none":
-        return None
-    if bool in members and low in ("true", "1", "yes", "on", "false", "0", "no", "off"):
-        return low in ("true", "1", "yes", "on")
-    for kind in (int, float):
-        if kind in members:
-            try:
-                return kind(text)
-            except ValueError:
-                pass
-    for choice in choices:
-        if str(choice) == text:
-            return choice
-    if str in members:
+    kinds = tuple(m for m in members if isinstance(m, type))
+    value = _literal(text)
+    if isinstance(value, int) and not isinstance(value, bool) and int not in kinds:
+        value = float(value) if float in kinds else text
+    if value in choices or type(value) in kinds:
+        return value
+    if str in kinds:
         return text
-    kinds = ", ".join([*map(str, choices), *(m.__name__ for m in members if isinstance(m, type))])
-    raise ValueError(f"{name}={text} is not one of: {kinds}")
+    words = ", ".join([*map(str, choices), *(kind.__name__ for kind in kinds)])
+    raise ValueError(f"{name}={text} is not one of: {words}")
 
 
 def _literal(text: str):
     """A number, True, False or None where the text is one; else the text."""
+    words = {"true": True, "false": False, "none": None}
     try:
-        return ast.literal_eval(text)
+        return words[text.lower()] if text.lower() in words else ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text
 

@@ -16,7 +16,6 @@ import functools
 import hashlib
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import filelock
 
@@ -25,9 +24,9 @@ from molegrad.gpt import paths
 from molegrad.gpt.train import flags
 from molegrad.gpt.train.config import BaseTrainConfig
 from molegrad.gpt.train.flags import PREFIX
-from molegrad.lab.methods import Peer
+from molegrad.lab.peers import Peer
 
-FORMAT = 2
+FORMAT = 3
 RUNS, TIMES = "compare.jsonl", "compare-times.jsonl"
 # Flags that do not change what is learnt; the corpus and the tokenizer count by their content.
 STEERING = {
@@ -51,14 +50,6 @@ class Run:
     corpus: str
     tokenizer: str
     peer: Peer | None = None
-
-    @property
-    def title(self) -> str:
-        """The method with its rank, for people."""
-        rank = self.peer.rank if self.peer else None
-        if self.config.enable_streaming:
-            rank = getattr(self.config, PREFIX + "rank_k")
-        return self.label if rank is None else f"{self.label}, k = {rank:g}"
 
     @functools.cached_property
     def key(self) -> str:
@@ -86,14 +77,9 @@ class Run:
 
     @classmethod
     def from_dict(cls, values: dict) -> Run:
-        peer = values["peer"]
-        return cls(
-            values["method"],
-            BaseTrainConfig(**values["config"]),
-            values["corpus"],
-            values["tokenizer"],
-            Peer(**peer) if peer else None,
-        )
+        config = BaseTrainConfig(**values["config"])
+        peer = Peer(**values["peer"]) if values["peer"] else None
+        return cls(values["method"], config, values["corpus"], values["tokenizer"], peer)
 
 
 @functools.lru_cache(maxsize=1)
@@ -112,24 +98,28 @@ def key_of(record: dict) -> str | None:
     }
     if not counted.keys() <= _defaults().keys():
         return None
-    identity = {name: record[name] for name in ("format", "peer", "corpus", "tokenizer", "native")}
-    text = json.dumps({**identity, "config": counted}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    names = ("format", "peer", "corpus", "tokenizer", "native")
+    return hash_of({**{name: record[name] for name in names}, "config": counted})
 
 
-def read_runs() -> dict[str, dict]:
-    """Key -> the newest record of every run in the store."""
+def hash_of(values) -> str:
+    """A short name of something JSON-able."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def read(name: str) -> dict[str, dict]:
+    """Key -> the newest record of a file of the store (RUNS or TIMES)."""
+    path = paths.report_dir() / name
     found = {}
-    for record in _lines(paths.report_dir() / RUNS):
-        key = key_of(record) if record.get("format") == FORMAT else None
-        if key is not None:
-            found[key] = record
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            record = json.loads(line)
+            if record["format"] == FORMAT:
+                found[key_of(record) if name == RUNS else record["key"]] = record
+        except (json.JSONDecodeError, TypeError, KeyError):
+            continue  # half a line of a process that was killed, or an older format
+    found.pop(None, None)
     return found
-
-
-def read_times() -> dict[str, dict]:
-    """Key -> the newest timing that the key (see `molegrad.lab.timing`) has in the store."""
-    return {record["key"]: record for record in _lines(paths.report_dir() / TIMES)}
 
 
 def append(name: str, record: dict) -> None:
@@ -148,16 +138,3 @@ def claim(key: str) -> filelock.FileLock:
     folder = paths.report_dir() / "compare-locks"
     folder.mkdir(exist_ok=True)
     return filelock.FileLock(folder / f"{key}.lock")
-
-
-def _lines(path: Path) -> list[dict]:
-    records = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if isinstance(record, dict):
-                records.append(record)
-    return records

@@ -1,98 +1,199 @@
+"""The benchmark of the ops as it runs on a GPU, with tensors that lie on the CPU instead."""
+
 import json
+import os
+import time
+from types import SimpleNamespace
 
-from molegrad.bench import gpu, grad, memory, step
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
 
+from molegrad.bench import gpu, grad, timing
+from molegrad.bench.gpu import Problem, fastest, forced, obstacle, targets, ways
 
-def test_a_report_of_what_was_measured(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(grad, "bandwidth", lambda device: {"read": 2e9, "copy": 1e9, "best": 2e9})
-    parts = "tests 0 31\nops_tests 124 40\nsanitizer missing 0\ngrad 0 9\nstep 2 4\n"
-    (tmp_path / "parts.txt").write_text(parts)
-    (tmp_path / "sanitizer.log").write_text("no compute-sanitizer here\n")
-    (tmp_path / "tests.log").write_text("....\n12 passed in 3.10s\n")
-    (tmp_path / "step.log").write_text("out of memory\n")
-    config = ["--shapes=16x24", "--tokens=32", "--ranks=4", "--repeats=1", "--depth=2", "--json"]
-    assert grad.main(config) == 0
-    (tmp_path / "grad.log").write_text(capsys.readouterr().out)
-    assert gpu.main([f"--folder={tmp_path}"]) == 0
-    results = json.loads((tmp_path / "gpu_check.json").read_text())
-    assert results["step"] is None and results["grad"]["gradients"]
-    assert results["parts"][0]["said"] == "12 passed in 3.10s"
-    text = (tmp_path / "gpu_check.md").read_text()
-    assert "| tests | passed | 31 | 12 passed in 3.10s |" in text
-    assert "| sanitizer | not run | 0 | no compute-sanitizer here |" in text
-    assert "| step | failed (2) | 4 |" in text and "| ops_tests | out of time | 40 |" in text
-    # What was measured on a CPU meets no target of a GPU.
-    assert len(results["targets"]) == text.count("| not measured |") == 7
-    assert text.index("## Targets") < text.index("## Ops")
-    assert "Memory: 2 GB/s read by a sum, 1 GB/s copied" in text and "µs p20" in text
-    assert "Not measured." in text and "vs dense" in text
-
-    small = ["--depth=2", "--aspect-ratio=32", "--vocab=300", "--batches=2x16", "--steps=2"]
-    assert step.main([*small, "--methods=exact", "--json"]) == 0
-    (tmp_path / "step.log").write_text(capsys.readouterr().out)
-    assert gpu.main([f"--folder={tmp_path}"]) == 0
-    text = (tmp_path / "gpu_check.md").read_text()
-    assert "Not measured." not in text and "| 2x16 | no | exact |" in text
-    assert "Not measured: FULL=1" in text
-
-    small = ["--depth=1", "--aspect-ratio=32", "--vocab=64", "--lengths=16,32", "--time-at=-1"]
-    assert memory.main([*small, "--variants=dense,MoleGrad", "--json"]) == 0
-    (tmp_path / "memory.log").write_text(capsys.readouterr().out)
-    assert gpu.main([f"--folder={tmp_path}"]) == 0
-    text = (tmp_path / "gpu_check.md").read_text()
-    assert "Not measured" not in text and "| MoleGrad | 32 |" in text
-    assert text.count("| not measured |") == 13
+TINY = ["--device=cuda", "--shapes=64x48", "--tokens=32", "--ranks=8", "--repeats=3", "--depth=2"]
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
-def test_a_benchmark_s_result_is_found_whatever_follows_it(tmp_path):
-    log = tmp_path / "step.log"
-    said = ["{not json", '{"rows": [1]}', '{"rows": [2]}', "[3]", "{cut off", "Warning: bye"]
-    log.write_text("\n".join(said) + "\n")
-    assert gpu._last_json(log) == {"rows": [2]}
-    log.write_text("Traceback\n{'rows': 1}\n")
-    assert gpu._last_json(log) is None and gpu._last_json(tmp_path / "none.log") is None
+def problem(device=GPU, n=1280, m=5120, tokens=8192, k=32, dtype=torch.bfloat16):
+    return Problem(n, m, tokens, k, dtype, device)
 
 
-def test_compiled_steps_and_results_that_were_cut_short(tmp_path, capsys):
-    small = ["--depth=2", "--aspect-ratio=32", "--vocab=300", "--batches=2x16", "--steps=1"]
-    assert step.main([*small, "--methods=exact", "--json"]) == 0
-    eager = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
-    rows = [row | {"compiled": True} for row in eager["rows"]]
-    (tmp_path / "parts.txt").write_text("step 0 9\ncompiled 124 60\n")
-    (tmp_path / "step.log").write_text(json.dumps(eager) + "\n")
-    (tmp_path / "compiled.log").write_text(json.dumps(eager | {"rows": rows, "interrupted": True}))
-    stopped = {name: [] for name in grad.TABLES} | {"device": "a GPU", "interrupted": True}
-    stopped |= {"bandwidth": None, "config": {"dtype": "bfloat16", "device": "cuda"}}
-    (tmp_path / "grad.log").write_text(json.dumps(stopped) + "\n")
-    assert gpu.main([f"--folder={tmp_path}"]) == 0
-    text = (tmp_path / "gpu_check.md").read_text()
-    assert "| compiled | out of time | 60 |" in text
-    assert "| 2x16 | no | exact |" in text and "| 2x16 | yes | exact |" in text
-    assert text.count("Interrupted: what was measured until then.") == 2
-    assert "a GPU, bfloat16. Memory bandwidth: not measured." in text
-    (tmp_path / "step.log").unlink()
-    assert gpu.collect(tmp_path)["step"]["rows"] == rows
+def test_a_path_is_forced_for_the_calls_inside(monkeypatch):
+    monkeypatch.delenv(gpu.VARIABLE, raising=False)
+    with forced("own"):
+        assert os.environ[gpu.VARIABLE] == "own"
+        with pytest.raises(KeyError), forced("fused"):
+            assert os.environ[gpu.VARIABLE] == "fused"
+            raise KeyError
+        assert os.environ[gpu.VARIABLE] == "own"
+    assert gpu.VARIABLE not in os.environ
 
 
-def test_the_report_names_the_gpu_its_driver_and_the_versions():
-    none = {"supported": False, "reason": "needs cuBLASLt 13.4 or newer"}
-    taken = {"wanted": "auto", "bfloat16": "own", "float32": "cublaslt"}
-    info = {
-        "cuda_built": {"toolkit": 13000, "architectures": "90a-real,120-real"},
-        "cuda_found": {"cublaslt": 130100},
-        "paths": {"grouped": none, "sketch": {"supported": True, "reason": "by dtype"} | taken},
-    }
-    machine = {"gpu": "H100", "driver": "580.1", "torch": "2.11.0", "cuda": "13.0"}
-    results = {"machine": machine | {"build_info": info}, "parts": [], "targets": []}
-    text = gpu.markdown(results | {"grad": None, "step": None, "memory": None})
-    assert text.startswith(
-        "# H100\n\nDriver 580.1, torch 2.11.0, CUDA 13.0; native extension: built"
+def test_ways_of_an_op():
+    assert ways("sketch", CPU) == ways("lowrank_grad", CPU) == ["native", "fp8 A", "fp8 A, B"]
+    assert ways("sketch", GPU) == ["native", "own", "cublaslt", "fused", "fp8 A", "fp8 A, B"]
+    assert "fused" not in ways("lowrank_grad", GPU)
+    assert ways("sketch_accumulate_", GPU) == ["native"]
+
+
+class OnCpu(TorchFunctionMode):
+    """Whoever asks for a CUDA tensor gets one of the CPU."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "cuda":
+            kwargs["device"] = "cpu"
+        return function(*args, **kwargs)
+
+
+class Event:
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.at = time.perf_counter()
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, later):
+        return 1e3 * (later.at - self.at)
+
+
+class Module:
+    """What molegrad._C says of an H100 whose torch has loaded no cuBLASLt."""
+
+    def sketch_path(self, dtype, n, m, tokens, rank):
+        wanted = os.environ[gpu.VARIABLE]
+        return "own" if dtype == "float16" or wanted == "cublaslt" else wanted
+
+    def fused_fits(self, tokens, n, m, rank, multiprocessors, shared_memory):
+        assert (multiprocessors, shared_memory) == (132, 233472)
+        return rank <= 32
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """Counts how often cached memory was given back."""
+    given_back = []
+    properties = SimpleNamespace(
+        L2_cache_size=1 << 10, multi_processor_count=132, shared_memory_per_multiprocessor=233472
     )
-    assert "built with CUDA 13.0 for 90a-real,120-real, cuBLASLt 130100." in text
-    assert "- grouped: no, needs cuBLASLt 13.4 or newer\n" in text
-    assert "- sketch: yes, by dtype: wanted auto, bfloat16 own, float32 cublaslt\n" in text
+    for name, value in {
+        "is_available": lambda: True,
+        "Event": Event,
+        "synchronize": lambda device: None,
+        "get_device_properties": lambda device: properties,
+        "get_device_name": lambda device: "a GPU",
+        "mem_get_info": lambda device: (8 << 20, 8 << 20),
+        "empty_cache": lambda: given_back.append(1),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    info = {
+        "torch": "2",
+        "cuda": True,
+        "cpu_capability": "avx2",
+        "cuda_built": {"architectures": "90a"},
+        "paths": {"fp8": {"supported": False, "reason": "needs capability 8.9"}},
+    }
+    monkeypatch.setattr(grad, "build_info", lambda: info)
+    monkeypatch.setattr(gpu, "build_info", lambda: info)
+    monkeypatch.setattr(gpu, "_native", SimpleNamespace(load=lambda: (Module(), None)))
+    monkeypatch.setattr(timing, "FLUSH_BYTES", 1 << 10)
+    for module in (grad, gpu, timing):
+        monkeypatch.setattr(module, "has_native", lambda name, device: True)
+    with OnCpu():
+        yield given_back
 
 
-def test_nothing_measured_is_an_error(tmp_path, capsys):
-    assert gpu.main([f"--folder={tmp_path}"]) == 1
-    assert "run bash scripts/gpu_check.sh" in capsys.readouterr().out
+def test_why_a_way_is_not_measured(device, monkeypatch):
+    for way in ("native", "own", "fused"):
+        assert obstacle("sketch", way, problem()) is None
+    assert obstacle("sketch", "fused", problem(k=64)) == "does not fit"
+    assert obstacle("sketch", "cublaslt", problem()) == "not supported: bfloat16 takes own"
+    half = problem(dtype=torch.float16)
+    assert obstacle("sketch", "fused", half) == "not supported: float16 takes own"
+    assert obstacle("sketch", "fp8 A", problem()) == "not supported: needs capability 8.9"
+    assert obstacle("sketch", "fp8 A", problem(CPU)) is None
+    monkeypatch.setattr(gpu, "has_native", lambda name, device: False)
+    assert obstacle("lowrank_grad", "native", problem()) == "not built"
+
+
+def test_every_table_has_its_rows(device, capsys):
+    assert grad.main([*TINY, "--paths=own,fused", "--json"]) == 0
+    out = capsys.readouterr().out.strip().splitlines()
+    assert "native kernels: 90a" in out[0] and "TFLOP/s" in out[2] and "host µs" in out[2]
+    assert any("sketch vs_dense" in line and "not measured" in line for line in out)
+    result = json.loads(out[-1])
+    assert result["device"] == "a GPU" and result["bandwidth"]["best"] > 0
+    found = {(row["op"], row["how"]): row for row in result["gradients"]}
+    assert {how for op, how in found if op == "sketch"} == {
+        "reference", "native", "own", "cublaslt", "fused", "fp8 A", "fp8 A, B",
+    }  # fmt: skip
+    assert found["sketch", "cublaslt"]["note"] == "left out"
+    assert found["lowrank_grad", "fp8 A"]["note"] == "left out"
+    for how in ("native", "own", "fused"):
+        row = found["sketch", how]
+        assert "note" not in row and row["us_host"] > 0 and row["of_floor"] > 0
+        work = 4 * row["k"] * row["tokens"] * (row["n"] + row["m"])
+        assert row["tflops"] * row["us_p50"] * 1e6 == pytest.approx(work)
+    blocks = {row["block"] for row in result["sampled"] if row["how"] == "native"}
+    assert blocks == {1, 2, 4, 16, 64, 128}
+    assert len([row for row in result["sampled"] if row["how"] == "reference"]) == 1
+    assert len(device) >= len(grad.TABLES)
+
+
+def test_paths_are_taken_and_operands_counted(device, monkeypatch):
+    seen = []
+
+    def sketch(a, b, u, v, a_scale=None, b_scale=None):
+        seen.append((os.environ.get(gpu.VARIABLE), a.dtype, b.dtype))
+
+    monkeypatch.delenv(gpu.VARIABLE, raising=False)
+    monkeypatch.setattr(grad.ops, "sketch", sketch)
+    monkeypatch.setattr(grad, "ways", lambda op, _: ways(op, GPU) if op == "sketch" else [])
+    given = problem(CPU, n=64, m=48, tokens=32, k=8)
+    rows = grad.bench_gradients(given, 2, 60.0, 1e10, left_out=("own",))
+    found = {row["how"]: row for row in rows if row["op"] == "sketch"}
+    half, e4m3, e5m2 = torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2
+    # A warm-up and two rounds.
+    assert seen == 3 * [
+        (None, half, half), ("fused", half, half), (None, e4m3, half), (None, e4m3, e5m2),
+    ]  # fmt: skip
+    assert gpu.VARIABLE not in os.environ and found["own"]["note"] == "left out"
+    sizes = {"native": 2 * (64 + 48), "fp8 A": 64 + 2 * 48, "fp8 A, B": 64 + 48}
+    for how, size in sizes.items():
+        row = found[how]
+        assert row["gbytes"] * row["us_p50"] * 1e3 == pytest.approx(32 * size)
+        assert row["of_floor"] == pytest.approx(32 * size / 1e10 / (row["us_p50"] * 1e-6))
+
+
+def test_the_fastest_paths_as_rules():
+    def row(how, us, tokens=8192, k=32, op="sketch", n=768):
+        return {"op": op, "how": how, "n": n, "m": 3072, "tokens": tokens, "k": k, "us_p50": us}
+
+    rows = [row("native", 1), row("own", 5), row("cublaslt", 9), row("fused", 4)]
+    rows += [row("own", 2, 2048), row("fused", 3, 2048)]
+    rows += [row("own", 7, k=64), row("cublaslt", 6, k=64), row("own", 1, n=64)]
+    rows += [row("own", 1, op="lowrank_grad"), row("cublaslt", 0.5, op="lowrank_grad")]
+    del (missing := row("fused", 0, n=64))["us_p50"]
+    text = "768x3072x8192x32=fused,768x3072x2048x32=own,768x3072x8192x64=cublaslt,auto"
+    assert fastest([*rows, missing]) == text  # of n = 64 there is one path only
+    assert fastest([row("own", 1), row("native", 2)]) is None and fastest([]) is None
+
+
+def test_targets_are_judged_by_the_native_row_of_their_size():
+    size = {"n": 1280, "m": 5120, "tokens": 8192, "k": 32, "how": "native"}
+    sketch = {**size, "op": "sketch"}
+    rows = [
+        {**sketch, "how": "own", "vs_dense": 9.0, "of_floor": 0.9},
+        {**sketch, "tokens": 2048, "vs_dense": 9.0, "of_floor": 0.9},
+        {**sketch, "vs_dense": 2.6, "of_floor": 0.6},
+        {**size, "op": "lowrank_grad", "note": "not built"},
+    ]
+    bases = [{"op": "orthonormalize", "depth": 12, "k": 32, "how": "native", "us_p50": 150.0}]
+    found = targets({"gradients": rows, "bases": bases})
+    assert [row["measured"] for row in found] == [2.6, 0.6, None, 150.0]
+    assert [row["result"] for row in found] == ["met", "not met", "not measured", "met"]

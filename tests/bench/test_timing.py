@@ -1,4 +1,6 @@
 import math
+import os
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -6,7 +8,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from molegrad.bench import timing
-from molegrad.bench.timing import Budget, DeviceClock, measure_cells, time_interleaved
+from molegrad.bench.timing import (
+    DeviceClock,
+    exit_status,
+    measure_cells,
+    no_room,
+    time_interleaved,
+    until_interrupted,
+)
 
 CPU = torch.device("cpu")
 
@@ -153,25 +162,6 @@ def test_a_table_s_seconds_are_shared_and_what_is_left_out_says_so(device):
     assert rows[3:] == [
         {"n": n, "note": "not measured: the table's 6 s are spent"} for n in (3, 4, 5)
     ]
-    assert Budget(0, 5).share() == math.inf
-
-
-def test_the_first_cell_has_the_time_of_several(device):
-    given = {}
-
-    def measure(cell, limit):
-        given[cell["n"]] = limit
-        device.host += limit
-        return [cell]
-
-    rows = []
-    measure_cells(rows, [{"n": n} for n in range(5)], measure, 12.0, CPU, first={"n": 3})
-    assert rows == [{"n": n} for n in (3, 0, 1, 2, 4)]
-    assert timing.FIRST_COUNTS == 8 and given[3] == pytest.approx(8.0)
-    assert [given[n] for n in (0, 1, 2, 4)] == pytest.approx([1.0] * 4)
-    given.clear()
-    measure_cells(rows, [{"n": n} for n in range(4)], measure, 12.0, CPU, first={"n": 9})
-    assert list(given.values()) == pytest.approx([3.0] * 4)  # there is no such cell
 
 
 def test_a_cell_that_fails_has_a_row():
@@ -188,18 +178,6 @@ def test_a_cell_that_fails_has_a_row():
     assert rows == [{"n": n} | ({"note": notes[n]} if n in notes else {}) for n in range(4)]
 
 
-def test_rows_before_an_interrupt_are_kept():
-    def measure(cell, limit):
-        if cell["n"] == 2:
-            raise KeyboardInterrupt
-        return [cell]
-
-    rows = []
-    with pytest.raises(KeyboardInterrupt):
-        measure_cells(rows, [{"n": n} for n in range(4)], measure, 0, CPU)
-    assert rows == [{"n": 0}, {"n": 1}]
-
-
 def test_bandwidth_counts_the_bytes_that_move(monkeypatch):
     def fake(variants, repeats, device):
         for run in variants.values():
@@ -211,11 +189,59 @@ def test_bandwidth_counts_the_bytes_that_move(monkeypatch):
     assert rate == {"read": 2000.0, "copy": 2500.0, "best": 2500.0}
 
 
-def test_bandwidth_of_this_machine_is_plausible():
-    assert 1e8 < timing.bandwidth(CPU, 64 << 20)["best"] < 1e13
-
-
 def test_ratios_pair_the_rounds():
     # A load that slows one round by 10 must not show in the ratio.
     assert timing.median_ratio([4.0, 40.0, 4.0], [2.0, 20.0, 2.0]) == 2.0
     assert timing.percentiles([1e-6, 2e-6, 3e-6, 4e-6, 5e-6, 6e-6])["us_p20"] == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize(
+    "error, wanted",
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("torch_call_dispatcher(...) API call failed at ops.h, line 60"), True),
+        (RuntimeError("an illegal memory access was encountered"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_what_does_not_fit(error, wanted):
+    assert no_room(error) is wanted
+
+
+def test_rows_before_the_interrupt_stay_and_later_signals_do_nothing():
+    before = signal.getsignal(signal.SIGINT)
+    result = {"rows": []}
+    with until_interrupted(result):
+        for number in range(5):
+            result["rows"].append(number)
+            if number == 2:
+                try:
+                    os.kill(os.getpid(), signal.SIGINT)
+                finally:
+                    os.kill(os.getpid(), signal.SIGINT)
+    assert result == {"rows": [0, 1, 2], "interrupted": True}
+    assert signal.getsignal(signal.SIGINT) is before
+    assert exit_status(result) == exit_status(result, True) == 130
+
+
+def test_a_signal_counts_that_was_ignored_before():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        result = {}
+        with until_interrupted(result):
+            os.kill(os.getpid(), signal.SIGINT)
+            result["not stopped"] = True
+        assert result == {"interrupted": True}
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_without_an_interrupt_nothing_is_noted_and_errors_pass():
+    result = {}
+    with until_interrupted(result):
+        pass
+    with pytest.raises(RuntimeError, match="broken"), until_interrupted(result):
+        raise RuntimeError("broken")
+    assert result == {} and (exit_status(result), exit_status(result, True)) == (0, 1)

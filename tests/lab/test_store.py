@@ -6,7 +6,7 @@ from molegrad.gpt import paths
 from molegrad.gpt.train import flags
 from molegrad.gpt.train.config import BaseTrainConfig
 from molegrad.lab import store
-from molegrad.lab.methods import Peer
+from molegrad.lab.peers import Peer
 from molegrad.lab.store import Run
 
 
@@ -45,7 +45,7 @@ def test_native_and_plain_kernels_are_different_runs(monkeypatch):
     assert len(keys) == 2
 
 
-def test_a_flag_that_is_new_keeps_old_records_and_a_changed_default_does_not(home, monkeypatch):
+def test_a_flag_that_is_new_keeps_old_records_and_a_changed_default_does_not(monkeypatch):
     old = run(enable_streaming=True).to_dict()
     del old["config"]["streaming_probes"]  # as if written before the flag existed
     assert store.key_of(old) == run(enable_streaming=True).key
@@ -66,21 +66,21 @@ def test_time_counts_neither_seed_nor_rate_nor_length():
 
 def test_half_a_line_and_other_formats_are_left_out(home):
     path = paths.report_dir() / store.RUNS
-    path.write_text('{"key": "old", "config": {}}\n{"format": 2, "conf')
+    path.write_text('{"key": "old", "config": {}}\n{"format": 3}\n[3]\n{"format": 3, "conf')
     store.append(store.RUNS, {**run().to_dict(), "bpb": 1.0})
     store.append(store.RUNS, {**run().to_dict(), "bpb": 2.0})  # the newest counts
-    (record,) = store.read_runs().values()
-    assert record["bpb"] == 2.0 and len(path.read_text().splitlines()) == 4
+    (record,) = store.read(store.RUNS).values()
+    assert record["bpb"] == 2.0 and len(path.read_text().splitlines()) == 6
 
 
 def test_many_may_append_at_once(home):
     def write(i):
         for j in range(20):
-            store.append(store.TIMES, {"key": f"{i}-{j}", "text": "x" * 5000})
+            store.append(store.TIMES, {"format": 3, "key": f"{i}-{j}", "text": "x" * 5000})
 
     threads = [threading.Thread(target=write, args=(i,)) for i in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(store.read_times()) == 80
+    assert len(store.read(store.TIMES)) == 80

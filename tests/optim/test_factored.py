@@ -334,3 +334,18 @@ def test_perceptron_with_biases_splits():
     model = perceptron(MoleGradConfig(rank_k=4, target_layers="all", gradient_mode="factored"))
     groups = matrix_param_groups(model)
     assert [p.dim() for p in other_params(model, groups)] == [1, 1]
+
+
+def test_steps_multiply_in_full_precision(monkeypatch):
+    seen, step = [], Muon._factored_step
+    layer = factored_layer()
+    optimizer = Muon(matrix_param_groups(layer), lr=0.1)
+    backward(layer)
+
+    def watched(self, bucket):
+        seen.append(torch.backends.cuda.matmul.fp32_precision)
+        step(self, bucket)
+
+    monkeypatch.setattr(Muon, "_factored_step", watched)
+    optimizer.step()
+    assert seen == ["ieee"]

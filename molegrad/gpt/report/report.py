@@ -1,47 +1,88 @@
-"""The report of one or several runs: what was trained, on what, how well, how fast, by which
-commands.
+"""The report of one or several runs: one table and two plots, then everything else that they left.
 
-What: `report(config)` reads the runs' config.json, metrics.jsonl and evaluations and writes
-report/report.md with plots beside it, then shows it in the terminal. Nothing is measured here, and
-what a run did not record is listed under "Missing", never filled in.
+What: `report(config)` reads the runs' files, makes a list of sections and writes it as report.md
+(plots beside it) and as report.html, which stands alone: no script, no link, no server. Nothing is
+measured here, and what a run did not record is not filled in. What comes from models and data is
+escaped, control characters included.
 
 How to run:
 
-    python -m scripts.report --runs=dense,molegrad
+    python -m scripts.report --runs=dense,lowrank
 """
 
 import datetime
+import html
 import json
-import os
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from markdown_it import MarkdownIt
 from rich.console import Console
 from rich.markdown import Markdown
 
 from molegrad.gpt import paths
 from molegrad.gpt.evaluate import evaluate
-from molegrad.gpt.report.method_plots import method_plots, phases
-from molegrad.gpt.report.method_tables import health_table, metrics_table, phase_table, shadow_table
-from molegrad.gpt.report.plots import curves, draw
-from molegrad.gpt.report.record import RunRecord, command, differences, read_runs
+from molegrad.gpt.report.plots import COURSE, ESTIMATES, QUALITY, Plot, bars, curve, spectra, svg
+from molegrad.gpt.report.record import (
+    RunRecord,
+    command,
+    device_of,
+    differences,
+    peaks,
+    read_runs,
+    short,
+    visible,
+)
 from molegrad.gpt.train import flags
-from molegrad.gpt.train.config import BaseTrainConfig
-from molegrad.gpt.train.sft import SFTConfig
-from molegrad.gpt.train.tok_train import TokTrainConfig
 
+MIB = 2**20
 ABSENT = "not recorded"
-_EVAL = {
-    "base": ("base_eval", evaluate.BaseEvalConfig),
-    "sft": ("chat_eval", evaluate.ChatEvalConfig),
-}
-_TRAIN = {"base": ("base_train", BaseTrainConfig), "sft": ("chat_sft", SFTConfig)}
-_NO_FLAGS = ("machine", "corpus", "parameters", "conversation_sources")
+FINDINGS = 50  # of the health checks that are shown of a run
+PHASES = ("forward", "backward", "optimizer", "data", "monitor", "shadow")
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #1b1f24; max-width: 60rem; margin: 2rem auto;
+  padding: 0 1rem; overflow-wrap: anywhere; }
+table { border-collapse: collapse; font-size: .85rem; display: block; overflow-x: auto; }
+td, th { border-bottom: 1px solid #d8dee4; padding: .25rem .6rem; text-align: left;
+  vertical-align: top; overflow-wrap: normal; }
+svg { max-width: 42rem; height: auto; }
+pre { background: #f6f8fa; padding: .7rem; font-size: .82rem; white-space: pre-wrap; }
+"""
+_SUMMARY = (  # title, key of RunRecord.summary, format, factor
+    ("bits per byte", "bpb", "{:.4f}", 1),
+    ("gap to dense", "gap", "{}", 1),
+    ("ms a step", "step_ms", "{:,.1f}", 1),
+    ("gradients MiB", "gradient_bytes", "{:,.2f}", 1 / MIB),
+    ("optimizer MiB", "state_bytes", "{:,.2f}", 1 / MIB),
+    ("saved inputs MiB", "saved_bytes", "{:,.2f}", 1 / MIB),
+    ("peak MiB", "peak_bytes", "{:,.0f}", 1 / MIB),
+)
+_COURSE = (
+    ("steps", "steps", "{:,.0f}", 1),
+    ("tokens", "tokens", "{:,.0f}", 1),
+    ("training loss", "train_loss", "{:.4f}", 1),
+    ("held-out loss", "val_loss", "{:.4f}", 1),
+    ("minutes", "seconds", "{:,.1f}", 1 / 60),
+    ("ms a step, 20% to 80%", "step_ms_spread", "{}", 1),
+    ("tokens/s", "tokens_per_second", "{:,.0f}", 1),
+    ("MFU %", "mfu", "{:.1f}", 1),
+)
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the report. Its parts are plots and Markdown (`table`, `code`, `escaped`); those
+    that are empty or None are left out, and so is a section without any."""
+
+    title: str
+    parts: Sequence[str | Plot | None]
 
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """Write report/report.md with plots for one or several runs, and show it."""
+    """Write report/report.md and report.html for one or several runs, and show it."""
 
     runs: str = field(default="", metadata={"help": "names of runs, comma separated"})
     run: str = field(default="", metadata={"help": "the same as --runs"})
@@ -78,309 +119,317 @@ def report(config: ReportConfig) -> Path:
     """
     records = read_runs(config.names)
     folder = Path(config.output).expanduser() if config.output else paths.report_dir()
-    folder.mkdir(parents=True, exist_ok=True)
-    base = [record for record in records if record.stage == "base"]
-    tuned = [record for record in records if record.stage == "sft"]
-    files, missing, unknown = [], [], []
-    for stage, prefix in ((base, ""), (tuned, "sft_")):
-        more, lines = draw(curves(stage), folder, prefix)
-        files, missing = files + more, missing + lines
-        more, lines = draw([*method_plots(stage), phases(stage)] if stage else [], folder, prefix)
-        files, unknown = files + more, unknown + lines
-    sections = [
-        f"# Report: {', '.join(config.names)}",
-        f"Written {datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d %H:%M} UTC by "
-        f"`{command('report', ReportConfig, flags.resolved(config))}`.",
-        "## Base training" if base else "",
-        comparison(base, missing) if base else "",
-        "## Fine-tuning" if tuned else "",
-        comparison(tuned, missing) if tuned else "",
-        "## Curves",
-        "\n\n".join(f"![{path.stem}]({path.name})" for path in files),
-        "## Gradient estimates",
-        estimates(records, unknown),
-        "## Health",
-        _table_or(health_table(records), "No findings were recorded."),
-        "## Time by phase",
-        _table_or(phase_table(records), f"{ABSENT.capitalize()}."),
-        "## Evaluations",
-        evaluations(records, missing),
-        "## Sample texts",
-        samples(records, missing),
-        "## Machine and software",
-        machines(records, missing),
-        "## Data",
-        data(records, missing),
-        "## Conversion",
-        conversions(records, missing),
-        "## Configuration",
-        configurations(records),
-        "## Commands",
-        commands(records, missing),
-        "## Missing",
-        "\n".join(f"- {line}" for line in dict.fromkeys(missing)) or "Nothing.",
-    ]
-    text = "\n\n".join(section for section in sections if section) + "\n"
-    path = folder / "report.md"
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    own = command("report", ReportConfig, flags.resolved(config))
+    title = f"Report: {', '.join(config.names)}"
+    path = write(folder / "report.md", title, sections(records, own))
     if config.show:
-        Console().print(Markdown(text))
-    print(f"written {path}")
+        Console().print(Markdown(path.read_text(encoding="utf-8")))
+    print(f"written {path} and {path.with_suffix('.html')}")
     return path
 
 
-def comparison(records: list[RunRecord], missing: list[str]) -> str:
-    """The table of results with the gap to the first dense run, and what is not comparable."""
-    rows = [record.summary() for record in records]
-    dense = next((i for i, record in enumerate(records) if record.dense), None)
-    reference = rows[dense]["bpb"] if dense is not None else None
-    columns = (
-        ("run", None, ""),
-        ("weight gradients", None, ""),
-        ("steps", "steps", "{:,.0f}"),
-        ("tokens", "tokens", "{:,.0f}"),
-        ("val bits per byte", "bpb", "{:.4f}"),
-        ("gap to dense", None, ""),
-        ("ms a step", "step_ms", "{:,.1f}"),
-        ("20% to 80%", "step_ms_spread", "{}"),
-        ("tokens/s", "tokens_per_second", "{:,.0f}"),
-        ("MFU %", "mfu", "{:.1f}"),
-        ("minutes", "seconds", "{:,.1f}"),
-        ("gradients MiB", "gradient_bytes", "{:,.2f}"),
-        ("optimizer + bases MiB", "state_bytes", "{:,.2f}"),
-        ("peak memory MiB", "peak_bytes", "{:,.0f}"),
-    )
-    scale = {"seconds": 1 / 60, "gradient_bytes": 2**-20, "state_bytes": 2**-20}
-    scale["peak_bytes"] = 2**-20
-    lines = []
-    for record, row in zip(records, rows, strict=True):
-        if reference is None or row["bpb"] is None:
-            gap = "no dense run" if dense is None else ABSENT
-        else:
-            gap = f"{100 * (row['bpb'] / reference - 1):+.2f}%"
-        named = {
-            "run": record.label,
-            "weight gradients": gradients_of(record.config),
-            "gap to dense": "reference" if dense is not None and record is records[dense] else gap,
-        }
-        cells = []
-        for title, key, form in columns:
-            value = named[title] if key is None else row[key]
-            if key is not None and value is not None:
-                value = form.format(value * scale[key] if key in scale else value)
-            if value is None:
-                missing.append(f"{record.label}: {title}")
-            cells.append(ABSENT if value is None else value)
-        lines.append(cells)
-        if row["steps_planned"] and row["steps"] and row["steps"] < row["steps_planned"]:
-            missing.append(
-                f"{record.label}: ended after step {row['steps']:,.0f} of {row['steps_planned']:,}"
-            )
-    text = markdown_table([title for title, _, _ in columns], lines)
-    text += (
-        "\n\nStep times and rates are medians without the first steps, with the range of the "
-        "middle steps: they can be compared only between runs that had the machine to themselves. "
-        "Memory is that of the weight gradients and optimizer state of all layers, and the peak "
-        "that torch's allocator (GPU) or the process (CPU) reached."
-    )
-    if differ := differences(records):
-        text += "\n\nThe runs differ in more than the method, so the gap is not its effect alone:\n"
-        text += "\n".join(f"- {line}" for line in differ)
-    return text
+def sections(records: Sequence[RunRecord], own: str) -> list[Section]:
+    """The list of sections: the first table and its two plots, then the rest.
 
-
-def gradients_of(config: dict) -> str:
-    """How the weight gradients were made, in a few words."""
-    if not config:
-        return ABSENT
-    if not config.get("enable_streaming", False):
-        return f"dense, {config.get('optimizer', '?')}"
-    names = ("rank_k", "method", "sample_share", "project_stride")
-    get = {name: config.get(f"streaming_{name}", "?") for name in names}
-    mode, layers = config.get("streaming_gradient_mode", "?"), config.get("streaming_target_layers")
-    layers = ", ".join(layers) if isinstance(layers, list) else layers
-    size = f"rank {get['rank_k']}"
-    if get["method"] == "sampled":
-        size = f"share {get['sample_share']}"
-    elif get["method"] == "projected":
-        size += f", one row of {get['project_stride']}"
-    return f"{size}, {get['method']}, {mode}, {layers}, {config.get('optimizer')}"
-
-
-def estimates(records: list[RunRecord], unknown: list[str]) -> str:
-    """What converted layers logged, and the comparison with true gradients."""
-    if all(record.dense for record in records):
-        return "All weight gradients are dense."
-    parts = [
-        _table_or(metrics_table(records), f"Metrics of converted layers: {ABSENT}."),
-        "The last comparison with true gradients (shadow layers):",
-        _table_or(shadow_table(records), "None was made (--shadow-every)."),
+    Args:
+        own: the command that makes this report.
+    """
+    base = [record for record in records if record.stage == "base"]
+    tuned = [record for record in records if record.stage == "sft"]
+    commands = [own, *(line for record in records for line in record.commands())]
+    return [
+        Section("Base training", results(base)),
+        Section("Fine-tuning", results(tuned, "sft-")),
+        Section("Gradient estimates", estimates(records)),
+        Section("Time by phase", phases(records)),
+        Section("Health", findings(records)),
+        Section("Evaluations", evaluations(records)),
+        Section("Sample texts", samples(records)),
+        Section("Converted layers", conversions(records)),
+        Section("Settings, machine and data", settings(records)),
+        Section("Commands", [code("\n".join(dict.fromkeys(commands)))]),
     ]
-    if unknown:
-        parts.append("Not known:\n" + "\n".join(f"- {line}" for line in dict.fromkeys(unknown)))
-    return "\n\n".join(parts)
 
 
-def evaluations(records: list[RunRecord], missing: list[str]) -> str:
+def results(records: Sequence[RunRecord], prefix: str = "") -> list:
+    """The table of results, quality and memory as plots; then what cannot be compared, and how the
+    runs went. `prefix` is of the plots' names."""
+    if not records:
+        return []
+    rows, peak = [record.summary() for record in records], peaks(records)
+    dense = next((row for row, r in zip(rows, records, strict=True) if r.dense), {"bpb": None})
+    notes = [
+        "Bits per byte are of held-out text, at the end. Milliseconds are medians without the "
+        "first steps; they compare runs that had the machine to themselves. Memory is measured on "
+        "the tensors that exist at the end: the optimizer's includes bases and momenta. The peak "
+        "is that of torch's allocator (GPU) or of the process (CPU)."
+    ]
+    for record, row in zip(records, rows, strict=True):
+        gap = dense["bpb"] and row["bpb"] and 100 * (row["bpb"] / dense["bpb"] - 1)
+        row["gap"] = "reference" if row is dense else None if gap is None else f"{gap:+.2f}%"
+        speed, planned = record.speed(), row["steps_planned"]
+        row["mfu"] = speed and 100 * speed[0] / peak[device_of(record)]
+        if planned and row["steps"] and row["steps"] < planned:
+            notes.append(f"{record.label} ended after step {row['steps']:,.0f} of {planned:,}.")
+    if all(row["saved_bytes"] is None for row in rows):
+        notes.append(
+            "What layers keep of their inputs was not logged: scripts.memory_plan predicts it."
+        )
+    if len(records) > 1:
+        notes.append("Each run has one seed: another one moves the results too.")
+    if tops := ", ".join(f"{value / 1e12:,.2f} TFLOP/s on {name}" for name, value in peak.items()):
+        notes.append(f"MFU rests on the highest peak that any of these runs found: {tops}.")
+    if differ := differences(records):
+        notes.append(
+            "The runs differ in more than the method, so the gap is not its effect alone: "
+            + "; ".join(differ)
+        )
+    held = {r.title: {part: size / MIB for part, size in r.memory.items()} for r in records}
+    caption = (
+        "What each run holds, by part. Activations come on top while a step runs: see the peak."
+    )
+    return [
+        _numbers(records, rows, _SUMMARY),
+        curve(records, QUALITY, prefix),
+        bars(f"{prefix}memory", "Memory by part", caption, held, "MiB"),
+        *map(escaped, notes),
+        _numbers(records, rows, _COURSE),
+        *(curve(records, spec, prefix) for spec in COURSE),
+    ]
+
+
+def _numbers(records: Sequence[RunRecord], rows: Sequence[dict], columns) -> str:
+    """The columns of `RunRecord.summary` that any run has."""
+    columns = [column for column in columns if any(row[column[1]] is not None for row in rows)]
+
+    def cell(value, form: str, factor: float) -> str:
+        if value is None or isinstance(value, str):
+            return value or ABSENT
+        return form.format(value * factor)
+
+    lines = [
+        [record.title, *(cell(row[key], form, factor) for _, key, form, factor in columns)]
+        for record, row in zip(records, rows, strict=True)
+    ]
+    return table(["method (run)", *(title for title, *_ in columns)], lines)
+
+
+def estimates(records: Sequence[RunRecord]) -> list:
+    """What converted layers logged, and the comparison with true gradients."""
+    logged = dict.fromkeys(key for r in records for line in r.metrics for key in line)
+    names = [name for name in logged if name.startswith("streaming/")]
+    known = [record for record in records if any(record.series(name)[1] for name in names)]
+    rows = []
+    for name in names:
+        series = [record.series(name)[1] or [None] for record in known]
+        ends = [number(value) for values in series for value in (values[0], values[-1])]
+        rows.append([name.removeprefix("streaming/"), *ends])
+    header = [f"{record.title}, {when}" for record in known for when in ("first", "last")]
+    true = shadows(records)
+    return [
+        *(curve(records, spec) for spec in ESTIMATES),
+        *map(spectra, records),
+        true and "The last comparison with true gradients (shadow layers):",
+        true,
+        rows and "All converted layers together, at the first and at the last reading:",
+        table(["metric", *header], rows),
+    ]
+
+
+def shadows(records: Sequence[RunRecord]) -> str:
+    """The last comparison with true gradients: all layers compared, and their mean."""
+    lines = [(record.title, record.shadow()) for record in records]
+    keys = dict.fromkeys(key for _, found in lines for line in found for key in line)
+    keys = [key for key in keys if key not in ("step", "layer", "rank") and "spectrum" not in key]
+    rows = []
+    for title, found in lines:
+        last = [line for line in found if line["step"] == found[-1]["step"]]
+        columns = [[line.get(key) for line in last] for key in keys]
+        known = [[value for value in values if _is_number(value)] for values in columns]
+        means = [sum(values) / len(values) if values else None for values in known]
+        for layer, values in [(line["layer"], [line.get(k) for k in keys]) for line in last]:
+            rows.append([title, f"{last[0]['step']:,}", short(layer), *map(number, values)])
+        if last:
+            rows.append([title, f"{last[0]['step']:,}", "mean", *map(number, means)])
+    return table(["method (run)", "step", "layer", *keys], rows)
+
+
+def phases(records: Sequence[RunRecord]) -> list:
+    """Milliseconds of a step by phase, means over all steps."""
+    rows = {}
+    for record in records:
+        series = {name: record.series(f"time/{name}_ms")[1] for name in PHASES}
+        if steps := max(map(len, series.values())):
+            rows[record.title] = {name: sum(values) / steps for name, values in series.items()}
+    lines = [
+        [name, *(f"{ms:.1f}" for ms in (*row.values(), sum(row.values())))]
+        for name, row in rows.items()
+    ]
+    caption = "Mean over all steps. Monitor and shadow are the instruments."
+    return [
+        bars("phases", "Time of a step by phase", caption, rows, "milliseconds"),
+        table(["method (run)", *(f"{name} ms" for name in PHASES), "sum ms"], lines),
+    ]
+
+
+def findings(records: Sequence[RunRecord]) -> list:
+    """Findings of the health checks, in their order, the first of each run."""
+    rows = []
+    for record in records:
+        found = record.health()
+        for one in found[:FINDINGS]:
+            layer, *words = (
+                str(one.get(key, "")) for key in ("layer", "kind", "action", "message")
+            )
+            rows.append([record.label, f"{one['step']:,}", short(layer), *words])
+        if len(found) > FINDINGS:
+            rows.append([record.label, "later", "", "", "", f"{len(found) - FINDINGS} more"])
+    watched = any(record.series("health/findings")[1] for record in records)
+    return [
+        watched and not rows and "The health checks found nothing.",
+        table(["run", "step", "layer", "kind", "action", "message"], rows),
+    ]
+
+
+def evaluations(records: Sequence[RunRecord]) -> list:
     """The newest results of each run as one table; older steps are left to their files."""
     lines = []
     for record in records:
-        if not record.evaluations:
-            missing.append(
-                f"{record.label}: no evaluation (python -m scripts.{_EVAL[record.stage][0]})"
-            )
-            continue
-        newest = record.evaluations[-1]
-        for name, task in newest["tasks"].items():
-            if name == "samples":
-                continue
-            size = task.get("questions", task.get("tokens"))
-            chance = f"{100 * task['chance']:.0f}%" if "chance" in task else ""
-            note = "" if task.get("corpus_as_trained", True) else "corpus differs from training's"
-            lines.append(
-                [
-                    record.label,
-                    f"{newest['step']:,}",
-                    name,
-                    evaluate.shown(name, task),
-                    chance,
-                    ABSENT if size is None else f"{size:,}",
-                    note,
-                ]
-            )
+        for newest in record.evaluations[-1:]:
+            tasks = {name: task for name, task in newest["tasks"].items() if name != "samples"}
+            for name, task in tasks.items():
+                chance = f"{100 * task['chance']:.0f}%" if "chance" in task else ""
+                size = task.get("questions", task.get("tokens", ABSENT))
+                note = "" if task.get("corpus_as_trained", True) else "corpus differs"
+                cells = [name, evaluate.shown(name, task), chance, str(size), note]
+                lines.append([record.label, f"{newest['step']:,}", *cells])
     header = ["run", "step", "task", "result (± standard error)", "chance", "size", "note"]
-    return markdown_table(header, lines) if lines else "None."
+    return [table(header, lines)]
 
 
-def samples(records: list[RunRecord], missing: list[str]) -> str:
+def samples(records: Sequence[RunRecord]) -> list:
     """Sample texts of the newest evaluation that has some."""
     parts = []
     for record in records:
         found = [e for e in record.evaluations if e["tasks"].get("samples")]
-        if not found:
-            missing.append(f"{record.label}: sample texts")
-            continue
-        texts = found[-1]["tasks"]["samples"]["texts"]
-        quoted = "\n".join(f"    {json.dumps(text, ensure_ascii=False)}" for text in texts)
-        parts.append(f"{record.label}, step {found[-1]['step']:,}:\n\n{quoted}")
-    return "\n\n".join(parts) or "None."
+        for newest in found[-1:]:
+            texts = newest["tasks"]["samples"]["texts"]
+            parts.append(escaped(f"{record.title}, step {newest['step']:,}:"))
+            parts.append(code("\n".join(json.dumps(text, ensure_ascii=False) for text in texts)))
+    return parts
 
 
-def machines(records: list[RunRecord], missing: list[str]) -> str:
-    """What each run ran on; runs on the same are named together."""
-    groups: dict[str, list[RunRecord]] = {}
-    for record in records:
-        machine = record.config.get("machine")
-        if machine is None:
-            missing.append(f"{record.label}: machine and software")
-        else:
-            groups.setdefault(json.dumps(machine, sort_keys=True), []).append(record)
-    parts = []
-    for text, same in groups.items():
-        rows = [[key, _text(value)] for key, value in json.loads(text).items()]
-        parts.append(f"{_labels(same)}:\n\n{markdown_table(['', ''], rows)}")
-    return "\n\n".join(parts) or f"{ABSENT.capitalize()}."
-
-
-def data(records: list[RunRecord], missing: list[str]) -> str:
-    """Corpus and tokenizer of each run with their hashes."""
-    rows = []
-    for record in records:
-        corpus, tokenizer = record.config.get("corpus"), record.config.get("tokenizer")
-        if corpus is None:
-            missing.append(f"{record.label}: corpus manifest")
-        if tokenizer is None:
-            missing.append(f"{record.label}: tokenizer's fingerprint")
-        corpus = corpus or {}
-        sizes = [
-            f"{split} {corpus[split]['documents']:,} documents, {corpus[split]['bytes']:,} bytes"
-            for split in ("train", "val")
-            if "documents" in corpus.get(split, {})
-        ]
-        versions = ", ".join(f"{k} {v}" for k, v in (corpus.get("packages") or {}).items())
-        rows.append(
-            [
-                record.label,
-                corpus.get("kind", ABSENT),
-                corpus.get("sha256", ABSENT),
-                "; ".join(sizes) or ABSENT,
-                versions,
-                tokenizer or ABSENT,
-            ]
-        )
-    header = ["run", "corpus", "SHA-256 of the text", "size", "packages", "tokenizer SHA-256"]
-    return markdown_table(header, rows)
-
-
-def conversions(records: list[RunRecord], missing: list[str]) -> str:
+def conversions(records: Sequence[RunRecord]) -> list:
     """Which layers have estimated gradients; runs with the same plan are named together."""
-    groups: dict[str, list[RunRecord]] = {}
+    groups: dict[str, list[str]] = {}
     for record in records:
-        if record.dense:
-            groups.setdefault("dense weight gradients everywhere", []).append(record)
-        elif (planned := record.conversion()) is None:
-            missing.append(f"{record.label}: conversion plan (no checkpoint)")
-        else:
-            groups.setdefault(f"\n\n```\n{planned}\n```", []).append(record)
-    parts = [f"{_labels(same)}: {text}" for text, same in groups.items()]
-    return "\n\n".join(parts) or f"{ABSENT.capitalize()}."
-
-
-def configurations(records: list[RunRecord]) -> str:
-    """Every resolved flag, one column per run."""
-    names: dict[str, None] = {}
-    for record in records:
-        names |= dict.fromkeys(k for k in record.config if k not in _NO_FLAGS)
-    rows = [
-        [name, *(_text(record.config[name]) if name in record.config else "" for record in records)]
-        for name in names
+        if planned := record.conversion():
+            groups.setdefault(str(planned), []).append(record.title)
+    return [
+        part for text, names in groups.items() for part in (escaped(", ".join(names)), code(text))
     ]
-    return markdown_table(["flag", *(record.label for record in records)], rows)
 
 
-def commands(records: list[RunRecord], missing: list[str]) -> str:
-    """The commands that give these runs again, from what they recorded."""
-    lines = []
-    for record in records:
-        tokenizer = record.folder.parent / "tok_train.json"
-        if tokenizer.exists():
-            made = json.loads(tokenizer.read_text(encoding="utf-8"))["config"]
-            lines.append(command("tok_train", TokTrainConfig, made))
-        elif record.stage == "base":
-            missing.append(f"{record.label}: the tokenizer's command (tok_train --run)")
-        if record.config:
-            lines.append(command(*_TRAIN[record.stage], record.config))
-        else:
-            missing.append(f"{record.label}: config.json")
-        for result in record.evaluations[-1:]:
-            if "config" in result:
-                lines.append(command(*_EVAL[record.stage], result["config"]))
-    return "```\n" + "\n".join(dict.fromkeys(lines)) + "\n```"
+def settings(records: Sequence[RunRecord]) -> list:
+    """Everything that config.json says, first that in which the runs differ."""
+    flat = [_flat(record.config) for record in records]
+    rows = {
+        name: [one.get(name, "") for one in flat]
+        for name in dict.fromkeys(sum(map(list, flat), []))
+    }
+    differ = [[name, *row] for name, row in rows.items() if len(set(row)) > 1]
+    alike = [[name, row[0]] for name, row in rows.items() if len(set(row)) == 1]
+    return [
+        table(["setting", *(record.title for record in records)], differ),
+        table(["setting", "all runs" if len(records) > 1 else "value"], alike),
+    ]
 
 
-def markdown_table(header: list[str], rows: list[list]) -> str:
-    """A Markdown table; a bar or line end inside a cell cannot break it."""
-
-    def line(cells) -> str:
-        safe = (str(c).replace("|", "\\|").replace("\n", " ") for c in cells)
-        return "| " + " | ".join(safe) + " |"
-
-    return "\n".join([line(header), line(["---"] * len(header)), *map(line, rows)])
-
-
-def _table_or(table: tuple[list[str], list[list]], otherwise: str) -> str:
-    return markdown_table(*table) if table[1] else otherwise
+def _flat(config: dict, prefix: str = "") -> dict[str, str]:
+    """Nested settings as {"outer inner": text}; lists of more than 20 entries are left out."""
+    found = {}
+    for name, value in config.items():
+        if isinstance(value, dict):
+            found |= _flat(value, f"{prefix}{name} ")
+        elif not isinstance(value, list) or len(value) <= 20:
+            found[prefix + name] = value if isinstance(value, str) and value else json.dumps(value)
+    return found
 
 
-def _labels(records: list[RunRecord]) -> str:
-    return ", ".join(record.label for record in records)
+# Writing
 
 
-def _text(value) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{k} {_text(v)}" for k, v in value.items())
-    if isinstance(value, str):
-        return value or '""'
-    return json.dumps(value)
+def write(path: Path, title: str, made: Sequence[Section], verdict: str = "") -> Path:
+    """Write the sections to `path` (.md), its plots to a folder beside it, and all of it to the
+    .html of the same name; the folder is made. Returns `path`.
+
+    Args:
+        verdict: a line under the title.
+    """
+    folder = path.parent / f"{path.stem}-plots"
+    folder.mkdir(parents=True, exist_ok=True)
+    images = {}
+    blocks = [f"# {escaped(title)}", escaped(verdict)]
+    blocks.append(f"Written {datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d %H:%M} UTC.")
+    for section in made:
+        if any(section.parts):
+            blocks.append(f"## {escaped(section.title)}")
+        for part in section.parts:
+            if isinstance(part, Plot):
+                file = f"{folder.name}/{part.name}.svg"
+                images[file] = svg(part)
+                (path.parent / file).write_text(images[file], encoding="utf-8")
+                part = f"![{escaped(part.title)}]({file})\n\n{escaped(part.caption)}"
+            blocks.append(part)
+    text = "\n\n".join(block for block in blocks if block) + "\n"
+    path.write_text(text, encoding="utf-8")
+    path.with_suffix(".html").write_text(page(title, text, images), encoding="utf-8")
+    return path
+
+
+def page(title: str, text: str, images: dict[str, str]) -> str:
+    """Markdown as a page that stands alone; `images` are the plots by their file, as SVG."""
+    reader = MarkdownIt("commonmark", {"html": False}).enable("table")
+    reader.add_render_rule("image", lambda self, tokens, i, *_: images[tokens[i].attrs["src"]])
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width">'
+        f"<title>{html.escape(visible(title))}</title><style>{_STYLE}</style></head><body>\n"
+        f"{reader.render(text)}</body></html>\n"
+    )
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table of any text, columns of numbers to the right; "" where it has no rows."""
+    if not rows:
+        return ""
+    numeric = [
+        all(re.fullmatch(r"[-+\d.,e%]*", cell) for cell in cells)
+        for cells in zip(*rows, strict=True)
+    ]
+    lines = ["| " + " | ".join(map(escaped, line)) + " |" for line in (header, *rows)]
+    lines.insert(1, "| " + " | ".join("---:" if right else "---" for right in numeric) + " |")
+    return "\n".join(lines)
+
+
+def code(text: str) -> str:
+    """Any text as a Markdown block that shows it as it is; "" where there is none."""
+    text = visible(text)
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}\n{text}\n{fence}" if text else ""
+
+
+def escaped(text: str) -> str:
+    """Any text as Markdown that shows it as it is, on one line."""
+    text = html.escape(" ".join(visible(text).split()), quote=False)
+    text = re.sub(r"([\\`*\[\]|~#])", r"\\\1", text)
+    return re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\_", text)
+
+
+def number(value) -> str:
+    """A number in four digits; "" for what is not known."""
+    return f"{value:.4g}" if _is_number(value) else "" if value in (None, "nan") else str(value)
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -1,28 +1,30 @@
-"""Validation: MoleGrad beside the identical dense training, and the gates that both must pass.
+"""Validation: MoleGrad beside the identical dense training, and the criteria that both must meet.
 
 What: `validate(config)` trains a dense and a MoleGrad model on the same tokens with the same seed
-and schedule, each with `scripts.base_train` in a process of its own; predicts their memory; lets
-the saved models write; judges all of it (`molegrad.gpt.report.gates`) and writes one HTML page
-(`molegrad.gpt.report.page`). The runs lie under $MOLEGRAD_HOME/runs/RUN-dense and RUN.
+and schedule, each with `scripts.base_train` in a process of its own; lets the saved models write;
+judges what both recorded (`judge`) and writes the report of both runs with the criteria on top. The
+runs lie under $MOLEGRAD_HOME/runs/RUN-dense and RUN.
 
-Why processes: a run that dies is a gate that is not met, not an end of the validation, and the peak
-of resident memory belongs to a process.
+Why processes: a run that dies is a criterion that is not met, not an end of the validation, and the
+peak of resident memory belongs to a process.
 
 How to run:
 
     python -m scripts.validate --steps=100 --json      # smoke; 1000: short; 5000: full
-    python -m scripts.validate --steps=1000 --streaming_method=tangent --streaming_rank_k=32 \\
-        --streaming_probes=4 --streaming_gradient_mode=factored --run=tangent --outer-limit=10
+    python -m scripts.validate --steps=1000 --streaming_preset=lowrank --run=lowrank
 
-A second run trains only what is missing; --overwrite trains both anew.
+A second run trains only what is missing; --overwrite trains both again.
 """
 
 import contextlib
+import dataclasses
 import json
+import math
 import os
 import re
 import shlex
 import signal
+import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -30,28 +32,28 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from molegrad.gpt import paths
 from molegrad.gpt import runs as stages
-from molegrad.gpt.data.tokenizer import Tokenizer
-from molegrad.gpt.model.gpt import GPT
-from molegrad.gpt.report.gates import Gate, Limits, Outcome, judge
-from molegrad.gpt.report.page import write_page
-from molegrad.gpt.report.record import RunRecord, command, read_runs
+from molegrad.gpt.data.corpus import open_corpus
+from molegrad.gpt.data.tokenizer import FILE, SPECIAL_TOKENS
+from molegrad.gpt.report.record import RunRecord, command, differences, read_runs
+from molegrad.gpt.report.report import Section, code, number, sections, table, write
 from molegrad.gpt.train import checkpoint, flags, setup
-from molegrad.gpt.train.base import PROMPTS, model_config, sample_texts
+from molegrad.gpt.train.base import PROMPTS, sample_texts
 from molegrad.gpt.train.config import BaseTrainConfig, compute_dtype, device_of, resolve
 from molegrad.gpt.train.flags import flag
 from molegrad.gpt.train.logger import METRICS, read_metrics
-from molegrad.lab.sweep import prepare_text
-from molegrad.lab.worker import terminable
-from molegrad.monitor import memory_bytes
+from molegrad.gpt.train.signals import StopSignals
+from molegrad.gpt.train.tok_train import TokTrainConfig, tok_train
+from molegrad.monitor import saved_bytes
 from molegrad.monitor.instruments import HEALTH_RECORDS, SHADOW_RECORDS
-from molegrad.plan.simulate import simulate
 
 DENSE, MOLEGRAD = "dense", "molegrad"
 PRESET = "balanced"
-LOG = "validate.log"
+LOG = "validate.log"  # in a run's folder: what its training wrote to stderr
+ALARMS = ("nan", "exploding")  # kinds of health findings that no validation may have
 # What the validation says itself, so that both runs are of one length, whole and comparable.
 _OWN = {
     "num_iterations": "--steps",
@@ -60,13 +62,50 @@ _OWN = {
     "resume_from_step": "nothing: an interrupted validation goes on by itself",
     "model_tag": "--run",
 }
-# Flags that say how a run is watched and kept, not what it is.
-_WATCHING = ("dashboards", "keep_last", "save_every", "overwrite", *_OWN)
+# Flags that say how a run is watched and kept, not what it is; config.json has another tokenizer.
+_WATCHING = ("dashboards", "keep_last", "save_every", "overwrite", "tokenizer", *_OWN)
+Samples = dict[str, list[tuple[str, str]]]  # {"dense" and "molegrad": [(prompt, continuation)]}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the criteria are held to."""
+
+    limit: float = flag(1.0, "percent of bits per byte that MoleGrad may lie above dense")
+    outer_limit: float = flag(5.0, "the outer limit of the same, a criterion of its own")
+    loss_margin: float = flag(5.0, "percent that the loss's last tenth must lie below its first")
+    rise_limit: float = flag(10.0, "percent that the loss's last tenth may lie above its lowest")
+    memory_factor: float = flag(4.0, "times less memory for gradients of converted layers")
+    time_limit: float = flag(20.0, "percent that the median step may take longer than dense's")
+    condition_limit: float = flag(1e6, "largest condition number of the kept modes (a median)")
+    energy_floor: float = flag(0.5, "share of a layer's first energy capture to keep at the end")
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """One condition. met: None where it does not apply. how: how value and limit come about."""
+
+    name: str
+    met: bool | None
+    value: float | None
+    limit: float
+    how: str
+
+    @property
+    def cells(self) -> list[str]:
+        """How it stands, name, value, limit and how, as text."""
+        word = {True: "met", False: "not met", None: "does not apply"}[self.met]
+        return [word, self.name, number(self.value), number(self.limit), self.how]
+
+    def to_dict(self) -> dict:
+        """As JSON-able values; a number that is not finite as text."""
+        finite = self.value is None or math.isfinite(self.value)
+        return {**dataclasses.asdict(self), "value": self.value if finite else str(self.value)}
 
 
 @dataclass(frozen=True)
 class ValidateConfig(BaseTrainConfig, Limits):
-    """Train MoleGrad and the identical dense model, and hold them to the gates of the testing plan.
+    """Train MoleGrad and the identical dense model, and judge both by the testing plan's criteria.
 
     Every flag of base_train is one here. Where no --streaming flag is given, the preset "balanced"
     is taken.
@@ -78,19 +117,14 @@ class ValidateConfig(BaseTrainConfig, Limits):
     steps: int = flag(100, "steps of each run: 100 is the smoke run, 1000 short, 5000 full")
     output: str = flag("", "the page to write; empty is $MOLEGRAD_HOME/report/RUN.html")
     json: bool = flag(False, "print one JSON object as the last line")
-    vocab: str = flag(
-        "4096",
-        "entries of the tokenizer, or 'bytes'; trained where it is missing (see --tokenizer)",
-    )
+    vocab: str = flag("4096", "entries of a tokenizer, or 'bytes'; trained where it is missing")
 
     run: str = flag("validate", "name of the MoleGrad run; the dense one is NAME-dense")
     enable_streaming: bool = flag(True, "MoleGrad in the run that is not dense; cannot be off")
     depth: int = flag(4, "number of transformer blocks; the width is aspect_ratio * depth")
     max_seq_len: int = flag(256, "tokens per sequence")
     device_batch_size: int = flag(8, "sequences per micro-batch")
-    eval_every: int = flag(
-        -2, "steps between evaluations of val/bpb; -2 takes a tenth of the run; 0: at the end only"
-    )
+    eval_every: int = flag(-2, "steps between evaluations; -2: ten in all; 0: at the end only")
     shadow_every: int = flag(25, "steps between comparisons with the true gradients; 0 is off")
     save_every: int = flag(500, "steps between checkpoints; -1 or 0: at the end only")
     keep_last: int = flag(1, "checkpoints to keep; 0 keeps all")
@@ -104,27 +138,19 @@ class ValidateConfig(BaseTrainConfig, Limits):
                 raise ValueError(f"--{word} is set by the validation: give {remedy} in its place")
         super().__post_init__()
         paths.check_run_name(f"{self.run}-dense")
-        if self.steps < 1:
-            raise ValueError(f"steps must be at least 1, got {self.steps}")
-        if not self.enable_streaming:
-            raise ValueError("enable_streaming=False leaves nothing to compare with dense: drop it")
-        if self.eval_every == -1 or self.eval_every < -2:
-            raise ValueError(
-                f"eval_every={self.eval_every}: the gates need val/bpb; give a number of steps, 0 "
-                "(at the end) or -2 (ten times)"
-            )
-        if self.save_every < -1:
-            raise ValueError(
-                f"save_every={self.save_every}: the gates need the last checkpoint; give a number "
-                "of steps or -1 (at the end)"
-            )
-        if self.vocab != "bytes" and not self.vocab.isdigit():
-            raise ValueError(f"vocab={self.vocab!r} is neither a number of entries nor 'bytes'")
-        for field in fields(Limits):
-            if not getattr(self, field.name) >= 0:
-                raise ValueError(
-                    f"{field.name} must not be negative, got {getattr(self, field.name)}"
-                )
+        at_end = "give a number of steps, or 0 (at the end)"
+        checks = [
+            ("steps", self.steps >= 1, "give at least 1"),
+            ("enable_streaming", self.enable_streaming, "that leaves nothing to compare: drop it"),
+            ("eval_every", self.eval_every in (-2, 0) or self.eval_every > 0,
+             f"the criteria need val/bpb; {at_end}"),
+            ("save_every", self.save_every >= -1, f"the samples need a checkpoint; {at_end}"),
+            ("vocab", self.vocab == "bytes" or self.vocab.isdigit(), "give a number, or 'bytes'"),
+            *((f.name, getattr(self, f.name) >= 0, "give 0 or more") for f in fields(Limits)),
+        ]  # fmt: skip
+        for name, good, remedy in checks:
+            if not good:
+                raise ValueError(f"{name}={getattr(self, name)!r}: {remedy}")
 
     def trainings(self, tokenizer: str) -> dict[str, BaseTrainConfig]:
         """{"dense" and "molegrad": the flags of its base training}, alike but for the method."""
@@ -133,22 +159,19 @@ class ValidateConfig(BaseTrainConfig, Limits):
         if self.eval_every == -2:
             values["eval_every"] = -(-self.steps // 10)
         molegrad = BaseTrainConfig(**values)
-        off = {
-            f.name: f.default
-            for f in fields(BaseTrainConfig)
-            if _is_streaming(f.name) or f.name == "head_rank"
-        }
-        return {DENSE: replace(molegrad, run=f"{self.run}-dense", **off), MOLEGRAD: molegrad}
+        own = {f.name: f.default for f in fields(BaseTrainConfig)
+               if _is_streaming(f.name) or f.name == "head_rank"}  # fmt: skip
+        return {DENSE: replace(molegrad, run=f"{self.run}-dense", **own), MOLEGRAD: molegrad}
 
 
 @flags.command("validate")
 def main(argv: list[str] | None = None) -> int:
-    """The command: 0 when every gate is met, 1 when one is not, 2 when the flags are wrong."""
+    """The command: 0 when every criterion is met, 1 when one is not, 2 when the flags are wrong,
+    130 after a signal."""
     argv = list(sys.argv[1:] if argv is None else argv)
     config = flags.parse(ValidateConfig, with_preset(argv), prog="python -m scripts.validate")
     try:
-        with terminable():
-            result = validate(config)
+        result = validate(config)
     except KeyboardInterrupt:
         print("interrupted: the same command goes on")
         return 130
@@ -175,69 +198,78 @@ def validate(config: ValidateConfig) -> dict:
     Raises:
         ValueError, FileNotFoundError: the flags do not go together, or a run of this name was made
             with others.
+        KeyboardInterrupt: after a signal, once the training has saved and ended.
     """
-    tokenizer = config.tokenizer or prepare_text(config).name
-    trainings = config.trainings(tokenizer)
+    trainings = config.trainings(config.tokenizer or prepare_tokenizer(config))
     device = device_of(trainings[MOLEGRAD])
     trainings = {name: resolve(training, device) for name, training in trainings.items()}
-    folders = {k: checkpoint.stage_dir(t.run, "base") for k, t in trainings.items()}
-    states = {k: state(t, folders[k], config.overwrite) for k, t in trainings.items()}
-    predicted, prediction_error = {}, ""
-    try:
-        entries = Tokenizer.load(paths.tokenizer_dir(tokenizer)).vocab_size
-        predicted = {name: predict(training, entries) for name, training in trainings.items()}
-    except (RuntimeError, NotImplementedError) as error:  # an optimizer that needs real tensors
-        prediction_error = f"({type(error).__name__}: {error})"
-    outcomes = [train(k, t, folders[k], states[k]) for k, t in trainings.items()]
-    records = {name: record_of(training.run) for name, training in trainings.items()}
-    samples = {o.name: samples_of(trainings[o.name], o) for o in outcomes}
-    gates = judge(
-        config,
-        outcomes,
-        records[DENSE],
-        records[MOLEGRAD],
-        predicted,
-        samples,
-        prediction_error,
+    states = {name: state(t, config.overwrite) for name, t in trainings.items()}
+    errors = {name: train(t, states[name]) for name, t in trainings.items()}
+    records = {name: record_of(training) for name, training in trainings.items()}
+    samples = {name: [] if errors[name] else samples_of(t) for name, t in trainings.items()}
+    found = judge(config, config.steps, errors, *records.values(), samples)
+    failed = [one.name for one in found if one.met is False]
+    verdict = f"Not met: {', '.join(failed)}." if failed else "Every criterion is met."
+    path = Path(config.output or paths.report_dir() / f"{config.run}.html").expanduser()
+    own = command("validate", ValidateConfig, flags.resolved(config))
+    first, *rest = sections([record for record in records.values() if record.metrics], own)
+    seed = (
+        f"One run of each with seed {config.seed}, of {config.steps:,} steps. Another seed moves "
+        "both results, in a short run by more than a small gap."
     )
-    path = Path(config.output).expanduser() if config.output else None
-    path = path or paths.report_dir() / f"{config.run}.html"
-    write_page(
-        path,
-        gates=gates,
-        records=[record for record in records.values() if record is not None],
-        predicted={trainings[name].run: parts for name, parts in predicted.items()},
-        samples={trainings[name].run: texts for name, texts in samples.items()},
-        command=command("validate", ValidateConfig, flags.resolved(config)),
-    )
-    result = result_of(config, gates, records, trainings, path)
-    print(f"\n{table(gates)}\n\nwritten {path}")
-    return result
+    judged = table(["", "criterion", "value", "limit", "how"], [one.cells for one in found])
+    texts = [code("\n".join(map("".join, pairs))) for pairs in samples.values()]
+    written = Section("Sample texts: dense, then MoleGrad", texts)
+    title = f"Validation: {config.run} beside dense training"
+    made = [first, Section("Criteria", [judged, seed]), written, *rest]
+    write(path.with_suffix(".md"), title, made, verdict)
+    print("\n".join(["", *("  ".join(one.cells) for one in found), verdict, f"written {path}"]))
+    runs = {
+        name: {
+            "run": training.run,
+            "command": command("base_train", BaseTrainConfig, flags.resolved(training)),
+            **records[name].summary(),
+        }
+        for name, training in trainings.items()
+    }
+    return {
+        "met": not failed,
+        "steps": config.steps,
+        "gap_percent": next(one.value for one in found if one.name == "quality"),
+        "gates": [one.to_dict() for one in found],
+        "runs": runs,
+        "page": str(path),
+        "config": flags.resolved(config),
+    }
 
 
-def state(config: BaseTrainConfig, folder: Path, overwrite: bool = False) -> str:
+def prepare_tokenizer(config: ValidateConfig) -> str:
+    """The name of the tokenizer that --vocab asks for; it is trained where it does not exist."""
+    entries = 256 + len(SPECIAL_TOKENS) if config.vocab == "bytes" else int(config.vocab)
+    corpus = open_corpus(config.data).manifest["sha256"]
+    name = "bytes" if config.vocab == "bytes" else f"bpe-{entries}-{corpus[:8]}"
+    if not (paths.tokenizer_dir(name) / FILE).exists():
+        tok_train(TokTrainConfig(vocab_size=entries, data=config.data, tokenizer=name))
+    return name
+
+
+def state(config: BaseTrainConfig, overwrite: bool = False) -> str:
     """What is to be done for a run: "done" (nothing), "resume", "new" or "overwrite".
 
     Raises:
         ValueError: a run of this name was trained with other flags.
     """
+    folder = checkpoint.stage_dir(config.run, "base")
     newest = checkpoint.latest(folder)
-    if newest is None:
-        return "new"
-    if overwrite:
-        return "overwrite"
+    if newest is None or overwrite:
+        return "overwrite" if newest else "new"
     saved, now = stages.read_config(folder), flags.resolved(config)
-    now = json.loads(json.dumps(now, default=str))  # as config.json has it
-    skipped = (*_WATCHING, "tokenizer")
-    differ = [k for k in now if k not in skipped and k in saved and saved[k] != now[k]]
-    if saved.get("steps") != config.num_iterations:
-        differ.append("steps")
+    now = json.loads(json.dumps(now, default=str)) | {"steps": config.num_iterations}
+    differ = [k for k in now if k not in _WATCHING and k in saved and saved[k] != now[k]]
     if differ:
-        old = saved | {"num_iterations": saved.get("steps")}
-        now["steps"] = config.num_iterations
-        shown = ", ".join(f"{k} {old.get(k)!r} (now {now[k]!r})" for k in differ)
+        shown = ", ".join(f"{k} {saved[k]!r} (now {now[k]!r})" for k in differ)
         raise ValueError(
-            f"the run {config.run!r} was trained with {shown}: --overwrite trains it anew, "
+            f"the run {config.run!r} was trained with {shown}: --overwrite trains it again, "
             "--run=NAME makes another one"
         )
     ended = any("memory/gradients" in line for line in read_metrics(folder)[-1:])
@@ -245,147 +277,196 @@ def state(config: BaseTrainConfig, folder: Path, overwrite: bool = False) -> str
     return "done" if ended and whole else "resume"
 
 
-def train(name: str, config: BaseTrainConfig, folder: Path, how: str) -> Outcome:
-    """Train in a process of its own; its messages are shown and kept in RUN/validate.log.
+def train(config: BaseTrainConfig, how: str) -> str:
+    """Train in a process of its own, as `state` says; returns why it failed, "" where it did not.
 
     Raises:
-        KeyboardInterrupt: after the process has saved and ended.
+        KeyboardInterrupt: after a signal, once the process has saved and ended.
     """
     if how == "done":
-        print(f"{config.run}: trained already (--overwrite trains it anew)")
-        return Outcome(name, config.num_iterations, 0, skipped=True)
+        print(f"{config.run}: trained already (--overwrite trains it again)")
+        return ""
+    folder = checkpoint.stage_dir(config.run, "base")
     shown = command("base_train", BaseTrainConfig, flags.resolved(config))
-    words = {"resume": ["--resume=True"], "overwrite": ["--overwrite=True"], "new": []}[how]
-    print(f"\n== {config.run}: {' '.join([shown, *words])}", flush=True)
+    words = [*shlex.split(shown), *([] if how == "new" else [f"--{how}=True"])]
+    print(f"\n== {config.run}: {shlex.join(words)}", flush=True)
     if how != "resume":  # what an earlier run logged must not pass for this one's
         for record in (METRICS, SHADOW_RECORDS, HEALTH_RECORDS):
             (folder / record).unlink(missing_ok=True)
-    environment = dict(os.environ, PYTHONUNBUFFERED="1")
-    if config.threads:
-        environment["OMP_NUM_THREADS"] = str(config.threads)
+    threads = {"OMP_NUM_THREADS": str(config.threads)} if config.threads else {}
     log = folder.parent / LOG
-    with open(log, "w", encoding="utf-8") as file:
+    with open(log, "wb") as file:
         process = subprocess.Popen(
-            [sys.executable, *shlex.split(shown)[1:], *words],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            env=environment,
-            start_new_session=True,  # Ctrl-C reaches it once, through here
+            [sys.executable, *words[1:]],
+            stderr=file,
+            env={**os.environ, "PYTHONUNBUFFERED": "1", **threads},
+            start_new_session=True,  # a signal reaches it once, through here
         )
-        try:
-            _tee(process, file)
-        except KeyboardInterrupt:
-            process.send_signal(signal.SIGINT)  # it ends after its step, with a checkpoint
-            with contextlib.suppress(KeyboardInterrupt):
-                _tee(process, file)
-            raise
-        finally:
-            if process.poll() is None:
-                process.kill()
-            code = process.wait()
-    if code == 130:
+        # It ends after its step, with a checkpoint.
+        with StopSignals(lambda message: process.send_signal(signal.SIGINT)) as signals:
+            status = process.wait()
+    if status == 130 or signals.stop:
         raise KeyboardInterrupt(f"{config.run} was interrupted")
-    error = reason(log.read_text(encoding="utf-8"), code) if code else ""
-    return Outcome(name, config.num_iterations, code, error)
+    return reason(log.read_text(encoding="utf-8", errors="replace"), status) if status else ""
 
 
-def _tee(process: subprocess.Popen, file) -> None:
-    for line in process.stdout:
-        file.write(line)
-        print(line, end="", flush=True)
-    process.wait()
+def reason(log: str, status: int) -> str:
+    """Why a training failed: its exit status, and the exception in its messages or the last one."""
+    errors = re.findall(r"^[A-Za-z_][\w.]*(?:Error|Exception|Exit)\b.*", log, re.MULTILINE)
+    killed = f", {signal.Signals(-status).name}" if status < 0 else ""
+    return f"exit status {status}{killed}: {(errors or log.split(chr(10)))[-1].strip()}"
 
 
-def reason(log: str, code: int) -> str:
-    """The error in a failed training's messages: its exception, else its last line."""
-    if code < 0:
-        killed = f"killed by {signal.Signals(-code).name}"
-        return killed + (" (out of memory?)" if -code == signal.SIGKILL else "")
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
-    errors = [line for line in lines if re.match(r"[A-Za-z_][\w.]*(Error|Exception|Exit)\b", line)]
-    return (errors or lines or ["no message"])[-1]
-
-
-def predict(config: BaseTrainConfig, vocab_size: int) -> dict[str, int]:
-    """Bytes of every part that a training will hold, before it begins: nothing is allocated.
-
-    weights, bases, gradients: of the tensors that conversion makes. optimizer_state: what the
-    optimizers keep from step to step, momenta that backward passes add to included. activations,
-    logits: at the peak of a step (`molegrad.plan.simulate`), activations being all that is none of
-    the other parts. total: that peak, which is no sum of the others.
-    """
-    sizes = model_config(config, vocab_size)
-    found = simulate(config, sizes)
-    nowhere = torch.device("meta")
-    with nowhere:
-        model = setup.place(GPT(sizes), config, nowhere)
-        setup.equip(model, config)
-    held = memory_bytes(model)
-    known = ("weights", "optimizer", "bases", "gradients", "logits")
-    return {
-        "weights": held["weights"],
-        "bases": held["bases"],
-        "gradients": held["gradients"],
-        "optimizer_state": found.held["optimizer"],
-        "activations": sum(size for part, size in found.parts.items() if part not in known),
-        "logits": found.parts["logits"],
-        "total": found.peak,
-    }
-
-
-def record_of(run: str) -> RunRecord | None:
-    """What the base training of a run left behind; None where it is nothing."""
+def record_of(config: BaseTrainConfig) -> RunRecord:
+    """What a base training left behind, an empty record where that is nothing; with the bytes that
+    the linear layers of its blocks keep of one micro-batch, measured here (memory/saved_inputs)."""
+    record = RunRecord(config.run, "base", None, {}, [], [])
     with contextlib.suppress(FileNotFoundError):
-        return next((r for r in read_runs([run]) if r.folder.name == "base"), None)
-    return None
+        record = next((r for r in read_runs([config.run]) if r.folder.name == "base"), record)
+    model = record.model(config.device_type)
+    if model is None:
+        return record
+    with contextlib.suppress(RuntimeError):  # a device without room for another model
+        setup.equip(setup.place(model, config, device_of(config)), config)
+        layers = [m for m in model.transformer["h"].modules() if isinstance(m, nn.Linear)]
+        tokens = torch.zeros(config.device_batch_size, config.max_seq_len, dtype=torch.int64)
+        tokens, dtype = tokens.to(model.device), compute_dtype(config)
+        with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
+            kept = saved_bytes(layers, lambda: model(tokens, tokens))
+        line = {"step": record.last("step"), "memory/saved_inputs": kept}
+        return replace(record, metrics=[*record.metrics, line])
+    return record
 
 
-def samples_of(config: BaseTrainConfig, outcome: Outcome) -> list[tuple[str, str]]:
-    """(prompt, continuation) of the saved model, greedy; [] where the run failed."""
-    if outcome.code:
-        return []
+def samples_of(config: BaseTrainConfig) -> list[tuple[str, str]]:
+    """(prompt, continuation) of the saved model, greedy."""
     opened = stages.open_stage(config.run, "base", device=config.device_type)
     texts = sample_texts(opened.model, opened.tokenizer, compute_dtype(config))
-    pairs = zip(PROMPTS, texts, strict=True)
-    return [
-        (prompt, text[len(prompt) :] if text.startswith(prompt) else text) for prompt, text in pairs
-    ]
+    return [(p, text.removeprefix(p)) for p, text in zip(PROMPTS, texts, strict=True)]
 
 
-def result_of(
-    config: ValidateConfig,
-    gates: Sequence[Gate],
-    records: dict[str, RunRecord | None],
-    trainings: dict[str, BaseTrainConfig],
-    page: Path,
-) -> dict:
-    """The validation as one JSON-able object."""
-    gap = next(gate.value for gate in gates if gate.name == "quality")
-    return {
-        "met": all(gate.met is not False for gate in gates),
-        "steps": config.steps,
-        "gap_percent": gap,
-        "gates": [gate.to_dict() for gate in gates],
-        "runs": {
-            name: {
-                "run": trainings[name].run,
-                "command": command("base_train", BaseTrainConfig, flags.resolved(training)),
-                **({} if records[name] is None else records[name].summary()),
-            }
-            for name, training in trainings.items()
-        },
-        "page": str(page),
-        "config": flags.resolved(config),
-    }
+# The criteria
 
 
-def table(gates: Sequence[Gate]) -> str:
-    """The gates as aligned text."""
-    rows = [["", "gate", "value", "limit", "how"], *([gate.word, *gate.cells] for gate in gates)]
-    widths = [*(max(len(row[i]) for row in rows) for i in range(4)), 0]
-    lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
-    failed = [gate.name for gate in gates if gate.met is False]
-    verdict = f"not met: {', '.join(failed)}" if failed else "every gate is met"
-    return "\n".join([*lines, verdict])
+def judge(
+    limits: Limits,
+    steps: int,
+    errors: dict[str, str],
+    dense: RunRecord,
+    low: RunRecord,
+    samples: Samples,
+) -> list[Criterion]:
+    """All criteria. What is not recorded is not met; what a method does not have does not apply.
+
+    Args:
+        steps: asked for. errors: {"dense" and "molegrad": why training failed, "" where it did
+            not}. dense, low: what the runs left behind.
+    """
+    runs, found = {DENSE: dense, MOLEGRAD: low}, []
+
+    def add(name: str, value, how: str, least=None, most=None, good=True, applies=True) -> None:
+        limit = most if least is None else least
+        within = value is not None and (value <= limit if least is None else value >= limit)
+        how += "; limit: most" if least is None else "; limit: least"
+        met = bool(good and within) if applies else None
+        found.append(Criterion(name, met, value, limit, how))
+
+    for name, record in runs.items():
+        how = f"last step recorded, of those asked for; {errors[name]}".rstrip("; ")
+        add(f"ended/{name}", record.last("step"), how, least=steps, good=not errors[name])
+    differ = differences(list(runs.values()))
+    how = "; ".join(["settings in which the runs differ, other than the method", *differ])
+    add("same_conditions", len(differ), how, most=0)
+    for name, record in runs.items():
+        fall, rise = loss_changes(record.series("train/loss_raw")[1])
+        how = "% that the mean training loss at the end of the run (last tenth) is"
+        add(f"loss/{name}/falls", fall, f"{how} below the first tenth's", least=limits.loss_margin)
+        add(f"loss/{name}/rises", rise, f"{how} above the lowest tenth's", most=limits.rise_limit)
+
+    logged = [(f"{record.label} step {line.get('step')}: {key}", value)
+              for record in runs.values() for line in record.metrics
+              for key, value in line.items()]  # fmt: skip
+    odd = [where for where, value in logged if not math.isfinite(float(value))]
+    how = "; first: ".join([f"numbers that are not finite, of {len(logged):,} logged", *odd[:1]])
+    add("metrics/finite", len(odd), how, most=0, good=bool(logged))
+    checked, empty = bool(low.series("health/findings")[1]), not low.metrics
+    alarms = [f"step {one['step']}, {one.get('layer')}: {one.get('message')}"
+              for one in low.health() if one.get("kind") in ALARMS]  # fmt: skip
+    how = "; first: ".join([f"findings of the kinds {' and '.join(ALARMS)}", *alarms[:1]])
+    count = len(alarms) if checked else None
+    add("metrics/health", count, how, most=0, applies=checked or empty)
+    medians = {n: statistics.median(v) for n, v in readings(low, "condition_number").items()}
+    layer, value = max(medians.items(), key=lambda item: item[1], default=("none logged", None))
+    how = f"largest over layers of the median over the run's readings: {layer}"
+    applies = bool(medians) or empty
+    add("metrics/condition_number", value, how, most=limits.condition_limit, applies=applies)
+    quarters = {n: parts(v, 4) for n, v in readings(low, "energy_capture").items() if len(v) > 1}
+    kept = {n: q[-1] / q[0] if q[0] else math.inf for n, q in quarters.items()}
+    layer, value = min(kept.items(), key=lambda item: item[1], default=("none logged", None))
+    how = f"least over layers of the mean of the last quarter over that of the first: {layer}"
+    applies = bool(kept) or empty
+    add("metrics/energy_capture", value, how, least=limits.energy_floor, applies=applies)
+
+    ends = [record.last("val/bpb") for record in runs.values()]
+    gap = None if None in ends else 100 * (ends[1] / ends[0] - 1)
+    how = "% that held-out bits per byte at the end lie above dense's, one seed: "
+    how += f"{number(ends[1])} against {number(ends[0])}"
+    add("quality", gap, how, most=limits.limit)
+    add("quality/outer", gap, how, most=limits.outer_limit)
+    how = "times that gradients of the converted layers take less memory than dense ones"
+    add("memory/gradients", gradient_factor(low), how, least=limits.memory_factor)
+    times = [record.settled("train/dt") for record in runs.values()]
+    longer = None if None in times else 100 * (times[1][1] / times[0][1] - 1)
+    how = "% that the median step takes longer than dense's; the runs came one by one"
+    add("time", longer, how, most=limits.time_limit)
+    for name, texts in samples.items():
+        count = sum(is_text(continuation) for _, continuation in texts)
+        how = f"prompts, of {len(texts)}, that the saved model goes on with text"
+        add(f"samples/{name}", count, how, least=1)
+    return found
+
+
+def loss_changes(losses: Sequence[float]) -> tuple[float | None, float | None]:
+    """Percent that the last tenth's mean lies below the first's and above the lowest. Tenths of
+    less than 10 losses give way to fewer and longer stretches, two at least."""
+    if len(losses) < 2:
+        return None, None
+    means = parts(losses, max(2, min(10, len(losses) // 10)))
+    return 100 * (1 - means[-1] / means[0]), 100 * (means[-1] / min(means) - 1)
+
+
+def readings(record: RunRecord, key: str) -> dict[str, list[float]]:
+    """A metric's values by layer: its own, those of shadow layers, or the mean over layers."""
+    layers = record.layers(key, "shadow") | record.layers(key)
+    mean = record.series(f"streaming/{key}")[1]
+    by_layer = {name: values for name, (_, values) in layers.items()}
+    return by_layer or ({"mean over layers": mean} if mean else {})
+
+
+def gradient_factor(record: RunRecord) -> float | None:
+    """Bytes of dense gradients of the converted layers over those that are held in their place;
+    inf where there are none, None where that was not logged."""
+    saved = {name: values[-1] for name, (_, values) in record.layers("memory_saved_mb").items()}
+    model = record.model() if saved else None
+    if model is None:
+        return None
+    size = 2 if record.config.get("weight_dtype") == "bfloat16" else 4
+    full = sum(model.get_submodule(name).weight.numel() for name in saved) * size / 2**20
+    held = full - sum(saved.values())
+    return full / held if held > 1e-6 * full else math.inf
+
+
+def is_text(text: str) -> bool:
+    """Whether it has a word of two letters, at least half of it (without white space) is letters
+    and digits, and nothing in it cannot be printed."""
+    seen = "".join(text.split())
+    half = 2 * sum(map(str.isalnum, seen)) >= len(seen)
+    word = re.search(r"[^\W\d_]{2}", text)
+    return bool(word) and half and seen.isprintable() and "\ufffd" not in seen
+
+
+def parts(values: Sequence[float], count: int) -> list[float]:
+    """Means of `count` equal stretches of the values, or of each value where there are fewer."""
+    count = min(count, len(values))
+    cuts = [round(i * len(values) / count) for i in range(count + 1)]
+    return [statistics.fmean(values[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]

@@ -34,7 +34,7 @@ from molegrad.gpt.train.environment import machine_record
 from molegrad.gpt.train.logger import RunLogger
 from molegrad.gpt.train.loop import Trainer
 from molegrad.monitor import Health, Instruments, Shadow, memory_bytes, parse_actions
-from molegrad.plan.simulate import planned_memory
+from molegrad.memory.simulate import planned_memory
 
 BuildOptimizers = Callable[[GPT, BaseTrainConfig], list[torch.optim.Optimizer]]
 PROMPTS = (
