@@ -25,10 +25,10 @@ from molegrad.optim import AdamW, Muon, matrix_param_groups, other_params
 from tests.gpt.model.test_gpt import small, tokens
 
 LOW_RANK = {
-    "dense-tangent": {"gradient_mode": "dense", "method": "tangent", "rank_k": 4, "probes": 4},
-    "dense-power": {"gradient_mode": "dense", "method": "power", "rank_k": 4},
-    "factored-tangent": {"gradient_mode": "factored", "method": "tangent", "rank_k": 4},
-    "factored-power": {"gradient_mode": "factored", "method": "power", "rank_k": 4, "probes": 2},
+    "grad-tangent": {"gradient_mode": "grad", "method": "tangent", "rank_k": 4, "probes": 4},
+    "grad-power": {"gradient_mode": "grad", "method": "power", "rank_k": 4},
+    "factors-tangent": {"gradient_mode": "factors", "method": "tangent", "rank_k": 4},
+    "factors-power": {"gradient_mode": "factors", "method": "power", "rank_k": 4, "probes": 2},
 }
 MOMENTUM = {"gradient_mode": "momentum", "method": "sampled"}
 MODES = {
@@ -51,7 +51,7 @@ def read(model, optimizers) -> dict[str, dict[str, float]]:
 class Rig:
     """Two linear layers on one batch, whose gradients have rank 4, and their health."""
 
-    def __init__(self, mode="dense-tangent", actions="warn", lr=1e-3, optimizer=Muon, **changes):
+    def __init__(self, mode="grad-tangent", actions="warn", lr=1e-3, optimizer=Muon, **changes):
         torch.manual_seed(1)
         net = nn.Sequential(nn.Linear(24, 40, bias=False), nn.Linear(40, 20, bias=False))
         self.model = convert(
@@ -214,8 +214,8 @@ def test_an_optimizer_state_that_is_not_finite_is_found_and_dropped(mode):
     made = Rig(mode, "nan=reset")
     made.train()
     states = made.optimizers[0].state
-    key = made.layer.basis_u if mode.startswith("factored") else made.layer.weight
-    name = "core" if mode.startswith("factored") else "momentum_buffer"
+    key = made.layer.basis_u if mode.startswith("factors") else made.layer.weight
+    name = "core" if mode.startswith("factors") else "momentum_buffer"
     with torch.no_grad():
         states[key][name][1, 1] = math.inf
     (finding,) = made.check()
@@ -225,7 +225,7 @@ def test_an_optimizer_state_that_is_not_finite_is_found_and_dropped(mode):
 
 
 def test_a_weight_that_is_not_finite_cannot_be_reset():
-    made = Rig("dense-tangent", "nan=reset")
+    made = Rig("grad-tangent", "nan=reset")
     made.train()
     with torch.no_grad():
         made.layer.weight[2, 3] = math.nan
@@ -235,20 +235,20 @@ def test_a_weight_that_is_not_finite_cannot_be_reset():
 
 @pytest.mark.parametrize("optimizer", [Muon, AdamW])
 def test_a_reset_layer_steps_as_a_fresh_one(optimizer):
-    made, fresh = (Rig("factored-tangent", optimizer=optimizer, lr=0.01) for _ in range(2))
+    made, fresh = (Rig("factors-tangent", optimizer=optimizer, lr=0.01) for _ in range(2))
     made.train(3)
     fresh.model.load_state_dict(made.model.state_dict())
     for layer in made.model:
         reset_layer(layer, made.optimizers, draw=7)
     for layer in fresh.model:
-        layer.reset_bases(7)
+        layer.reset(7)
     assert made.train() == fresh.train()
     for name, p in fresh.model.named_parameters():
         assert torch.equal(p, made.model.get_parameter(name)), name
 
 
 def test_a_checkpoint_right_after_a_reset_has_the_new_bases():
-    made, resumed = Rig("factored-tangent"), Rig("factored-tangent")
+    made, resumed = Rig("factors-tangent"), Rig("factors-tangent")
     made.train(2)
     resumed.train(1)
     reset_layer(made.layer, made.optimizers, draw=2)
@@ -262,7 +262,7 @@ def test_draws_are_repeatable_and_differ():
     layer = Rig().layer
     drawn = []
     for draw in (0, 1, 0):
-        layer.reset_bases(draw)
+        layer.reset(draw)
         drawn.append(layer.basis_v.clone())
     assert torch.equal(drawn[0], drawn[2]) and not torch.allclose(drawn[0], drawn[1], atol=0.1)
 
@@ -270,7 +270,7 @@ def test_draws_are_repeatable_and_differ():
 @pytest.mark.parametrize(
     ("mode", "optimizer", "lr"),
     [(mode, Muon, 0.02) for mode in MODES]
-    + [(mode, AdamW, 0.002) for mode in ("dense-tangent", "factored-tangent")],
+    + [(mode, AdamW, 0.002) for mode in ("grad-tangent", "factors-tangent")],
 )
 def test_a_healthy_run_from_zero_initialised_projections_has_no_finding(mode, optimizer, lr):
     model = small()
@@ -298,7 +298,7 @@ def rest(model, groups):
 
 
 def test_no_gradient_is_a_fault_only_after_there_was_one():
-    made = Rig("dense-power", "warn")
+    made = Rig("grad-power", "warn")
     for _ in range(5):
         made.train(scale=0.0)
         assert made.check() == []  # orth_status is 2
@@ -314,7 +314,7 @@ def test_no_gradient_is_a_fault_only_after_there_was_one():
 
 
 def test_a_subspace_without_the_gradient_is_degenerate():
-    made = Rig("dense-tangent")
+    made = Rig("grad-tangent")
     made.train()
     values = {"gradient_norm": 2.0, "estimate_norm": 0.02, "energy_capture": 0.01}
     found = [made.health.check(step, {"0": values}) for step in range(3)]
@@ -324,7 +324,7 @@ def test_a_subspace_without_the_gradient_is_degenerate():
 
 
 def test_a_sample_with_too_much_noise_is_degenerate():
-    made = Rig("momentum", "warn", sample_share=0.02)
+    made = Rig("momentum", "warn", sampling_fraction=0.02)
     torch.manual_seed(2)
     made.x = torch.ones(64, 24) + 0.1 * torch.randn(64, 24)
     found = []
@@ -332,7 +332,7 @@ def test_a_sample_with_too_much_noise_is_degenerate():
         made.train()
         found += [f for f in made.check() if f.layer == "0"]
     assert [f.kind for f in found] == ["degenerate"] and found[0].values["sampling_noise"] > 10
-    assert "raise --streaming_sample_share (here 0.02)" in found[0].message
+    assert "raise --streaming_sampling_fraction (here 0.02)" in found[0].message
 
 
 @pytest.mark.parametrize("mode", LOW_RANK)
@@ -348,7 +348,7 @@ def test_exploration_keeps_a_subspace_from_freezing(mode):
 
 
 def test_an_explosion_lasts_until_the_norm_is_back():
-    made = Rig("dense-tangent", "warn")
+    made = Rig("grad-tangent", "warn")
     norms = [1.0, 1.1, 0.9, 1.0, 1.2, 90.0, 107.0, 1e5, 1e5, 2.0, 300.0]
     found = [
         [f.values["gradient_norm"] for f in made.health.check(i, {"0": {"gradient_norm": norm}})]
@@ -360,12 +360,12 @@ def test_an_explosion_lasts_until_the_norm_is_back():
 
 
 def test_a_resumed_run_finds_the_same():
-    whole, first = (Rig("dense-tangent", "warn") for _ in range(2))
+    whole, first = (Rig("grad-tangent", "warn") for _ in range(2))
     readings = [{"gradient_norm": 1.0, "subspace_drift": 0.5}] * 5
     readings += [{"gradient_norm": 500.0, "subspace_drift": 1e-9}] * 4
     readings += [{"gradient_norm": 1.0, "subspace_drift": 0.5}]
     for cut in range(len(readings)):
-        whole, first, second = (Rig("dense-tangent", "warn") for _ in range(3))
+        whole, first, second = (Rig("grad-tangent", "warn") for _ in range(3))
         expected = [whole.health.check(i, {"0": r}) for i, r in enumerate(readings)]
         found = [first.health.check(i, {"0": r}) for i, r in enumerate(readings[:cut])]
         second.health.load_state_dict(json.loads(json.dumps(first.health.state_dict())))
@@ -435,7 +435,7 @@ def test_wrong_use_is_named():
     ):
         with pytest.raises(ValueError, match=message):
             HealthThresholds(**values)
-    made = Rig("factored-tangent")
+    made = Rig("factors-tangent")
     with pytest.raises(ValueError, match=r"metrics name a layer 'x' .* are 0, 1"):
         made.health.check(1, {"x": {}})
     with pytest.raises(ValueError, match=r"none of the given optimizers has its bases"):

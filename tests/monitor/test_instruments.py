@@ -33,7 +33,7 @@ class Shadow:
         return [{"layer": "a", "spectrum": [2.0, math.nan]}]
 
 
-def model(mode="dense") -> nn.Sequential:
+def model(mode="grad") -> nn.Sequential:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(32, 64, bias=False), nn.ReLU(), nn.Linear(64, 32, bias=False))
     config = MoleGradConfig(

@@ -15,16 +15,15 @@ ALL = {"muon": Muon, "adamw": AdamW, "adafactor": Adafactor}
 RATES = {"muon": 0.02, "adamw": 0.01, "adafactor": 0.05}
 
 
-def config(mode="factored", method="tangent", **fields) -> MoleGradConfig:
-    return MoleGradConfig(
-        **{"rank_k": 4, "target_layers": "all", "gradient_mode": mode, "method": method, **fields}
-    )
+def config(mode="factors", method="tangent", **fields) -> MoleGradConfig:
+    options = {"rank_k": 4, "target_layers": "all", "gradient_mode": mode, **fields}
+    return MoleGradConfig.of(method, **options)
 
 
 def factored_layer(dtype=F64, n=24, m=40, k=4, **fields) -> MoleLinear:
     """An (m, n) layer of rank k, also of ranks that no configuration allows."""
     layer = MoleLinear(n, m, bias=False, dtype=dtype, config=config(rank_k=2, **fields))
-    probes = layer.config.probes
+    probes = layer.config.estimator.probes
     for seed, basis in enumerate((layer.basis_u, layer.basis_v)):
         wide = orthonormal(basis.shape[0], k, seed, dtype)
         basis.data = torch.cat([wide, basis.detach()[:, basis.shape[1] - probes :]], dim=1)
@@ -45,12 +44,12 @@ def estimate(layer: MoleLinear) -> torch.Tensor:
     k = layer.rank
     u, v = layer.basis_u.detach()[:, :k], layer.basis_v.detach()[:, :k]
     y, w = layer.basis_u.grad[:, :k], layer.basis_v.grad[:, :k]
-    if layer.config.method == "power":
+    if layer.config.estimator.one_sided:
         return y @ w.mT  # its y is U itself
     return u @ w.mT + (y - u @ (u.mT @ y)) @ v.mT
 
 
-def make(name: str, mode: str = "factored", method: str = "tangent", seed: int = 0, **fields):
+def make(name: str, mode: str = "factors", method: str = "tangent", seed: int = 0, **fields):
     """A tiny GPT, the optimizer of its matrices and that of the rest."""
     torch.manual_seed(seed)
     model = convert(TinyGPT(depth=1), config(mode, method, **{"probes": 2, **fields}))
