@@ -396,7 +396,7 @@ inline void check_sampled_grad(const Tensor& grad, const Tensor& a, const Tensor
   check_scale(op, "a", a, a_scale, false);
   check_counter(op, counter);
   if (!counter.is_cpu()) check_same_device(op, {"b", b}, {"counter", counter});
-  require(share > 0, op, "share must be positive, got ", number(share));
+  require(share > 0, op, "fraction must be positive, got ", number(share));
   require(block >= 1, op, "block must be at least 1, got ", block);
 }
 

@@ -142,6 +142,12 @@ class MoleLinear(nn.Linear):
         return tuple(self._parameters[name] for name in names)
 
     @property
+    def working_parameters(self) -> tuple[nn.Parameter, ...]:
+        """Parameters that the layer works with and that are no weights: in no state_dict of the
+        model."""
+        return tuple(self._parameters[key] for key in self._tensors if key in self._parameters)
+
+    @property
     def trains(self) -> bool:
         """Whether the weight is trained (in mode "factors" its sketches carry that mark)."""
         return all(p.requires_grad for p in self.sketches or (self.weight,))

@@ -44,7 +44,7 @@ def test_explored_directions(decay, k, explored):
         ({"power_iters": -1}, ValueError, "power_iters must be at least 0"),
         ({"power_iters": 10**6}, ValueError, "power_iters must be at most 1000"),
         ({"power_iters": 2, "method": "tangent"}, ValueError, "power_iters=2 is for method='power'"),
-        ({"method": "svd"}, ValueError, "one of power, tangent, exact, sampled; got 'svd'"),
+        ({"method": "svd"}, ValueError, "method must be one of power, tangent, exact, sampled"),
         ({"gradient_mode": "dense"}, ValueError, "gradient_mode must be one of grad, momentum, fac"),
         ({"gradient_mode": "momentum"}, ValueError, "not for method='power': choose 'exact' or"),
         (

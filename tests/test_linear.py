@@ -16,7 +16,7 @@ from molegrad import (
     load_bases_state_dict,
 )
 from tests.models import perceptron
-from tests.ops.samples import tokens
+from tests.samples import tokens
 
 MODES = [(mode, method) for mode in ("grad", "factors") for method in ("power", "tangent")]
 
@@ -311,7 +311,7 @@ def test_bases_state_dict_resumes_exactly():
         load_bases_state_dict(other, bases_state_dict(model))
 
 
-def test_a_rank_that_does_not_fit_is_refused_and_repr_tells():
+def test_a_rank_that_does_not_fit_is_refused_and_repr_says_what_there_is():
     with pytest.raises(ValueError, match="needs a layer of at least 8 features.*lower rank_k"):
         MoleLinear(6, 40, config=config())
     assert "rank=4, method=tangent, gradient_mode=dense" in repr(

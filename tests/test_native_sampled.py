@@ -271,8 +271,8 @@ def test_more_features_than_are_summed_at_a_time():
         {"a": randn(5, 4).to(torch.float8_e5m2), "a_scale": torch.ones(5)},
         {"counter": torch.tensor(1.0)},
         {"counter": torch.zeros(1, dtype=torch.int64)},
-        {"share": 0.0},
-        {"share": -0.25},
+        {"fraction": 0.0},
+        {"fraction": -0.25},
         {"block": 0},
         {"a": randn(3)},
         {"a": randn(6, 4).to(F8)},
@@ -283,7 +283,7 @@ def test_more_features_than_are_summed_at_a_time():
 def test_bad_input_is_refused_in_the_words_of_the_reference(change):
     arguments = {
         "grad": torch.zeros(3, 4), "a": randn(5, 4), "b": randn(5, 3), "a_scale": None,
-        "counter": STEP, "share": 0.5, "block": 4,
+        "counter": STEP, "fraction": 0.5, "block": 4,
     } | change  # fmt: skip
     with pytest.raises(RuntimeError) as expected:
         OPS["sampled_grad_"].check(**arguments)

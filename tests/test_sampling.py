@@ -124,7 +124,7 @@ def test_float8_rows():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"share": 0.0}, "share must be positive, got 0.0"),
+        ({"fraction": 0.0}, "fraction must be positive, got 0.0"),
         ({"block": 0}, "block must be at least 1, got 0"),
         ({"grad": torch.zeros(3, 3)}, r"expected grad of shape \(12, 8\), got \(3, 3\)"),
         ({"a_scale": torch.ones(30)}, "a_scale belongs to a float8 a, got a of torch.float32"),
@@ -141,7 +141,7 @@ def test_bad_arguments_are_named(change, message):
     a, b = tokens(30, 8, 12)
     given = {"grad": torch.zeros(12, 8), "a": a, "b": b, "a_scale": None, "counter": counter()}
     with pytest.raises(RuntimeError, match=f"molegrad::sampled_grad_: .*{message}"):
-        torch.ops.molegrad.sampled_grad_(**{**given, "share": 0.5, "block": 4, **change})
+        ops.sampled_grad_(**{**given, "fraction": 0.5, "block": 4, **change})
 
 
 @pytest.mark.parametrize("shape", [(13, 1), (1, 11)])

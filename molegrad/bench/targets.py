@@ -14,7 +14,7 @@ from molegrad.convert import plan
 from molegrad.gpt.model.gpt import GPT, GPTConfig
 from molegrad.gpt.train.config import BaseTrainConfig
 from molegrad.lab.methods import parse_methods
-from molegrad.names import layer_role
+from molegrad.targets import layer_role
 
 SHAPE = {"n": 1280, "m": 5120, "tokens": 8192, "k": 32}
 DTYPE = "bfloat16"
@@ -161,7 +161,7 @@ def _streaming_config(method: str) -> MoleGradConfig | None:
 
 def _modes_only(config: MoleGradConfig | None) -> bool:
     """Whether all that arises of a converted layer's gradient are its sketches."""
-    return config is not None and config.gradient_mode == "factored"
+    return config is not None and config.gradient_mode == "factors"
 
 
 def _layers_taken(config: MoleGradConfig, depth: int, aspect_ratio: int) -> str | None:

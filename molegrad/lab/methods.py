@@ -22,7 +22,8 @@ import types
 import typing
 from dataclasses import dataclass, field
 
-from molegrad.config import DEFAULT_RANK, PRESETS
+from molegrad.config import PRESETS
+from molegrad.estimators.lowrank_options import DEFAULT_RANK
 from molegrad.gpt.train.config import BaseTrainConfig
 from molegrad.gpt.train.flags import PREFIX
 

@@ -17,12 +17,12 @@ from dataclasses import dataclass, replace
 
 from molegrad.gpt import paths
 from molegrad.gpt.data.corpus import open_corpus
-from molegrad.gpt.data.tok_train import TokTrainConfig, tok_train
 from molegrad.gpt.data.tokenizer import FILE, SPECIAL_TOKENS, Tokenizer
 from molegrad.gpt.model.gpt import GPTConfig
 from molegrad.gpt.train import flags
 from molegrad.gpt.train.config import BaseTrainConfig, device_of, resolve
 from molegrad.gpt.train.flags import PREFIX, flag
+from molegrad.gpt.train.tok_train import TokTrainConfig, tok_train
 from molegrad.lab.methods import Method, learning_rates, parse_methods, split
 from molegrad.lab.store import Run
 

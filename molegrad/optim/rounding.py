@@ -5,7 +5,7 @@ changes nothing, however often it comes, and so does a small weight decay. Compu
 rounded to one of the two neighbours with probabilities that make the mean exact, nothing is lost on
 average (Gupta et al. 2015, Deep Learning with Limited Numerical Precision).
 
-Random numbers are a hash of seed, step and place (`molegrad.reference`): a resumed run and every
+Random numbers are a hash of seed, step and place (`molegrad.ops.random`): a resumed run and every
 data-parallel process round alike.
 """
 

@@ -298,7 +298,7 @@ def test_the_op(emulated_op, n, m, share, dtype):
         {"a": randn(5, 4).to(F8)},
         {"a": randn(5, 4).to(F8), "a_scale": torch.ones(5, dtype=F64)},
         {"counter": torch.tensor(1.0)},
-        {"share": 0.0},
+        {"fraction": 0.0},
         {"block": 0},
         {"grad": torch.zeros(3, 4, device="meta")},
         {"a": torch.zeros(5, 4, device="meta")},
@@ -309,10 +309,10 @@ def test_bad_input_is_refused_in_the_words_of_the_reference(emulated_op, change)
     emulated_op("sampled", "sampled", "quantized")
     arguments = {
         "grad": torch.zeros(3, 4), "a": randn(5, 4), "b": randn(5, 3), "a_scale": None,
-        "counter": STEP, "share": 0.5, "block": 4, "alpha": 1.0, "seed": 0,
+        "counter": STEP, "fraction": 0.5, "block": 4, "alpha": 1.0, "seed": 0,
     } | change  # fmt: skip
     with pytest.raises(RuntimeError) as expected:
-        OPS["sampled_grad_"].check(**arguments)
+        OPS["sampled_grad_"].check(*arguments.values())
     with pytest.raises(RuntimeError) as caught:
         call_op("sampled_grad_", *arguments.values())
     assert str(caught.value).replace("device type 14", "meta") == str(expected.value)

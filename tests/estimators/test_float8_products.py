@@ -10,7 +10,7 @@ from molegrad import linear
 from molegrad.estimators import inputs, lowrank_sums
 from molegrad.optim import Muon, matrix_param_groups
 from tests.models import TinyGPT, perceptron
-from tests.ops.samples import randn, tokens
+from tests.samples import randn, tokens
 
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2

@@ -11,7 +11,7 @@ from molegrad import MoleGradConfig, MoleLinear, clip_grad_norm_, convert, plan
 from molegrad.estimators import inputs
 from molegrad.monitor import layer_metrics, memory_bytes
 from molegrad.optim import AdamW, Muon, matrix_param_groups
-from tests.ops.samples import randn
+from tests.samples import randn
 
 
 def layer(n=16, m=64, **fields) -> MoleLinear:

@@ -18,7 +18,7 @@ from molegrad.ops.checks import acc_dtype
 from molegrad.ops.registry import OPS
 from molegrad.optim import Muon, matrix_param_groups
 from tests.models import TinyGPT, perceptron
-from tests.ops.samples import orthonormal, randn, tokens
+from tests.samples import orthonormal, randn, tokens
 
 MANY = 1 << 20  # MiB: all at the end
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from molegrad.estimators.sketches import Sketch, trust_factor
-from tests.ops.samples import orthonormal, randn
+from tests.samples import orthonormal, randn
 
 M, N, K = 20, 30, 4
 

@@ -35,7 +35,7 @@ def label(fields) -> str:
 def build(fields, depth=1, dtype=F64):
     torch.manual_seed(0)
     model = TinyGPT(depth=depth).to(dtype)
-    convert(model, MoleGradConfig(target_layers="all", **fields))
+    convert(model, MoleGradConfig.of(target_layers="all", **fields))
     groups = matrix_param_groups(model.h)
     return model, [Muon(groups), torch.optim.AdamW(other_params(model, groups), lr=1e-3)]
 

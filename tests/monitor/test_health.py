@@ -56,7 +56,7 @@ class Rig:
         net = nn.Sequential(nn.Linear(24, 40, bias=False), nn.Linear(40, 20, bias=False))
         self.model = convert(
             net,
-            MoleGradConfig(
+            MoleGradConfig.of(
                 **{**MODES[mode], "target_layers": "all", "min_layer_utilization": 0, **changes}
             ),
         )
@@ -275,7 +275,7 @@ def test_draws_are_repeatable_and_differ():
 def test_a_healthy_run_from_zero_initialised_projections_has_no_finding(mode, optimizer, lr):
     model = small()
     config = {**MODES[mode], "target_layers": "all", "min_layer_utilization": 0}
-    convert(model, MoleGradConfig(**config))
+    convert(model, MoleGradConfig.of(**config))
     groups = matrix_param_groups(model.transformer["h"])
     optimizers = [optimizer(groups, lr=lr), rest(model, groups)]
     said = []

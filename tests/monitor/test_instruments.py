@@ -36,7 +36,7 @@ class Shadow:
 def model(mode="grad") -> nn.Sequential:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(32, 64, bias=False), nn.ReLU(), nn.Linear(64, 32, bias=False))
-    config = MoleGradConfig(
+    config = MoleGradConfig.of(
         rank_k=4, method="tangent", gradient_mode=mode, target_layers=r".*", probes=2
     )
     return convert(net, config)

@@ -103,7 +103,7 @@ def test_a_whole_module_counts_what_is_between_its_layers():
 
 @pytest.mark.parametrize("mode", ["grad", "factors"])
 def test_converted_layers_are_measured_too(mode):
-    config = MoleGradConfig(rank_k=2, target_layers="all", gradient_mode=mode)
+    config = MoleGradConfig.of(rank_k=2, target_layers="all", gradient_mode=mode)
     model = convert(nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 16)), config)
     x = torch.randn(7, 16)
     assert saved_bytes(linear_layers(model), lambda: model(x)) == 4 * 7 * (16 + 24)

@@ -20,7 +20,7 @@ LOW_RANK = [(mode, method) for mode in ("grad", "factors") for method in ("tange
 
 
 def build(mode, method="tangent", probes=8, optimizer=Muon, **fields):
-    config = MoleGradConfig(
+    config = MoleGradConfig.of(
         rank_k=None if method == "sampled" else 4,
         target_layers="all",
         gradient_mode=mode,
@@ -207,7 +207,7 @@ def test_effective_rank_is_that_of_the_estimate(mode, method, trust):
 
 def test_effective_rank_of_known_spectra():
     """One mode has rank 1, equal ones their number."""
-    layer = MoleLinear(24, 40, bias=False, config=MoleGradConfig(rank_k=4, method="power"))
+    layer = MoleLinear(24, 40, bias=False, config=MoleGradConfig.of(rank_k=4, method="power"))
     q, p = (torch.linalg.qr(torch.randn(rows, 4))[0] for rows in (40, 24))
     for modes, expected in (([1, 0, 0, 0], 1), ([3, 3, 3, 3], 4), ([1, 1, 0, 0], 2)):
         layer.weight.grad = q @ torch.diag(torch.tensor(modes).float()) @ p.mT
@@ -373,7 +373,7 @@ def test_unknown_is_nan_and_no_layers_is_empty():
     assert layer_metrics(nn.Linear(2, 2)) == {}
     assert math.isnan(aggregate({})["energy_capture"]) and aggregate({})["memory_saved_mb"] == 0
     model[0].stats[STATS.index("captured_norm_sq")] = math.nan
-    model[0].config = MoleGradConfig(rank_k=4, probes=1)
+    model[0].config = MoleGradConfig.of(rank_k=4, probes=1)
     assert math.isnan(layer_metrics(model)["0"]["energy_capture"])
 
 

@@ -383,7 +383,7 @@ def test_what_cannot_work_is_said():
     with pytest.raises(ValueError, match="a SGD has the bases of a"):
         RankController(stream.model, [sgd], stream.config)
     with pytest.raises(ValueError, match="energy_target is 0"):
-        RankController(stream.model, [], MoleGradConfig())
+        RankController(stream.model, [], MoleGradConfig.of())
     with pytest.raises(ValueError, match="no trained MoleLinear"):
         RankController(nn.Linear(3, 3), [], stream.config)
     other = Stream({"b": spectrum(1.0)})

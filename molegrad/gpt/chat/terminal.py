@@ -172,20 +172,6 @@ def stream_text(tokens: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:
         yield rest
 
 
-def answer(
-    model: GPT,
-    tokenizer: Tokenizer,
-    question: str,
-    fine_tuned: bool = True,
-    max_new_tokens: int = 48,
-) -> str:
-    """The most likely answer to one question, as text."""
-    chat = Chat(
-        model, tokenizer, fine_tuned, temperature=0.0, top_k=0, max_new_tokens=max_new_tokens
-    )
-    return "".join(chat.reply(question))
-
-
 @flags.command("chat_cli")
 def main(argv: list[str] | None = None) -> int:
     """The command."""

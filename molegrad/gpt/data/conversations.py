@@ -15,13 +15,13 @@ import importlib.util
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from molegrad.gpt.data.corpus import SPLITS, Corpus, is_validation
+from molegrad.gpt.data.corpus import SPLITS, Corpus, check_split, is_validation
 
 HELD_OUT_FRACTION = 0.1
 WEIGHTS = {"summary": 0.5, "chatter": 0.2, "spelling": 0.15, "arithmetic": 0.15}
@@ -77,7 +77,6 @@ def summary_pairs(corpus: Corpus, split: str) -> list[SummaryPair]:
     validation one.
     A corpus without names (plain text) gives an empty list.
     """
-    _check_split(split)
     held_out = _unique_pairs(corpus, "val")
     if split == "val":
         return held_out
@@ -116,6 +115,7 @@ def summary_conversation(pair: SummaryPair) -> dict:
 
 
 def _in_split(key: str, split: str) -> bool:
+    check_split(split)
     return is_validation(key, HELD_OUT_FRACTION) == (split == "val")
 
 
@@ -125,7 +125,6 @@ def chatter_conversations(split: str) -> list[dict]:
     Conversations with the same first message are all in one split. Their end is cut to an
     assistant's message and at MAX_MESSAGES.
     """
-    _check_split(split)
     spec = importlib.util.find_spec("chatterbot_corpus")
     if spec is None or not spec.submodule_search_locations:
         log.warning(
@@ -168,7 +167,6 @@ def common_words(corpus: Corpus, count: int = 4000, max_chars: int = 4_000_000) 
 
 def words_of(words: list[str], split: str) -> list[str]:
     """Those of `words` that belong to a split, by a hash of the word."""
-    _check_split(split)
     return [word for word in words if _in_split(f"spell:{word}", split)]
 
 
@@ -178,49 +176,33 @@ def spelling_conversations(words: list[str], split: str, seed: int = 0) -> Itera
     if not mine:
         raise ValueError(f"no words for the {split} split among {len(words)}; use a larger corpus")
     rng = np.random.default_rng([seed, SPLITS.index(split), 1])
-
-    def generate() -> Iterator[dict]:
-        while True:
-            word = mine[rng.integers(len(mine))]
-            question = _SPELLING_QUESTIONS[rng.integers(len(_SPELLING_QUESTIONS))]
-            yield _conversation("spelling", question.format(word), " ".join(word))
-
-    return generate()
+    while True:
+        word = mine[rng.integers(len(mine))]
+        question = _SPELLING_QUESTIONS[rng.integers(len(_SPELLING_QUESTIONS))]
+        yield _conversation("spelling", question.format(word), " ".join(word))
 
 
-def arithmetic_conversations(split: str, seed: int = 0, limit: int = 100) -> Iterator[dict]:
-    """Endless additions and subtractions of numbers below `limit`, no negative results.
+def arithmetic_conversations(split: str, seed: int = 0) -> Iterator[dict]:
+    """Endless additions and subtractions of numbers below 100, no negative results.
 
     The operands, in either order and for both operations, belong to one split.
     """
-    _check_split(split)
-    if limit < 20:
-        raise ValueError(f"limit={limit} must be >= 20, or a split may have no exercise")
     rng = np.random.default_rng([seed, SPLITS.index(split), 2])
-
-    def generate() -> Iterator[dict]:
-        while True:
-            low, high = sorted(int(value) for value in rng.integers(0, limit, 2))
-            if not _in_split(f"numbers:{low},{high}", split):
-                continue
-            if rng.integers(2):
-                left, right = (low, high) if rng.integers(2) else (high, low)
-                term, value = f"{left} + {right}", left + right
-            else:
-                term, value = f"{high} - {low}", high - low
-            question = _ARITHMETIC_QUESTIONS[rng.integers(len(_ARITHMETIC_QUESTIONS))]
-            yield _conversation("arithmetic", question.format(term), f"{term} = {value}")
-
-    return generate()
-
-
-def _check_split(split: str) -> None:
-    if split not in SPLITS:
-        raise ValueError(f"split {split!r} is not one of {SPLITS}")
+    while True:
+        low, high = sorted(int(value) for value in rng.integers(0, 100, 2))
+        if not _in_split(f"numbers:{low},{high}", split):
+            continue
+        if rng.integers(2):
+            left, right = (low, high) if rng.integers(2) else (high, low)
+            term, value = f"{left} + {right}", left + right
+        else:
+            term, value = f"{high} - {low}", high - low
+        question = _ARITHMETIC_QUESTIONS[rng.integers(len(_ARITHMETIC_QUESTIONS))]
+        yield _conversation("arithmetic", question.format(term), f"{term} = {value}")
 
 
 def _cycle(items: list[dict], rng: np.random.Generator) -> Iterator[dict]:
-    """Endless passes over `items`, each in a new order."""
+    """Endless passes over `items`, each in another order."""
     while True:
         for index in rng.permutation(len(items)):
             yield items[index]
@@ -235,47 +217,32 @@ def conversation_mixture(
 ) -> list[dict]:
     """`size` conversations, each from a source drawn by weight; the same for the same arguments.
 
-    split: "train" or "val" (held out). weights: source -> weight (default WEIGHTS), made to sum to
-    one. A source without conversations is left out with a warning. A conversation is
-    {"source": str, "messages": [{"role", "content"}, ...]}. Finite sources go round in a new order
-    each time. Raises ValueError for unknown sources, bad weights, or when nothing is left.
+    split: "train" or "val" (held out). weights: source -> weight >= 0 (default WEIGHTS), made to
+    sum to one. A source without conversations is left out with a warning. A conversation is
+    {"source": str, "messages": [{"role", "content"}, ...]}. Finite sources go round in another
+    order each time. Raises ValueError when no source is left.
     """
-    _check_split(split)
-    if size < 1:
-        raise ValueError(f"size={size} must be >= 1")
-    if seed < 0:
-        raise ValueError(f"seed={seed} must be >= 0")
-    weights = dict(WEIGHTS if weights is None else weights)
-    unknown = sorted(weights.keys() - WEIGHTS.keys())
-    if unknown:
-        raise ValueError(f"unknown conversation sources {unknown}; there are {list(WEIGHTS)}")
-    if any(not 0 <= weight < float("inf") for weight in weights.values()):
-        raise ValueError(f"weights {weights} must be finite and not negative")
+    check_split(split)
+    weights = WEIGHTS if weights is None else weights
     rng = np.random.default_rng([seed, SPLITS.index(split), 0])
 
-    def finite(items: list[dict]) -> Iterator[dict] | None:
-        return _cycle(items, rng) if items else None
-
-    def spelling() -> Iterator[dict] | None:
+    def conversations(source: str) -> list[dict] | Iterator[dict]:
+        if source == "summary":
+            return [summary_conversation(pair) for pair in summary_pairs(corpus, split)]
+        if source == "chatter":
+            return chatter_conversations(split)
+        if source == "arithmetic":
+            return arithmetic_conversations(split, seed)
         words = words_of(common_words(corpus), split)
-        return spelling_conversations(words, split, seed) if words else None
+        return spelling_conversations(words, split, seed) if words else []
 
-    makers: dict[str, Callable[[], Iterator[dict] | None]] = {
-        "summary": lambda: finite(
-            [summary_conversation(pair) for pair in summary_pairs(corpus, split)]
-        ),
-        "chatter": lambda: finite(chatter_conversations(split)),
-        "spelling": spelling,
-        "arithmetic": lambda: arithmetic_conversations(split, seed),
-    }
     streams = {}
-    for source in WEIGHTS:
-        if weights.get(source, 0) > 0:
-            stream = makers[source]()
-            if stream is None:
-                log.warning("conversation source %r has nothing for %s: left out", source, split)
-            else:
-                streams[source] = stream
+    for source in (name for name in WEIGHTS if weights.get(name, 0) > 0):
+        found = conversations(source)
+        if not found:
+            log.warning("conversation source %r has nothing for %s: left out", source, split)
+        else:
+            streams[source] = _cycle(found, rng) if isinstance(found, list) else found
     if not streams:
         raise ValueError(f"no conversations: weights {weights} leave no source with any")
     names = list(streams)

@@ -1,26 +1,29 @@
 """Fetch parquet shards of published pretraining datasets by HTTPS.
 
-A shard is written to NAME.part, checked (size, parquet marks at both ends, SHA-256 where known) and
-renamed, so a file under its own name is always whole. A .part of an interrupted attempt is resumed
-by an HTTP Range request; a server that ignores Range is handled by starting over. Failures are
-retried with exponentially growing waits; the final error names the URL and the remedy.
+A shard is written to NAME.part, checked (size, parquet marks at both ends) and renamed, so a file
+under its own name is always whole. A .part of an interrupted attempt is resumed by an HTTP Range
+request; a server that ignores Range is handled by starting over. Failures are retried with
+exponentially growing waits; the final error names the URL and the remedy.
 """
 
-import hashlib
 import http.client
 import logging
 import os
+import shutil
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-MAGIC = b"PAR1"
-CHUNK = 1 << 20
-_FINAL_STATUS = {400, 401, 403, 404, 405, 410, 451}  # trying again won't help
+ATTEMPTS = 6  # requests for one file
+BACKOFF = 1.0  # seconds before the second attempt, doubled each time
+MAX_WAIT = 60.0
+TIMEOUT = 30.0  # seconds without an answer
+WORKERS = 4  # files at a time
+_PASSING = {408, 416, 425, 429}  # statuses of the client's that another attempt may change
 log = logging.getLogger(__name__)
 
 
@@ -28,34 +31,19 @@ log = logging.getLogger(__name__)
 class Dataset:
     """A published set of parquet shards 0 to `last`, of which the last is validation."""
 
-    base_url: str
+    url: str
     last: int
-    pattern: str = "shard_{:05d}.parquet"
 
 
-DATASETS: Mapping[str, Dataset] = {
-    "climbmix": Dataset(
-        "https://huggingface.co/datasets/karpathy/climbmix-400b-shuffle/resolve/main", 6542
-    ),
-    "fineweb-edu": Dataset(
-        "https://huggingface.co/datasets/karpathy/fineweb-edu-100b-shuffle/resolve/main", 1822
-    ),
+_HUB = "https://huggingface.co/datasets/karpathy"
+DATASETS = {
+    "climbmix": Dataset(f"{_HUB}/climbmix-400b-shuffle/resolve/main", 6542),
+    "fineweb-edu": Dataset(f"{_HUB}/fineweb-edu-100b-shuffle/resolve/main", 1822),
 }
 
 
 class DownloadError(RuntimeError):
     """A file could not be fetched; the message names the URL and the remedy."""
-
-
-class _Refused(Exception):
-    """An answer that makes another attempt pointless."""
-
-
-def dataset(name: str) -> Dataset:
-    """The dataset of that name; ValueError naming the known ones otherwise."""
-    if name not in DATASETS:
-        raise ValueError(f"dataset {name!r} is unknown; known: {', '.join(DATASETS)}")
-    return DATASETS[name]
 
 
 def is_parquet(path: Path) -> bool:
@@ -64,143 +52,84 @@ def is_parquet(path: Path) -> bool:
     if size < 12:
         return False
     with open(path, "rb") as file:
-        if file.read(4) != MAGIC:
-            return False
+        first = file.read(4)
         file.seek(-8, os.SEEK_END)
-        tail = file.read(8)
-    return tail[4:] == MAGIC and int.from_bytes(tail[:4], "little") <= size - 12
+        footer, last = int.from_bytes(file.read(4), "little"), file.read(4)
+    return first == last == b"PAR1" and footer <= size - 12
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _attempt(url: str, part: Path, timeout: float) -> None:
-    """One request that begins or resumes `part`; raises OSError if the result is not whole."""
+def _attempt(url: str, part: Path) -> None:
+    """One request that begins or resumes `part`; OSError if the result is not a whole file."""
     have = part.stat().st_size if part.exists() else 0
     headers = {"User-Agent": "molegrad", "Accept-Encoding": "identity"}
     if have:
         headers["Range"] = f"bytes={have}-"
     request = urllib.request.Request(url, headers=headers)
-    try:
-        response = urllib.request.urlopen(request, timeout=timeout)
-    except urllib.error.HTTPError as error:
-        with error:
-            if error.code == 416 and have:  # longer than the file, or already all of it
-                total = (error.headers.get("Content-Range") or "").rpartition("/")[2]
-                if total.isdigit() and int(total) == have:
-                    return
-                part.unlink()
-                raise OSError(f"the partial file ({have} bytes) does not fit the file") from None
-            if error.code in _FINAL_STATUS:
-                raise _Refused(f"HTTP status {error.code} {error.reason}") from None
-            raise OSError(f"HTTP status {error.code} {error.reason}") from None
-    with response:
-        resumed = have > 0 and response.status == 206
-        start = have if resumed else 0
-        content_range = response.headers.get("Content-Range", "")
-        if resumed and not content_range.startswith(f"bytes {have}-"):
+    with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+        start = have if response.status == 206 else 0
+        if start and not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
             part.unlink()
-            raise OSError(f"asked for bytes from {have}, got Content-Range {content_range!r}")
+            raise OSError(f"the server did not go on at byte {start}, as asked")
+        with open(part, "ab" if start else "wb") as file:
+            shutil.copyfileobj(response, file)
         length = response.headers.get("Content-Length")
-        with open(part, "ab" if resumed else "wb") as file:
-            while chunk := response.read(CHUNK):
-                file.write(chunk)
     size = part.stat().st_size
     if length is not None and size != start + int(length):
         raise OSError(f"got {size} of {start + int(length)} bytes")
+    if not is_parquet(part):
+        part.unlink()
+        raise OSError("what came is not a whole parquet file")
 
 
-def fetch(
-    url: str,
-    target: Path,
-    *,
-    sha256: str = "",
-    parquet: bool = True,
-    attempts: int = 6,
-    backoff: float = 1.0,
-    timeout: float = 30.0,
-) -> Path:
-    """Fetch `url` to `target` (returned); a `target` that exists is taken as it is.
+def fetch(url: str, target: Path) -> Path:
+    """Fetch the parquet file at `url` to `target` (returned); one that exists is taken as it is.
 
-    sha256: expected hash in hexadecimal, or empty. parquet: check the marks of a parquet file.
-    attempts: requests in all. backoff: seconds before the second attempt, doubled each time, at
-    most 60. timeout: seconds without an answer. Raises DownloadError.
+    Raises DownloadError.
     """
-    if attempts < 1:
-        raise ValueError(f"attempts={attempts} must be >= 1")
-    target = Path(target)
-    if target.exists():
-        return target
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(target.name + ".part")
-    problem = ""
-    for attempt in range(attempts):
-        if attempt:
-            wait = min(60.0, backoff * 2 ** (attempt - 1))
-            log.warning("%s: %s; trying again in %.1f s", url, problem, wait)
-            time.sleep(wait)
+    attempt, problem = 0, ""
+    while not target.exists():
+        attempt += 1
         try:
-            _attempt(url, part, timeout)
-            if parquet and not is_parquet(part):
-                part.unlink()
-                raise OSError("what came is not a whole parquet file")
-            if sha256 and (found := _sha256(part)) != sha256.lower():
-                part.unlink()
-                raise OSError(f"SHA-256 is {found}, expected {sha256.lower()}")
-        except _Refused as error:
-            problem = str(error)
+            if not (part.exists() and is_parquet(part)):
+                _attempt(url, part)
+            os.replace(part, target)
             break
         except (OSError, http.client.HTTPException) as error:
             problem = str(error) or type(error).__name__
-            continue
-        os.replace(part, target)
-        return target
-    raise DownloadError(
-        f"could not fetch {url} after {attempt + 1} attempt(s): {problem}. Check the connection "
-        f"and the address, run the command again (it resumes), or put the file at {target} yourself"
-    )
+            final = attempt == ATTEMPTS
+            if isinstance(error, urllib.error.HTTPError):
+                final = final or (error.code < 500 and error.code not in _PASSING)
+                if error.code == 416:  # the part is longer than the file
+                    part.unlink(missing_ok=True)
+        if final:
+            raise DownloadError(
+                f"could not fetch {url} after {attempt} attempt(s): {problem}. Check the "
+                "connection and the address, run the command again (it resumes), or put the file "
+                f"at {target} yourself"
+            )
+        wait = min(MAX_WAIT, BACKOFF * 2 ** (attempt - 1))
+        log.warning("%s: %s; trying again in %.1f s", url, problem, wait)
+        time.sleep(wait)
+    return target
 
 
-def fetch_shards(
-    name: str,
-    indices: Iterable[int],
-    folder: Path,
-    *,
-    base_url: str = "",
-    sha256: Mapping[int, str] | None = None,
-    workers: int = 4,
-    **options,
-) -> list[Path]:
-    """Fetch shards of the dataset `name` into `folder`, `workers` at a time; paths in order.
+def fetch_shards(name: str, indices: Iterable[int], folder: Path) -> list[Path]:
+    """Fetch shards of the dataset `name` into `folder`, some at a time; paths in order.
 
-    base_url replaces the published address. sha256: expected hash per index. options go to fetch.
-    Raises ValueError for an index the dataset lacks, DownloadError when a shard can't be had (the
-    shards already under way are finished first).
+    Raises DownloadError when a shard can't be had (those under way are finished first).
     """
-    spec = dataset(name)
-    indices = list(indices)
-    for index in indices:
-        if not 0 <= index <= spec.last:
-            raise ValueError(f"{name} has no shard {index}; its shards are 0 to {spec.last}")
-    if workers < 1:
-        raise ValueError(f"workers={workers} must be >= 1")
-    base = (base_url or spec.base_url).rstrip("/")
+    url = DATASETS[name].url
 
     def one(index: int) -> Path:
-        file = spec.pattern.format(index)
-        digest = (sha256 or {}).get(index, "")
-        return fetch(f"{base}/{file}", Path(folder) / file, sha256=digest, **options)
+        file = f"shard_{index:05d}.parquet"
+        return fetch(f"{url}/{file}", Path(folder) / file)
 
-    with ThreadPoolExecutor(max_workers=workers) as pool:
+    with ThreadPoolExecutor(WORKERS) as pool:
         futures = [pool.submit(one, index) for index in indices]
         try:
             return [future.result() for future in futures]
         except BaseException:
-            for future in futures:
-                future.cancel()
+            pool.shutdown(wait=False, cancel_futures=True)
             raise

@@ -15,30 +15,42 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from molegrad.gpt.data.tokens import TokenSource
+from molegrad.gpt.data.tokens import CorpusTokens
 
 BUFFER = 512  # pieces to choose from: more lose less to cropping
-_STATE = ("fingerprint", "seq_len", "rank", "world_size", "seed")
 
 
-class PackedLoader:
-    """Endless batches of packed documents.
+class BatchLoader:
+    """What loaders of batches share: sizes, this process' part, and whose a position is.
 
-    token_source: a tokens.TokenSource. batch_size rows of seq_len tokens per batch. device: where
-    the batches go. rank of world_size: which share of the documents. seed: of the order.
-    Raises ValueError for values out of range and for a source with less than one batch per rank.
+    Args:
+        batch_size, seq_len: rows of a batch, tokens of a row.
+        device: where the batches go.
+        rank, world_size: this process, and how many share the data.
+        seed: of the order.
+        fingerprint: identifies the data.
+
+    Attributes:
+        epoch: passes over the data completed.
+        masks_targets: whether some targets of a batch are -1.
+
+    Raises:
+        ValueError: a value is out of range.
     """
+
+    masks_targets = False
 
     def __init__(
         self,
-        token_source: TokenSource,
         batch_size: int,
         seq_len: int,
-        device: torch.device | str = "cpu",
-        rank: int = 0,
-        world_size: int = 1,
-        seed: int = 0,
+        device: torch.device | str,
+        rank: int,
+        world_size: int,
+        seed: int,
+        fingerprint: str,
     ):
         if batch_size < 1 or seq_len < 1:
             raise ValueError(f"batch_size={batch_size} and seq_len={seq_len} must be >= 1")
@@ -48,28 +60,63 @@ class PackedLoader:
             )
         if seed < 0:
             raise ValueError(f"seed={seed} must be >= 0")
-        self._source = token_source
-        self.batch_size, self.seq_len = batch_size, seq_len
-        self.device = torch.device(device)
+        self.batch_size, self.seq_len, self.device = batch_size, seq_len, torch.device(device)
         self.rank, self.world_size, self.seed = rank, world_size, seed
-        self._row = seq_len + 1
-        self._epoch = 0
+        self.fingerprint = fingerprint
+        self.epoch = 0
+
+    def permutation(self, count: int, *key: int) -> np.ndarray:
+        """The order of `count` things, drawn from the seed and `key`."""
+        return np.random.Generator(np.random.PCG64([self.seed, *key])).permutation(count)
+
+    def identity(self) -> dict:
+        """What a saved position must agree in; the batch size may differ."""
+        names = ("fingerprint", "seq_len", "rank", "world_size", "seed")
+        return {name: getattr(self, name) for name in names}
+
+    def check_position(self, state: dict) -> None:
+        """ValueError naming what a position of another loader does not agree in."""
+        for name, value in self.identity().items():
+            if state.get(name) != value:
+                raise ValueError(
+                    f"the saved loader position has {name}={state.get(name)!r}, this loader "
+                    f"{value!r}; resume with the same data, tokenizer, --max-seq-len, number of "
+                    "processes and seed"
+                )
+
+
+class PackedLoader(BatchLoader):
+    """Endless batches of packed documents; see `BatchLoader` for the arguments.
+
+    Raises ValueError for a source with less than one batch per rank, too.
+    """
+
+    def __init__(
+        self,
+        source: CorpusTokens,
+        batch_size: int,
+        seq_len: int,
+        device: torch.device | str = "cpu",
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+    ):
+        super().__init__(batch_size, seq_len, device, rank, world_size, seed, source.fingerprint)
+        self._source, self._row = source, seq_len + 1
         self._shard_at = 0  # position in the epoch's order of shards
         self._document_at = 0  # position in this rank's order of the shard's documents
         self._serial = 0  # pieces buffered so far: equal lengths leave the buffer in this order
         # Sorted (length, serial, shard, document, first token of the piece).
         self._buffer: list[tuple[int, int, int, int, int]] = []
         self._order: tuple[tuple[int, int], int, np.ndarray] | None = None
-        self._barren = 0  # documents passed since the last piece
-        self.tokens_dropped = 0
-        self.tokens_packed = 0
+        self._barren = 0  # passes since the last piece
         self._check_size()
 
     def _check_size(self) -> None:
         need = self.world_size * self.batch_size * self._row
         have = 0
         # In the order of the first epoch, so that no shard is encoded for the check alone.
-        for shard in self._permutation(self._source.num_shards, 0):
+        for shard in self.permutation(self._source.num_shards, 0):
             have += int(self._source.shard(int(shard)).offsets[-1])
             if have >= need:
                 return
@@ -79,33 +126,17 @@ class PackedLoader:
             "use more text or smaller batches"
         )
 
-    @property
-    def epoch(self) -> int:
-        """Passes over the documents completed by the reader (its buffer included)."""
-        return self._epoch
-
-    @property
-    def progress(self) -> float:
-        """epoch and the fraction of the present pass, by shards and documents."""
-        _, order = self._current_order()
-        inside = self._document_at / max(1, len(order))
-        return self._epoch + (self._shard_at + min(1.0, inside)) / self._source.num_shards
-
-    def _permutation(self, count: int, *key: int) -> np.ndarray:
-        return np.random.Generator(np.random.PCG64([self.seed, *key])).permutation(count)
-
     def _current_order(self) -> tuple[int, np.ndarray]:
         """(shard, this rank's documents of it in order) at the present position."""
-        key = (self._epoch, self._shard_at)
+        key = (self.epoch, self._shard_at)
         if self._order is None or self._order[0] != key:
-            shards = self._permutation(self._source.num_shards, self._epoch)
+            shards = self.permutation(self._source.num_shards, self.epoch)
             shard = int(shards[self._shard_at])
-            documents = len(self._source.shard(shard))
-            order = self._permutation(documents, self._epoch, shard + 1)
+            order = self.permutation(len(self._source.shard(shard)), self.epoch, shard + 1)
             self._order = (key, shard, order[self.rank :: self.world_size])
             if self._shard_at + 1 < len(shards):
                 self._source.prefetch(int(shards[self._shard_at + 1]))
-        return self._order[1], self._order[2]
+        return self._order[1:]
 
     def _read_document(self) -> None:
         """Put the pieces of the next document into the buffer."""
@@ -115,7 +146,7 @@ class PackedLoader:
             self._shard_at += 1
             if self._shard_at == self._source.num_shards:
                 self._shard_at = 0
-                self._epoch += 1
+                self.epoch += 1
                 self._barren += 1
                 if self._barren > 2:  # a whole pass without a piece
                     raise ValueError(
@@ -150,23 +181,17 @@ class PackedLoader:
         while at < self._row:
             self._refill()
             left = self._row - at
-            index = bisect.bisect_left(self._buffer, (left + 1,)) - 1
-            if index >= 0:  # of the longest that fit, the one that came first
-                index = bisect.bisect_left(self._buffer, (self._buffer[index][0],))
-            piece = self._buffer.pop(max(index, 0))
-            length, _, shard, document, start = piece
-            take = min(length, left)
+            index = max(0, best_fit(self._buffer, left))
+            length, _, shard, document, start = self._buffer.pop(index)
+            end = at + min(length, left)
             tokens = self._source.shard(shard).document(document)
             if start:
                 row[at] = self._source.bos
-                row[at + 1 : at + take] = tokens[start : start + take - 1]
-            else:
-                row[at : at + take] = tokens[:take]
-            at += take
-            self.tokens_packed += take
-            self.tokens_dropped += length - take
+                at += 1
+            row[at:end] = tokens[start : start + end - at]
+            at = end
 
-    def next_batch(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def next_batch(self) -> tuple[Tensor, Tensor]:
         """(inputs, targets), both (batch_size, seq_len) int64 on the device; targets are inputs
         moved on by one."""
         rows = np.empty((self.batch_size, self._row), np.int64)
@@ -174,72 +199,50 @@ class PackedLoader:
             self._fill_row(row)
         batch = torch.from_numpy(rows)
         if self.device.type == "cuda":
-            batch = batch.pin_memory().to(self.device, non_blocking=True)
-        else:
-            batch = batch.to(self.device)
+            batch = batch.pin_memory()
+        batch = batch.to(self.device, non_blocking=True)
         return batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
-
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        while True:
-            yield self.next_batch()
-
-    def _identity(self) -> dict:
-        values = (
-            self._source.fingerprint,
-            self.seq_len,
-            self.rank,
-            self.world_size,
-            self.seed,
-        )
-        return dict(zip(_STATE, values, strict=True))
 
     def state_dict(self) -> dict:
         """The position as JSON-able numbers; a few tens of kilobytes."""
         return {
-            **self._identity(),
-            "epoch": self._epoch,
+            **self.identity(),
+            "epoch": self.epoch,
             "shard_at": self._shard_at,
             "document_at": self._document_at,
             "serial": self._serial,
             "buffer": [list(piece) for piece in self._buffer],
-            "tokens_packed": self.tokens_packed,
-            "tokens_dropped": self.tokens_dropped,
         }
 
     def load_state_dict(self, state: dict) -> None:
         """Continue from a state_dict of a loader of the same data and split; the batch size may
         differ. ValueError names what does not agree."""
-        for name, value in self._identity().items():
-            if state.get(name) != value:
-                raise ValueError(
-                    f"the saved loader position has {name}={state.get(name)!r}, this loader "
-                    f"{value!r}; resume with the same data, tokenizer, --max-seq-len, number of "
-                    "processes and seed"
-                )
-        self._epoch = int(state["epoch"])
-        self._shard_at = int(state["shard_at"])
-        self._document_at = int(state["document_at"])
-        self._serial = int(state["serial"])
-        self._buffer = [tuple(int(value) for value in piece) for piece in state["buffer"]]
-        self.tokens_packed = int(state["tokens_packed"])
-        self.tokens_dropped = int(state["tokens_dropped"])
+        self.check_position(state)
+        self.epoch, self._shard_at = state["epoch"], state["shard_at"]
+        self._document_at, self._serial = state["document_at"], state["serial"]
+        self._buffer = [tuple(piece) for piece in state["buffer"]]
         self._order = None
 
 
+def best_fit(buffer: list[tuple], space: int) -> int:
+    """Where in a sorted buffer of (length, serial, ...) the longest that fits stands, of equal ones
+    the first; -1 where none fits."""
+    index = bisect.bisect_left(buffer, (space + 1,)) - 1
+    return index if index < 0 else bisect.bisect_left(buffer, (buffer[index][0],))
+
+
 def validation_batches(
-    token_source: TokenSource,
+    source: CorpusTokens,
     batch_size: int,
     seq_len: int,
     num_batches: int,
     device: torch.device | str = "cpu",
     rank: int = 0,
     world_size: int = 1,
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+) -> Iterator[tuple[Tensor, Tensor]]:
     """The first num_batches batches in a fixed order (seed 0), the same at every call.
 
     A source with fewer tokens is gone through again, so that every rank yields as many batches.
     """
-    if num_batches < 1:
-        raise ValueError(f"num_batches={num_batches} must be >= 1")
-    loader = PackedLoader(token_source, batch_size, seq_len, device, rank, world_size)
+    loader = PackedLoader(source, batch_size, seq_len, device, rank, world_size)
     return (loader.next_batch() for _ in range(num_batches))

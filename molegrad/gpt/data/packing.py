@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from molegrad.gpt.data.loader import BatchLoader, best_fit
 from molegrad.gpt.data.tokenizer import Tokenizer
 
 BUFFER = 256  # conversations to choose from when a row is filled
@@ -37,28 +38,28 @@ def pack(lengths: Sequence[int], order: Iterable[int], space: int) -> list[list[
 
     Best fit from a buffer: the longest that fits the space left, until none does.
     """
-    order = iter(order)
+    waiting = enumerate(order)
     buffer: list[tuple[int, int, int]] = []  # (length, serial, index): ties leave in order
-    rows, row, left, serial = [], [], space, 0
+    rows, row, left = [], [], space
     while True:
-        while len(buffer) < BUFFER and (index := next(order, None)) is not None:
+        while len(buffer) < BUFFER and (following := next(waiting, None)) is not None:
+            serial, index = following
             bisect.insort(buffer, (lengths[index], serial, index))
-            serial += 1
-        if not buffer:
-            break
-        at = bisect.bisect_left(buffer, (left + 1,)) - 1
-        if at < 0:
-            rows.append(row)
-            row, left = [], space
+        at = best_fit(buffer, left)
+        if at >= 0:
+            length, _, index = buffer.pop(at)
+            row.append(index)
+            left -= length
             continue
-        length, _, index = buffer.pop(bisect.bisect_left(buffer, (buffer[at][0],)))
-        row.append(index)
-        left -= length
-    return [*rows, row] if row else rows
+        if row:
+            rows.append(row)
+        if not buffer:
+            return rows
+        row, left = [], space
 
 
-class ConversationLoader:
-    """Endless batches of packed conversations.
+class ConversationLoader(BatchLoader):
+    """Endless batches of packed conversations; see `BatchLoader` for the arguments it shares.
 
     Args:
         rendered: from `render`.
@@ -66,11 +67,8 @@ class ConversationLoader:
         rank, world_size: this process takes every world_size-th row.
 
     Attributes:
-        epoch: passes completed.
         skipped: rows left out so far because every target was masked.
-        masks_targets: True; some targets of a batch are -1.
         rows_per_epoch: rows of the first epoch, of all processes (others may differ by a few).
-        fingerprint: SHA-256 of the conversations.
 
     Raises:
         ValueError: there is no target at all, a conversation is longer than a row, or there are
@@ -90,13 +88,10 @@ class ConversationLoader:
         world_size: int = 1,
         seed: int = 0,
     ):
-        if batch_size < 1 or seq_len < 1:
-            raise ValueError(f"batch_size={batch_size} and seq_len={seq_len} must be >= 1")
-        self._rendered, self._pad = rendered, pad
+        fingerprint = _fingerprint(rendered)
+        super().__init__(batch_size, seq_len, device, rank, world_size, seed, fingerprint)
+        self._rendered, self._pad, self._space = rendered, pad, seq_len + 1
         self._lengths = [len(ids) for ids, _ in rendered]
-        self.batch_size, self.seq_len, self._space = batch_size, seq_len, seq_len + 1
-        self.device, self.seed = torch.device(device), seed
-        self._rank, self._world_size = rank, world_size
         if rendered and max(self._lengths) > self._space:
             raise ValueError(
                 f"a conversation has {max(self._lengths)} tokens, a row {self._space}: "
@@ -107,12 +102,10 @@ class ConversationLoader:
                 f"none of the {len(rendered)} conversations has a token to learn within "
                 f"{self._space} tokens: use a longer --max-seq-len or other conversations"
             )
-        self.epoch, self._at, self.skipped = 0, 0, 0
+        self._at = self.skipped = 0
         self._rows = self._pack(0)
         self.rows_per_epoch = len(self._rows)
-        self.fingerprint = _fingerprint(rendered)
-        mine = self._rows[rank::world_size]
-        if not any(map(self._learnable, mine)):
+        if not any(map(self._learnable, self._rows[rank::world_size])):
             raise ValueError(
                 f"{len(self._rows)} rows of conversations leave nothing to learn for process "
                 f"{rank} of {world_size}: use more conversations or fewer processes"
@@ -121,62 +114,37 @@ class ConversationLoader:
     def next_batch(self) -> tuple[Tensor, Tensor]:
         """(inputs, targets), both (batch_size, seq_len) int64; each row has a target that is not
         -1."""
-        rows = [self._row(self._next_row()) for _ in range(self.batch_size)]
-        batch = torch.from_numpy(np.stack(rows))  # (B, 2, space)
-        inputs, targets = batch[:, 0, :-1], batch[:, 1, 1:]
-        return inputs.contiguous().to(self.device), targets.contiguous().to(self.device)
+        rows = [self._next_row() for _ in range(self.batch_size)]
+        return _batch(self._rendered, rows, self._space, self._pad, self.device)
 
     def state_dict(self) -> dict:
         """The position, JSON-able."""
-        return {**self._identity(), "epoch": self.epoch, "at": self._at, "skipped": self.skipped}
+        return {**self.identity(), "epoch": self.epoch, "at": self._at, "skipped": self.skipped}
 
     def load_state_dict(self, state: dict) -> None:
         """Continue from a state_dict of a loader of the same conversations; ValueError names what
         does not agree."""
-        for name, value in self._identity().items():
-            if state.get(name) != value:
-                raise ValueError(
-                    f"the saved position has {name}={state.get(name)!r}, this loader {value!r}: "
-                    "resume with the same conversations, tokenizer, --max-seq-len, processes and "
-                    "seed"
-                )
-        self.epoch, self._at = int(state["epoch"]), int(state["at"])
-        self.skipped = int(state["skipped"])
+        self.check_position(state)
+        self.epoch, self._at, self.skipped = state["epoch"], state["at"], state["skipped"]
         self._rows = self._pack(self.epoch)
 
-    def _identity(self) -> dict:
-        return {
-            "fingerprint": self.fingerprint,
-            "seq_len": self.seq_len,
-            "rank": self._rank,
-            "world_size": self._world_size,
-            "seed": self.seed,
-        }
-
     def _pack(self, epoch: int) -> list[list[int]]:
-        rng = np.random.Generator(np.random.PCG64([self.seed, epoch]))
-        order = (int(i) for i in rng.permutation(len(self._rendered)))
+        order = self.permutation(len(self._rendered), epoch).tolist()
         return pack(self._lengths, order, self._space)
 
     def _next_row(self) -> list[int]:
         while True:
-            mine = range(self._rank, len(self._rows), self._world_size)
-            while self._at >= len(mine):  # an epoch may leave a process without a row
+            while (at := self.rank + self._at * self.world_size) >= len(self._rows):
                 self.epoch, self._at = self.epoch + 1, 0
                 self._rows = self._pack(self.epoch)
-                mine = range(self._rank, len(self._rows), self._world_size)
-            row = self._rows[mine[self._at]]
             self._at += 1
-            if self._learnable(row):
-                return row
+            if self._learnable(self._rows[at]):
+                return self._rows[at]
             self.skipped += 1
 
     def _learnable(self, row: list[int]) -> bool:
         """Whether a row has a target; a conversation's first token is none."""
         return any(any(self._rendered[i][1][1:]) for i in row)
-
-    def _row(self, indices: list[int]) -> np.ndarray:
-        return fill_row([self._rendered[i] for i in indices], self._space, self._pad)
 
 
 def _fingerprint(rendered: Sequence[Rendered]) -> str:
@@ -186,17 +154,21 @@ def _fingerprint(rendered: Sequence[Rendered]) -> str:
     return digest.hexdigest()
 
 
-def fill_row(rendered: Iterable[Rendered], space: int, pad: int) -> np.ndarray:
-    """(2, space) int64: tokens, and the same with -1 where they are no target."""
-    row = np.full((2, space), pad, np.int64)
-    row[1] = -1
-    at = 0
-    for ids, mask in rendered:
-        end = at + len(ids)
-        row[0, at:end] = ids
-        row[1, at:end] = np.where(mask, ids, -1)
-        at = end
-    return row
+def _batch(
+    rendered: Sequence[Rendered], rows: list[list[int]], space: int, pad: int, device
+) -> tuple[Tensor, Tensor]:
+    """(inputs, targets), both (len(rows), space - 1) int64; a target is -1 where it is masked."""
+    tokens = np.full((len(rows), space), pad, np.int64)
+    targets = np.full((len(rows), space), -1, np.int64)
+    for number, row in enumerate(rows):
+        at = 0
+        for ids, mask in (rendered[i] for i in row):
+            end = at + len(ids)
+            tokens[number, at:end] = ids
+            targets[number, at:end] = np.where(mask, ids, -1)
+            at = end
+    inputs, targets = torch.from_numpy(tokens)[:, :-1], torch.from_numpy(targets)[:, 1:]
+    return inputs.contiguous().to(device), targets.contiguous().to(device)
 
 
 def held_out_batches(
@@ -214,9 +186,4 @@ def held_out_batches(
     rows = pack([len(ids) for ids, _ in rendered], range(len(rendered)), seq_len + 1)
     rows = rows[: max(1, max_tokens // seq_len)][rank::world_size]
     for start in range(0, len(rows), batch_size):
-        part = [
-            fill_row((rendered[i] for i in row), seq_len + 1, pad)
-            for row in rows[start : start + batch_size]
-        ]
-        batch = torch.from_numpy(np.stack(part)).to(device)
-        yield batch[:, 0, :-1].contiguous(), batch[:, 1, 1:].contiguous()
+        yield _batch(rendered, rows[start : start + batch_size], seq_len + 1, pad, device)

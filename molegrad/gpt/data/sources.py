@@ -5,6 +5,7 @@ a line that is only <|endoftext|> always ends a document; without it, a document
 blank line after DOC_CHARS characters, and in text with no blank lines after MAX_DOC_CHARS.
 """
 
+import codecs
 import hashlib
 import json
 from collections.abc import Iterator
@@ -15,19 +16,23 @@ DOC_CHARS = 4096
 MAX_DOC_CHARS = 16384
 PART_BYTES = 128 << 20  # text files are worked on in ranges of this size
 SEPARATOR = "<|endoftext|>"
-_LINE_LIMIT = 1 << 16
+_LINE_LIMIT = 1 << 16  # because "one line" may be the whole file
 
 
 @dataclass(frozen=True)
 class Document:
-    """One document. `module`, `name`, `kind`, `head` and `doc` are empty for plain text."""
+    """One document. `module`, `name`, `kind` and `doc` are empty for plain text."""
 
     text: str
     module: str = ""
     name: str = ""
     kind: str = ""
-    head: str = ""
     doc: str = ""
+
+
+def named_document(module: str, name: str, kind: str, head: str, doc: str) -> Document:
+    """The document of one object: its definition line, a blank line, its docstring."""
+    return Document(f"{head}\n\n{doc}", module, name, kind, doc)
 
 
 @dataclass(frozen=True)
@@ -42,12 +47,9 @@ class Part:
     def documents(self) -> Iterator[Document]:
         """Stream the documents of the range, in order."""
         if self.kind == "jsonl":
-            return _read_jsonl(self)
-        if self.kind == "text":
-            return (Document(text) for text in _read_text(self))
-        if self.kind == "parquet":
-            return (Document(text) for text in _read_parquet(self))
-        raise ValueError(f"part of unknown kind {self.kind!r}: expected jsonl, text or parquet")
+            return (named_document(*json.loads(line)) for line in _lines(self))
+        texts = _read_parquet(self) if self.kind == "parquet" else _read_text(self)
+        return (Document(text) for text in texts)
 
     def fingerprint(self) -> str:
         """SHA-256 that identifies the range's content.
@@ -57,16 +59,15 @@ class Part:
         a hundred gigabytes need not be read.
         """
         digest = hashlib.sha256()
-        if self.kind == "parquet":
-            size = self.path.stat().st_size
-            digest.update(f"{self.path.name}:{size}:{self.start}:{self.stop}:".encode())
-            with open(self.path, "rb") as file:
+        with open(self.path, "rb") as file:
+            if self.kind == "parquet":
+                size = self.path.stat().st_size
+                digest.update(f"{self.path.name}:{size}:{self.start}:{self.stop}:".encode())
                 file.seek(max(0, size - 8))
-                tail = file.read()
-                file.seek(max(0, size - 8 - int.from_bytes(tail[:4], "little")))
+                footer = int.from_bytes(file.read(4), "little")
+                file.seek(max(0, size - 8 - footer))
                 digest.update(file.read())
-        else:
-            with open(self.path, "rb") as file:
+            else:
                 file.seek(self.start)
                 left = self.stop - self.start
                 while left > 0 and (chunk := file.read(min(left, 1 << 20))):
@@ -76,80 +77,32 @@ class Part:
         return digest.hexdigest()
 
 
-def write_document(file, document: Document) -> int:
-    """Append an embedded-corpus document as one JSON line; returns the bytes of its text."""
-    record = [document.module, document.name, document.kind, document.head, document.doc]
-    file.write(json.dumps(record, ensure_ascii=False, separators=(",", ":")) + "\n")
-    return len(document.text.encode())
-
-
-def named_document(module: str, name: str, kind: str, head: str, doc: str) -> Document:
-    """The document of one object: its definition line, a blank line, its docstring."""
-    return Document(f"{head}\n\n{doc}", module, name, kind, head, doc)
-
-
-def _read_jsonl(part: Part) -> Iterator[Document]:
+def _lines(part: Part, limit: int = -1) -> Iterator[str]:
+    """The lines of a range of bytes, in pieces of at most `limit` bytes; a character that a piece
+    ends in comes with the next, and bytes that are no UTF-8 become U+FFFD."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    left = part.stop - part.start
     with open(part.path, "rb") as file:
         file.seek(part.start)
-        left = part.stop - part.start
-        for line in file:
-            if left <= 0:
-                return
-            left -= len(line)
-            yield named_document(*json.loads(line))
+        while left > 0 and (piece := file.readline(min(left, limit) if limit > 0 else left)):
+            left -= len(piece)
+            yield decoder.decode(piece, final=left <= 0)
 
 
 def _read_text(part: Part) -> Iterator[str]:
-    lines: list[str] = []
-    chars = 0
-
-    def flush() -> str:
-        nonlocal chars
-        text = "".join(lines).strip()
-        lines.clear()
-        chars = 0
-        return text
-
-    with open(part.path, "rb") as file:
-        file.seek(part.start)
-        left = part.stop - part.start
-        pending = b""
-        while left > 0:
-            # A limit, because "one line" may be the whole file; the undecodable tail of a line
-            # that was cut inside a character waits for the next piece.
-            piece = file.readline(min(left, _LINE_LIMIT))
-            if not piece:
-                break
-            left -= len(piece)
-            raw = pending + piece
-            pending = b""
-            if not raw.endswith(b"\n") and left > 0:
-                raw, pending = _split_inside_character(raw)
-            line = raw.decode("utf-8", "replace").replace("\r\n", "\n")
+    text = ""
+    for line in _lines(part, _LINE_LIMIT):
+        ends = line.strip() == SEPARATOR
+        if not ends:
+            text += line.replace("\r\n", "\n")
             blank = not line.strip()
-            if line.strip() == SEPARATOR:
-                if text := flush():
-                    yield text
-                continue
-            lines.append(line)
-            chars += len(line)
-            full = (blank and chars >= DOC_CHARS) or chars >= MAX_DOC_CHARS
-            if full and (text := flush()):
-                yield text
-        if text := flush():
-            yield text
-
-
-def _split_inside_character(raw: bytes) -> tuple[bytes, bytes]:
-    """Cut off an incomplete UTF-8 character at the end of `raw`."""
-    for back in range(1, min(4, len(raw)) + 1):
-        byte = raw[-back]
-        if byte >= 0xC0:  # the first byte of a character of 2, 3 or 4 bytes
-            length = 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
-            return (raw[:-back], raw[-back:]) if back < length else (raw, b"")
-        if byte < 0x80:
-            break
-    return raw, b""
+            ends = len(text) >= MAX_DOC_CHARS or (blank and len(text) >= DOC_CHARS)
+        if ends:
+            if text.strip():
+                yield text.strip()
+            text = ""
+    if text.strip():
+        yield text.strip()
 
 
 def _parquet_file(path: Path):
@@ -177,9 +130,8 @@ def _read_parquet(part: Part) -> Iterator[str]:
         low, high = max(part.start, first), min(part.stop, first + rows)
         if low < high:
             column = file.read_row_group(group, columns=["text"]).column("text")
-            for text in column.slice(low - first, high - low).to_pylist():
-                if text and text.strip():
-                    yield text
+            texts = column.slice(low - first, high - low).to_pylist()
+            yield from (text for text in texts if text and text.strip())
         first += rows
 
 
@@ -222,30 +174,17 @@ def _text_parts(path: Path, start: int, stop: int) -> list[Part]:
 
 
 def text_cut(path: Path, offset: int, stop: int) -> int:
-    """The first place at or after byte `offset` where a new paragraph (else a line) begins."""
-    first_line = None
+    """The first place at or after byte `offset` >= 1 where a new paragraph (else a line) begins."""
     with open(path, "rb") as file:
-        file.seek(offset)
-        if offset > 0:
-            file.seek(offset - 1)
-            if file.read(1) != b"\n":
-                _skip_line(file)
-        position = file.tell()
-        while position < stop and position - offset < 1 << 16:
-            if first_line is None:
-                first_line = position
-            line = file.readline(_LINE_LIMIT)
-            if not line:
-                break
-            position = file.tell()
-            if not line.strip() or line.strip() == SEPARATOR.encode():
-                return min(position, stop)
-    return min(first_line if first_line is not None else stop, stop)
-
-
-def _skip_line(file) -> None:
-    while (piece := file.readline(_LINE_LIMIT)) and not piece.endswith(b"\n"):
-        pass
+        file.seek(offset - 1)
+        while (piece := file.readline(_LINE_LIMIT)) and not piece.endswith(b"\n"):
+            pass
+        first = file.tell()
+        while file.tell() < min(stop, offset + (1 << 16)):
+            line = file.readline(_LINE_LIMIT).strip()
+            if not line or line == SEPARATOR.encode():
+                return min(file.tell(), stop)
+    return min(first, stop)
 
 
 def split_files(files: list[Path], val_fraction: float) -> tuple[list[Part], list[Part], str]:
@@ -265,17 +204,15 @@ def split_files(files: list[Path], val_fraction: float) -> tuple[list[Part], lis
         train, val = Part(files[0], "parquet", 0, cut), Part(files[0], "parquet", cut, rows)
         return [train], [val], f"the last {rows - cut} of {rows} rows are validation"
     total = sum(path.stat().st_size for path in files)
-    threshold = int(total * (1 - val_fraction))
+    inside = int(total * (1 - val_fraction))  # of the bytes from here on
     train, val = [], []
-    before = 0
     for path in files:
         size = path.stat().st_size
-        inside = threshold - before
         # Several files are divided between files, except the one that the threshold falls into.
         cut = 0 if inside <= 0 else size if inside >= size else text_cut(path, inside, size)
         train += _text_parts(path, 0, cut)
         val += _text_parts(path, cut, size)
-        before += size
+        inside -= size
     if not train or not val:
         raise ValueError(
             f"the text ({total} bytes in {len(files)} files) can't be split into train and "

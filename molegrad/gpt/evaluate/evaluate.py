@@ -27,11 +27,11 @@ from rich.console import Console
 from rich.table import Table
 
 from molegrad.gpt import runs as stages
-from molegrad.gpt.chat.terminal import answer
 from molegrad.gpt.data.loader import validation_batches
 from molegrad.gpt.data.tokens import CorpusTokens
 from molegrad.gpt.evaluate import tasks
-from molegrad.gpt.evaluate.bpb import bits_per_byte
+from molegrad.gpt.model.bpb import bits_per_byte
+from molegrad.gpt.model.engine import answer
 from molegrad.gpt.train import base as train
 from molegrad.gpt.train import flags
 from molegrad.gpt.train.flags import flag

@@ -4,7 +4,7 @@
     arithmetic   "What is 12 + 7?" must be answered by exactly "12 + 7 = 19"
     spelling     "Spell apple" must be answered by exactly "a p p l e"
 
-Everything is drawn from held-out modules, words and operands (`molegrad.gpt.data.conversations`) by a
+Everything is drawn from held-out modules, words and operands (`gpt.data.conversations`) by a
 seed, so that two models are asked the same questions. Every score comes with the number of
 questions and its standard error: sqrt(p (1 - p) / N).
 """

@@ -1,7 +1,7 @@
 """Generation with a key/value cache.
 
-What: `generate(model, tokens, ...)` yields one token id after the other; `generate_batch` gives
-several continuations of one prompt; `KVCache` holds what attention has seen.
+What: `generate(model, tokens, ...)` yields one token id after the other; `answer` is the text of a
+fine-tuned model's; `KVCache` holds what attention has seen.
 
 Why a cache: without it every new token repeats the whole forward pass; with it a token costs one
 position. Cached and uncached logits agree to rounding (tests/gpt/model/test_engine.py).
@@ -52,13 +52,6 @@ class KVCache:
         """Called once by the model when every layer has appended its `count` tokens."""
         self.length += count
 
-    def repeat(self, batch_size: int) -> "KVCache":
-        """A copy in which the one sequence of this cache stands `batch_size` times."""
-        copy = object.__new__(KVCache)
-        copy.capacity, copy.length = self.capacity, self.length
-        copy.store = self.store.repeat_interleave(batch_size, dim=2)
-        return copy
-
 
 def sample_token(
     logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator
@@ -83,43 +76,6 @@ def sample_token(
 
 
 @torch.inference_mode()
-def generate_columns(
-    model,
-    tokens: Sequence[int],
-    num_samples: int = 1,
-    max_tokens: int = 64,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    seed: int = 42,
-) -> Iterator[list[int]]:
-    """Yields `num_samples` ids at a time, one per continuation of the prompt `tokens`.
-
-    Ends after `max_tokens`, or when the context of max_seq_len tokens is full.
-
-    Raises:
-        ValueError: the prompt is empty or leaves no room, or a sampling setting is out of range.
-    """
-    limit = model.config.max_seq_len
-    if not 0 < len(tokens) < limit + 1:
-        raise ValueError(
-            f"the prompt has {len(tokens)} tokens: expected 1 to max_seq_len={limit}; "
-            "shorten it or keep its last part"
-        )
-    device = model.device
-    generator = torch.Generator(device).manual_seed(seed)
-    capacity = min(limit, len(tokens) + max_tokens)
-    cache = KVCache(model.config, 1, device, _activation_dtype(model), capacity)
-    idx = torch.tensor([list(tokens)], dtype=torch.int64, device=device)
-    logits = _last_logits(model, idx, cache).expand(num_samples, -1)
-    cache = cache.repeat(num_samples) if num_samples > 1 else cache
-    for produced in range(1, max_tokens + 1):
-        column = sample_token(logits, temperature, top_k, generator)
-        yield column[:, 0].tolist()
-        if produced == max_tokens or cache.length == cache.capacity:
-            return
-        logits = _last_logits(model, column, cache)
-
-
 def generate(
     model,
     tokens: Sequence[int],
@@ -129,37 +85,48 @@ def generate(
     seed: int = 42,
     stop_tokens: Collection[int] = (),
 ) -> Iterator[int]:
-    """Yields token ids that continue `tokens`, until a stop token (not yielded) or max_tokens."""
-    stop = frozenset(stop_tokens)
-    for (token,) in generate_columns(model, tokens, 1, max_tokens, temperature, top_k, seed):
-        if token in stop:
+    """Yields token ids that continue `tokens`.
+
+    Ends before a stop token, after `max_tokens`, or when the context of max_seq_len tokens is full.
+
+    Raises:
+        ValueError: the prompt is empty or leaves no room, or a sampling setting is out of range.
+    """
+    limit = model.config.max_seq_len
+    if not 0 < len(tokens) <= limit:
+        raise ValueError(
+            f"the prompt has {len(tokens)} tokens: expected 1 to max_seq_len={limit}; "
+            "shorten it or keep its last part"
+        )
+    device = model.device
+    generator = torch.Generator(device).manual_seed(seed)
+    capacity = min(limit, len(tokens) + max_tokens)
+    cache = KVCache(model.config, 1, device, _activation_dtype(model), capacity)
+    idx = torch.tensor([list(tokens)], dtype=torch.int64, device=device)
+    for _ in range(max_tokens):
+        logits = model.logits(model.hidden(idx, cache)[:, -1])
+        idx = sample_token(logits, temperature, top_k, generator)
+        token = idx.item()
+        if token in stop_tokens:
             return
         yield token
+        if cache.length == cache.capacity:
+            return
 
 
-def generate_batch(
-    model,
-    tokens: Sequence[int],
-    num_samples: int,
-    max_tokens: int = 64,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    seed: int = 42,
-    stop_tokens: Collection[int] = (),
-) -> list[list[int]]:
-    """`num_samples` continuations of one prompt (without it), each cut before its stop token."""
-    stop = frozenset(stop_tokens)
-    results: list[list[int]] = [[] for _ in range(num_samples)]
-    done = [False] * num_samples
-    columns = generate_columns(model, tokens, num_samples, max_tokens, temperature, top_k, seed)
-    for column in columns:
-        for i, token in enumerate(column):
-            done[i] = done[i] or token in stop
-            if not done[i]:
-                results[i].append(token)
-        if all(done):
-            break
-    return results
+def answer(model, tokenizer, question: str, max_tokens: int = 48) -> str:
+    """The most likely answer of a fine-tuned model to one question, as text.
+
+    tokenizer: the model's, a `molegrad.gpt.data.tokenizer.Tokenizer`.
+
+    Raises:
+        ValueError: the question does not fit the model's context.
+    """
+    messages = [{"role": "user", "content": question}]
+    prompt = tokenizer.render_for_completion({"messages": messages})
+    stop = tokenizer.special_tokens.values()
+    ids = generate(model, prompt, max_tokens, temperature=0.0, stop_tokens=stop)
+    return tokenizer.decode(ids)
 
 
 def _activation_dtype(model) -> torch.dtype:
@@ -168,8 +135,3 @@ def _activation_dtype(model) -> torch.dtype:
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return model.lm_head.weight.dtype
-
-
-def _last_logits(model, idx: Tensor, cache: KVCache) -> Tensor:
-    """(B, V) logits after the last of the tokens idx (B, T), which enter the cache."""
-    return model.logits(model.hidden(idx, cache)[:, -1])

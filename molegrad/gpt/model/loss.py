@@ -17,7 +17,7 @@ As |z| <= c, exp(z) cannot overflow for c <= 80 and no maximum is subtracted.
 import torch
 from torch import Tensor, nn
 
-from molegrad.chunked import ChunkedGradient, chunked_gradient
+from molegrad.chunked import LayerGradient
 from molegrad.linear import MoleLinear
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -85,7 +85,7 @@ def linear_cross_entropy(
     scale = scale.double() if dtype == torch.float64 else scale
     if isinstance(layer, MoleLinear) and layer.trains:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            layer.steps.expect(layer)
+            layer.steps.expect(layer, device)
         losses = _LowRankHead.apply(
             flat, layer.basis_u, layer.basis_v, layer, wanted, scale, cap, chunk, dtype, reduction
         )
@@ -109,11 +109,11 @@ def require_head(layer: nn.Linear) -> None:
     if not isinstance(layer, MoleLinear) or not layer.trains:
         return
     mode, method = layer.config.gradient_mode, layer.config.method
-    if (mode, method) != ("factored", "tangent"):
+    if mode != "factors" or not layer.config.estimator.adds_up:
         raise ValueError(
             f"the output head {layer.name!r} has gradient_mode={mode!r} and method={method!r}, but "
             "its gradient is gathered while the chunks of logits exist, in the forward pass, and "
-            "scaled in the backward pass: choose gradient_mode='factored' with method='tangent', "
+            "scaled in the backward pass: choose gradient_mode='factors' with method='tangent', "
             "whose sketches allow that, or leave the head dense"
         )
 
@@ -189,7 +189,7 @@ class _LowRankHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, basis_u, basis_v, layer, targets, scale, cap, chunk, dtype, reduction):
         now = reduction != "none" and any(ctx.needs_input_grad[:3])
-        sketches = chunked_gradient(layer)
+        sketches = LayerGradient(layer)
         loss, grad_h = _all_chunks(
             hidden, layer.weight, targets, scale, cap, chunk, dtype,
             now and ctx.needs_input_grad[0], _told(sketches, cap) if now else None,
@@ -198,7 +198,7 @@ class _LowRankHead(torch.autograd.Function):
         if reduction == "none":
             ctx.save_for_backward(hidden, layer.weight, targets, scale)
             return loss
-        ctx.save_for_backward(grad_h, *sketches.finish())
+        ctx.save_for_backward(grad_h, *sketches.finish()[1:])
         return loss.sum()
 
     @staticmethod
@@ -206,12 +206,12 @@ class _LowRankHead(torch.autograd.Function):
         layer, cap, chunk, dtype, reduction = ctx.options
         if reduction == "none":
             hidden, weight, targets, scale = ctx.saved_tensors
-            sketches = chunked_gradient(layer)
+            sketches = LayerGradient(layer)
             _, grad_h = _all_chunks(
                 hidden, weight, targets, scale * grad, cap, chunk, dtype,
                 ctx.needs_input_grad[0], _told(sketches, cap),
             )  # fmt: skip
-            found = (grad_h, *sketches.finish())
+            found = (grad_h, *sketches.finish()[1:])
         else:
             found = (g if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors)
         return *found, None, None, None, None, None, None, None
@@ -232,7 +232,7 @@ def _into(grad_w: Tensor | None, cap: float):
     return add
 
 
-def _told(sketches: ChunkedGradient, cap: float):
+def _told(sketches: LayerGradient, cap: float):
     """(h / cap, dx) of a chunk, given to sketches."""
     factor = cap if cap > 0 else 1.0
     return lambda h, dx: sketches.add(h * factor, dx)

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib import colormaps
 
-from molegrad.config import UNBIASED
 from molegrad.gpt.report.plots import Plot, panels
 from molegrad.gpt.report.record import RunRecord
 
@@ -127,8 +126,8 @@ def why_absent(record: RunRecord, key: str) -> str:
         return "method 'sampled' has no subspace, and nothing was compared (--shadow-every)"
     if key in _OF_A_SUBSPACE and sampled:
         return "method 'sampled' has no subspace"
-    if key == "sampling_noise" and method not in UNBIASED:
-        return f"only methods {' and '.join(map(repr, UNBIASED))} add such noise"
+    if key == "sampling_noise" and method not in ("exact", "sampled"):
+        return f"only sampled methods add such noise"
     if key == "energy_capture" and config.get("streaming_probes") == 0:
         return "its estimate needs --streaming_probes=1 or more, its true value --shadow-every"
     return "not logged (--monitor-every)"

@@ -20,7 +20,6 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from molegrad.gpt import paths
-from molegrad.gpt.data.tok_train import TokTrainConfig
 from molegrad.gpt.evaluate import evaluate
 from molegrad.gpt.report.method_plots import method_plots, phases
 from molegrad.gpt.report.method_tables import health_table, metrics_table, phase_table, shadow_table
@@ -29,6 +28,7 @@ from molegrad.gpt.report.record import RunRecord, command, differences, read_run
 from molegrad.gpt.train import flags
 from molegrad.gpt.train.config import BaseTrainConfig
 from molegrad.gpt.train.sft import SFTConfig
+from molegrad.gpt.train.tok_train import TokTrainConfig
 
 ABSENT = "not recorded"
 _EVAL = {

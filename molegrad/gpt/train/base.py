@@ -25,7 +25,7 @@ from molegrad.gpt.data.corpus import open_corpus
 from molegrad.gpt.data.loader import PackedLoader, validation_batches
 from molegrad.gpt.data.tokenizer import Tokenizer
 from molegrad.gpt.data.tokens import CorpusTokens
-from molegrad.gpt.evaluate.bpb import bits_per_byte
+from molegrad.gpt.model.bpb import bits_per_byte
 from molegrad.gpt.model.engine import generate
 from molegrad.gpt.model.gpt import GPT, GPTConfig
 from molegrad.gpt.train import checkpoint, checkpoint_files, flags, hardware, schedule, setup

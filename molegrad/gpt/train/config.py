@@ -262,7 +262,7 @@ def resolve(config, device: torch.device, world_size: int = 1):
         values["streaming_method"] = streaming.method
         values["streaming_rank_k"] = streaming.rank_k
     if config.matrix_lr == 0:
-        factored = streaming is not None and streaming.gradient_mode == "factored"
+        factored = streaming is not None and streaming.gradient_mode == "factors"
         doubled = factored and config.optimizer == "adamw"
         values["matrix_lr"] = MATRIX_LR[config.optimizer] * (2 if doubled else 1)
     length = config.max_seq_len or (2048 if gpu else 256)
@@ -278,7 +278,7 @@ def resolve(config, device: torch.device, world_size: int = 1):
         )
     if (
         streaming is not None
-        and (streaming.gradient_mode, streaming.method) == ("factored", "power")
+        and (streaming.gradient_mode, streaming.method) == ("factors", "power")
         and (total > micro or world_size > 1)
     ):
         raise ValueError(

@@ -39,8 +39,9 @@ import torch
 import tyro
 
 from molegrad.config import MoleGradConfig, preset_fields
+from molegrad.estimators import methods
 from molegrad.monitor.health import DEFAULT_ACTIONS, KINDS
-from molegrad.monitor.health_rules import HealthThresholds
+from molegrad.monitor.rules import HealthThresholds
 
 PREFIX = "streaming_"
 HEALTH_PREFIX = "health_"
@@ -163,9 +164,30 @@ def _gathered(self, source_class, prefix: str):
     return source_class(**{name: getattr(self, prefix + name) for name in names})
 
 
+def _streaming_entries() -> list[tuple[str, object, dataclasses.Field]]:
+    """Flags of MoleGradConfig's own fields and of the estimators' options, side by side."""
+    method = (PREFIX + "method", str | None, flag(None, "estimator: " + ", ".join(methods())))
+    entries = {method[0]: method}
+    for kind in (MoleGradConfig, *(kind for kind, _ in methods().values())):
+        for entry in prefixed_fields(kind, PREFIX):
+            entries.setdefault(entry[0], entry)
+    del entries[PREFIX + "estimator"]
+    return list(entries.values())
+
+
 def _streaming_config(self) -> MoleGradConfig | None:
     """The `MoleGradConfig` these flags describe, or None where `enable_streaming` is False."""
-    return _gathered(self, MoleGradConfig, PREFIX) if self.enable_streaming else None
+    if not self.enable_streaming:
+        return None
+    method = self.streaming_method or "power"
+    kind = methods().get(method, (MoleGradConfig,))[0]
+    own = {f.name for f in (*dataclasses.fields(MoleGradConfig), *dataclasses.fields(kind))}
+    given = {
+        name.removeprefix(PREFIX): getattr(self, name)
+        for name, _, field in _streaming_entries()
+        if name.removeprefix(PREFIX) in own or getattr(self, name) != field.default
+    }
+    return MoleGradConfig.of(**{**given, "method": method})
 
 
 def _validate_streaming(self) -> None:
@@ -190,7 +212,11 @@ def _validate_streaming(self) -> None:
 def _resettable() -> list[dataclasses.Field]:
     """Fields of `MoleGradConfig` without meaning where streaming is off: all but the seed, which
     runs that are to be compared share."""
-    return [field for field in dataclasses.fields(MoleGradConfig) if field.name != "seed"]
+    fields = []
+    for name, _, field in _streaming_entries():
+        field.name = name.removeprefix(PREFIX)
+        fields.append(field)
+    return [field for field in fields if field.name != "seed"]
 
 
 def _dense(self):
@@ -210,7 +236,7 @@ StreamingFields = dataclasses.make_dataclass(
                 metadata={"help": "estimated weight gradients (MoleGrad) in the target layers"},
             ),
         ),
-        *prefixed_fields(MoleGradConfig, PREFIX),
+        *_streaming_entries(),
     ],
     frozen=True,
     namespace={

@@ -22,7 +22,6 @@ conversation among others moves a little as well.
 import torch
 from torch import Tensor, nn
 
-from molegrad.config import UNBIASED
 from molegrad.gpt.train.checkpoint import Checkpoint
 from molegrad.linear import MoleLinear
 
@@ -107,9 +106,9 @@ def check_batches(
     back = f"resume with --device-batch-size={old}"
     change = f"{saved.folder} was saved with device_batch_size={old}, this run has {new}"
     streaming = config.streaming_config()
-    sampled = streaming is not None and streaming.method in UNBIASED
+    sampled = streaming is not None and streaming.estimator.unbiased
     if streaming is not None and not sampled:
-        if streaming.gradient_mode == "dense":
+        if streaming.gradient_mode == "grad":
             raise ValueError(
                 f"{change}: with method={streaming.method!r} in dense mode the bases turn with "
                 "every backward pass and each estimate has its rank alone, so other micro-batches "

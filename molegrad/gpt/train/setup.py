@@ -113,7 +113,7 @@ def equip(model: GPT, config) -> ConversionPlan | None:
 def _head_config(config) -> MoleGradConfig:
     return MoleGradConfig(
         rank_k=config.head_rank,
-        gradient_mode="factored",
+        gradient_mode="factors",
         method="tangent",
         target_layers=("lm_head",),
         min_layer_utilization=0.0,

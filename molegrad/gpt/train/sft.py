@@ -22,11 +22,11 @@ from pathlib import Path
 import torch
 
 from molegrad.gpt import runs as stages
-from molegrad.gpt.chat.terminal import answer
 from molegrad.gpt.data.conversations import WEIGHTS, conversation_mixture
 from molegrad.gpt.data.corpus import open_corpus
 from molegrad.gpt.data.packing import ConversationLoader, held_out_batches, render
-from molegrad.gpt.evaluate.bpb import bits_per_byte
+from molegrad.gpt.model.bpb import bits_per_byte
+from molegrad.gpt.model.engine import answer
 from molegrad.gpt.train import base as train
 from molegrad.gpt.train import checkpoint, flags, schedule, setup
 from molegrad.gpt.train.config import TrainFlags, compute_dtype, device_of, resolve

@@ -10,13 +10,13 @@ from molegrad.gpt.chat.terminal import (
     Chat,
     ChatConfig,
     PromptTooLong,
-    answer,
     chat_cli,
     main,
     stream_text,
 )
 from molegrad.gpt.data.tokenizer import Tokenizer
 from molegrad.gpt.model import engine
+from molegrad.gpt.model.engine import answer
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,7 @@ def test_seeds_and_temperature(opened):
     assert len({once(seed=s, temperature=1.5, top_k=0) for s in range(5)}) > 1
     greedy = {once(seed=s, temperature=0.0) for s in range(3)}
     o = opened["sft"]
-    assert greedy == {answer(o.model, o.tokenizer, "hello there", max_new_tokens=20)}
+    assert greedy == {answer(o.model, o.tokenizer, "hello there", max_tokens=20)}
 
 
 def test_the_oldest_turns_are_dropped_and_it_is_said_once(opened):
@@ -188,7 +188,7 @@ def test_one_prompt(tiny, capsys):
     assert main(words) == 0
     out, err = capsys.readouterr()
     o = stages.open_stage("tiny", "sft")
-    assert out == answer(o.model, o.tokenizer, "What is 12 + 7?", max_new_tokens=12) + "\n"
+    assert out == answer(o.model, o.tokenizer, "What is 12 + 7?", max_tokens=12) + "\n"
     assert err == ""
     assert main([*words, "--stage=base"]) == 0
     assert "not fine-tuned" in capsys.readouterr().err

@@ -4,20 +4,24 @@ import sys
 
 import pytest
 
+from molegrad.gpt import paths
 from molegrad.gpt.data import corpus as corpora
-from molegrad.gpt.data.corpus import embedded_corpus, local_corpus, open_corpus
+from molegrad.gpt.data.corpus import embedded_corpus, open_corpus
 
 SIZE = 200_000
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    return tmp_path_factory.mktemp("home")
+def small(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(paths.ENV, str(tmp_path_factory.mktemp("home")))
+        return embedded_corpus(SIZE)
 
 
-@pytest.fixture(scope="module")
-def small(home):
-    return embedded_corpus(home, max_bytes=SIZE)
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv(paths.ENV, str(tmp_path / "home"))
+    return tmp_path / "home"
 
 
 def test_size_and_manifest(small):
@@ -33,59 +37,44 @@ def test_size_and_manifest(small):
     json.dumps(small.manifest)
 
 
-def test_split_by_module(small):
-    modules = {s: {d.module for d in small.documents(s)} for s in ("train", "val")}
-    assert not modules["train"] & modules["val"]
+def test_split_by_module_and_no_docstring_twice(small):
+    documents = {split: list(small.documents(split)) for split in ("train", "val")}
+    modules = {split: {d.module for d in found} for split, found in documents.items()}
     assert sorted(modules["val"]) == sorted(small.manifest["val"]["modules"])
-    fraction = small.manifest["split"]["val_fraction"]
-    assert all(corpora.is_validation(m, fraction) for m in modules["val"])
-    assert not any(corpora.is_validation(m, fraction) for m in modules["train"])
-
-
-def test_no_docstring_twice(small):
-    docs = ["".join(d.doc.split()) for s in ("train", "val") for d in small.documents(s)]
+    assert all(corpora.is_validation(m) for m in modules["val"])
+    assert not any(corpora.is_validation(m) for m in modules["train"])
+    docs = ["".join(d.doc.split()) for found in documents.values() for d in found]
     assert len(docs) == len(set(docs))
+    for document in documents["train"]:
+        head, doc = document.text.split("\n\n", 1)
+        assert document.name in head and doc == document.doc
 
 
-def test_documents_are_named(small):
-    for document in small.documents("train"):
-        assert document.text == f"{document.head}\n\n{document.doc}"
-        assert document.name in document.head
-
-
-def test_cached_and_independent_of_the_number_of_processes(small, home, tmp_path, monkeypatch):
-    alone = embedded_corpus(tmp_path, max_bytes=SIZE, processes=1)
+def test_cached_and_independent_of_the_number_of_processes(small, home, monkeypatch):
+    monkeypatch.setattr(corpora.os, "cpu_count", lambda: 1)
+    alone = embedded_corpus(SIZE)
     assert alone.manifest["sha256"] == small.manifest["sha256"]
     monkeypatch.setattr(corpora, "_build_embedded", lambda *a: pytest.fail("not cached"))
-    assert embedded_corpus(home, max_bytes=SIZE).train_path == small.train_path
+    assert embedded_corpus(SIZE) == alone
     assert not list((home / "data").glob("*.*")), "temporary folders are left"
 
 
-def test_missing_package_is_named_and_skipped(tmp_path, caplog):
+def test_missing_package_is_named_and_skipped(caplog):
     with caplog.at_level(logging.WARNING):
-        found = embedded_corpus(tmp_path, ("stdlib", "no_such_package"), max_bytes=20_000)
+        found = embedded_corpus(20_000, ("stdlib", "no_such_package"))
     assert found.manifest["missing"] == ["no_such_package"]
     assert "no_such_package" in caplog.text
     with pytest.raises(RuntimeError, match="none of .*no_such_package.*pip install"):
-        embedded_corpus(tmp_path, ("no_such_package",))
+        embedded_corpus(packages=("no_such_package",))
 
 
-def test_broken_worker_is_an_error(tmp_path, monkeypatch):
+def test_broken_worker_is_an_error(tmp_path, home, monkeypatch):
     worker = tmp_path / "worker.py"
     worker.write_text("import sys; sys.stdin.read(); sys.exit(3)")
     monkeypatch.setattr(corpora.docstrings, "__file__", str(worker))
     with pytest.raises(RuntimeError, match="status 3"):
-        embedded_corpus(tmp_path, ("stdlib",), max_bytes=1000)
-    assert not list((tmp_path / "data").iterdir())
-
-
-@pytest.mark.parametrize("options", [{"val_fraction": 0}, {"val_fraction": 1}, {"max_bytes": -1}])
-def test_bad_values(tmp_path, options):
-    name, value = next(iter(options.items()))
-    with pytest.raises(ValueError, match=f"{name}={value}"):
-        embedded_corpus(tmp_path, **options)
-    with pytest.raises(ValueError, match=f"{name}={value}"):
-        local_corpus(tmp_path, **options)
+        embedded_corpus(1000, ("stdlib",))
+    assert not list((home / "data").iterdir())
 
 
 def test_stdlib_modules_are_named_as_imported():
@@ -123,16 +112,16 @@ def test_local_hash_sees_content(tmp_path):
         (("climbmix:2", "val.txt"), "goes with local files"),
         (("climbmix:2", "", 5), "take fewer shards"),
         (("embedded", "val.txt"), "goes with local files"),
+        (("embedded", "", -1), "max_bytes=-1"),
         (("/does/not/exist",), "/does/not/exist does not exist"),
     ],
 )
-def test_open_corpus_errors(tmp_path, arguments, message):
+def test_open_corpus_errors(arguments, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        open_corpus(*arguments, home=tmp_path)
+        open_corpus(*arguments)
 
 
 def test_unknown_split(small):
-    with pytest.raises(ValueError, match="'test' is not one of"):
-        small.documents("test").__next__()
-    with pytest.raises(ValueError, match="'test' is not one of"):
-        small.sha256("test")
+    for ask in (small.sha256, lambda split: next(small.documents(split))):
+        with pytest.raises(ValueError, match="'test' is not one of"):
+            ask("test")

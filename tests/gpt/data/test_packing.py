@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from molegrad.gpt.data.packing import ConversationLoader, fill_row, held_out_batches, pack, render
+from molegrad.gpt.data.packing import ConversationLoader, held_out_batches, pack, render
 from molegrad.gpt.data.tokenizer import Tokenizer
 
 PAD = 0
@@ -37,13 +37,13 @@ def test_only_the_assistant_is_a_target():
             {"role": "assistant", "content": "c a t"},
         ]
     }
-    (rendered,) = render([talk, talk], tokenizer, 60)[:1]
-    tokens, targets = fill_row([rendered, rendered], 61, tokenizer.bos)
+    rendered = render([talk, talk], tokenizer, 60)
+    ((inputs, targets),) = held_out_batches(rendered, 1, 60, tokenizer.bos, 10**6)
     wanted = [*tokenizer.encode("c a t"), tokenizer.special("<|assistant_end|>")]
     assert targets[targets >= 0].tolist() == 2 * wanted
-    end = 2 * len(rendered[0])
-    assert tokens[:end].tolist() == 2 * rendered[0]
-    assert (tokens[end:] == tokenizer.bos).all() and (targets[end:] == -1).all()
+    said = 2 * rendered[0][0]
+    assert inputs[0].tolist() == said + [tokenizer.bos] * (60 - len(said))
+    assert (targets[0, len(said) - 1 :] == -1).all()
 
 
 def test_batches_predict_the_next_token():

@@ -3,7 +3,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from molegrad.gpt.data import sources
-from molegrad.gpt.data.sources import Part
 
 
 def words(parts):
@@ -120,8 +119,3 @@ def test_too_small_to_split(tmp_path):
     one = write_parquet(tmp_path / "a.parquet", ["x"])
     with pytest.raises(ValueError, match="1 rows, too few"):
         sources.split_files([one], 0.1)
-
-
-def test_unknown_kind(tmp_path):
-    with pytest.raises(ValueError, match="unknown kind 'csv'"):
-        Part(tmp_path, "csv", 0, 1).documents()

@@ -26,9 +26,8 @@ def test_round_trip(tokenizer, text):
     assert all(0 <= i < VOCAB - len(SPECIAL_TOKENS) for i in ids), "text gave a special token"
 
 
-def test_batches_agree_with_single(tokenizer):
+def test_arrays_agree_with_lists(tokenizer):
     expected = [tokenizer.encode(text) for text in SAMPLES]
-    assert tokenizer.encode_batch(SAMPLES, num_threads=2) == expected
     arrays = tokenizer.encode_arrays(SAMPLES)
     assert [array.tolist() for array in arrays] == expected
     assert {array.dtype for array in arrays} == {np.dtype(np.uint32)}
@@ -128,20 +127,6 @@ def test_conversation_ids_and_mask(tokenizer):
     assert tokenizer.decode(produced) == "Hello you<|assistant_end|>"
 
 
-def test_python_parts(tokenizer):
-    parts = [
-        {"type": "text", "text": "It is "},
-        {"type": "python", "text": "1+1"},
-        {"type": "python_output", "text": "2"},
-    ]
-    ids, mask = tokenizer.render_conversation({"messages": [user("?"), assistant(parts)]})
-    produced = [i for i, m in zip(ids, mask, strict=True) if m]
-    assert tokenizer.decode(produced) == (
-        "It is <|python_start|>1+1<|python_end|><|assistant_end|>"
-    )
-    assert "<|output_start|>2<|output_end|>" in tokenizer.decode(ids)
-
-
 def test_system_message_joins_the_user(tokenizer):
     conversation = {"messages": [{"role": "system", "content": "Be brief."}, user("Hi")]}
     ids, mask = tokenizer.render_conversation(conversation)
@@ -154,8 +139,6 @@ def test_truncation(tokenizer):
     full, full_mask = tokenizer.render_conversation(conversation)
     ids, mask = tokenizer.render_conversation(conversation, max_tokens=20)
     assert ids == full[:20] and mask == full_mask[:20]
-    with pytest.raises(ValueError, match="max_tokens=0"):
-        tokenizer.render_conversation(conversation, max_tokens=0)
 
 
 def test_completion_prompt_is_a_prefix_of_the_training_example(tokenizer):
@@ -167,22 +150,8 @@ def test_completion_prompt_is_a_prefix_of_the_training_example(tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("messages", "message"),
-    [
-        ([], "at least one message"),
-        ([assistant("x")], "message 0 is from 'assistant', expected 'user'"),
-        ([user("x"), user("y")], "message 1 is from 'user'"),
-        ([{"role": "user"}], "must have 'role' and 'content'"),
-        ([{"role": "system", "content": "x"}], "followed by a user"),
-        ([user(["x"])], "content must be a string"),
-        ([user("x"), assistant([{"type": "image", "text": ""}])], "text|python|python_output"),
-    ],
+    "messages", [[assistant("x")], [user("x"), user("y")], [{"role": "system", "content": "x"}]]
 )
-def test_bad_conversations(tokenizer, messages, message):
-    with pytest.raises(ValueError, match=message):
+def test_roles_out_of_turn(tokenizer, messages):
+    with pytest.raises(ValueError, match="message .* is from .*, expected"):
         tokenizer.render_conversation({"messages": messages})
-
-
-def test_conversation_must_be_a_dictionary(tokenizer):
-    with pytest.raises(ValueError, match="a conversation is"):
-        tokenizer.render_conversation("hello")

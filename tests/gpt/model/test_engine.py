@@ -3,13 +3,7 @@
 import pytest
 import torch
 
-from molegrad.gpt.model.engine import (
-    KVCache,
-    generate,
-    generate_batch,
-    generate_columns,
-    sample_token,
-)
+from molegrad.gpt.model.engine import KVCache, generate, sample_token
 from tests.gpt.model.test_gpt import small, stirred
 
 PROMPT = [5, 3, 60, 2]
@@ -69,17 +63,6 @@ def test_generation_stops_at_a_stop_token_and_at_the_end_of_the_context():
     assert len(list(generate(model, PROMPT, max_tokens=100))) == 24 - len(PROMPT) + 1
 
 
-def test_a_batch_of_continuations():
-    model = stirred(small())
-    results = generate_batch(model, PROMPT, 3, max_tokens=8, seed=4)
-    assert [len(r) for r in results] == [8, 8, 8] and len({tuple(r) for r in results}) == 3
-    greedy = generate_batch(model, PROMPT, 2, max_tokens=8, temperature=0)
-    assert greedy[0] == greedy[1] == list(generate(model, PROMPT, 8, temperature=0))
-    stop = results[0][3]
-    cut = generate_batch(model, PROMPT, 3, max_tokens=8, seed=4, stop_tokens=[stop])
-    assert cut == [r[: r.index(stop)] if stop in r else r for r in results]
-
-
 def test_frequencies_follow_softmax_and_top_k():
     logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]])
     generator = torch.Generator().manual_seed(0)
@@ -104,7 +87,7 @@ def test_frequencies_follow_softmax_and_top_k():
 )
 def test_wrong_settings_are_named(tokens, options, phrase):
     with pytest.raises(ValueError, match=phrase):
-        list(generate_columns(small(), tokens, **options))
+        list(generate(small(), tokens, **options))
 
 
 def test_a_full_cache_is_named():

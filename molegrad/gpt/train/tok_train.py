@@ -8,12 +8,13 @@ python -m scripts.tok_train --vocab-size=265 --tokenizer=bytes   # one token a b
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 
 from molegrad.gpt import paths
 from molegrad.gpt.data.corpus import Corpus, open_corpus
 from molegrad.gpt.data.tokenizer import Tokenizer
 from molegrad.gpt.train import flags
+from molegrad.gpt.train.flags import flag
 
 _HELD_OUT_BYTES = 4_000_000
 
@@ -22,29 +23,16 @@ _HELD_OUT_BYTES = 4_000_000
 class TokTrainConfig:
     """Train a tokenizer on a corpus and save it under $MOLEGRAD_HOME."""
 
-    run: str = field(default="", metadata={"help": "also record the result in this run's folder"})
-    data: str = field(
-        default="embedded",
-        metadata={
-            "help": "embedded, climbmix:N, fineweb-edu:N, or a path (see molegrad.gpt.data.corpus)"
-        },
+    run: str = flag("", "also record the result in this run's folder")
+    data: str = flag(
+        "embedded", "embedded, climbmix:N, fineweb-edu:N, or a path (see molegrad.gpt.data.corpus)"
     )
-    val_data: str = field(default="", metadata={"help": "held-out files for a local --data path"})
-    tokenizer: str = field(
-        default="", metadata={"help": "name to save it under; empty is the default tokenizer"}
-    )
-    vocab_size: int = field(
-        default=4096, metadata={"help": "entries, 256 bytes and 9 special tokens included"}
-    )
-    max_chars: int = field(
-        default=2_000_000_000, metadata={"help": "characters of training text to learn from"}
-    )
-    doc_cap: int = field(
-        default=10_000, metadata={"help": "characters taken of each document at most"}
-    )
-    max_bytes: int = field(
-        default=0, metadata={"help": "limit of the corpus itself in bytes, 0 for none"}
-    )
+    val_data: str = flag("", "held-out files for a local --data path")
+    tokenizer: str = flag("", "name to save it under; empty is the default tokenizer")
+    vocab_size: int = flag(4096, "entries, 256 bytes and 9 special tokens included")
+    max_chars: int = flag(2_000_000_000, "characters of training text to learn from")
+    doc_cap: int = flag(10_000, "characters taken of each document at most")
+    max_bytes: int = flag(0, "limit of the corpus itself in bytes, 0 for none")
 
     def __post_init__(self):
         for name in ("max_chars", "doc_cap"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from molegrad.gpt.evaluate.bpb import bits_per_byte
+from molegrad.gpt.model.bpb import bits_per_byte
 from tests.gpt.model.test_gpt import small, stirred, tokens
 
 

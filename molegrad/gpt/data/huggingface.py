@@ -14,7 +14,7 @@ import importlib.util
 import json
 from pathlib import Path
 
-from molegrad.gpt.data.tokenizer import Tokenizer
+from molegrad.gpt.data.tokenizer import SPLIT_PATTERN, Tokenizer
 
 END = "<|assistant_end|>"
 # As Tokenizer.render_conversation: a system message joins the first message of the user.
@@ -81,7 +81,7 @@ def huggingface_tokenizer(tokenizer: Tokenizer):
     made = HuggingFaceTokenizer(models.BPE(vocab, merges, fuse_unk=False, ignore_merges=True))
     made.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(tokenizer._pattern), behavior="isolated"),
+            pre_tokenizers.Split(Regex(SPLIT_PATTERN), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
