@@ -19,11 +19,11 @@ LOW_RANK = [
     for probes in (0, 6)
 ]
 SAMPLED = [
-    {"gradient_mode": "grad", "sampling_fraction": 0.3},
-    {"gradient_mode": "momentum", "sampling_fraction": 0.3},
-    {"gradient_mode": "momentum", "sampling_fraction": 0.3, "momentum_dtype": "bfloat16"},
-    {"gradient_mode": "momentum", "sampling_fraction": 0.3, "momentum_dtype": "int8"},
-    {"gradient_mode": "momentum", "sampling_fraction": 0.3, "saved_inputs": "fp8"},
+    {"gradient_mode": "grad", "method": "sampled", "sampling_fraction": 0.3},
+    {"gradient_mode": "momentum", "method": "sampled", "sampling_fraction": 0.3},
+    {"gradient_mode": "momentum", "method": "sampled", "sampling_fraction": 0.3, "momentum_dtype": "bfloat16"},
+    {"gradient_mode": "momentum", "method": "sampled", "sampling_fraction": 0.3, "momentum_dtype": "int8"},
+    {"gradient_mode": "momentum", "method": "sampled", "sampling_fraction": 0.3, "saved_inputs": "fp8"},
 ]
 EVERY = LOW_RANK + SAMPLED
 

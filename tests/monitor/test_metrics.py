@@ -20,15 +20,9 @@ LOW_RANK = [(mode, method) for mode in ("grad", "factors") for method in ("tange
 
 
 def build(mode, method="tangent", probes=8, optimizer=Muon, **fields):
-    config = MoleGradConfig.of(
-        rank_k=None if method == "sampled" else 4,
-        target_layers="all",
-        gradient_mode=mode,
-        method=method,
-        probes=probes,
-        **fields,
-    )
-    model = perceptron(config)
+    own = {} if method == "sampled" else {"rank_k": 4, "probes": probes}
+    options = {"target_layers": "all", "gradient_mode": mode, **own, **fields}
+    model = perceptron(MoleGradConfig.of(method, **options))
     groups = matrix_param_groups(model)
     others = other_params(model, groups)
     return model, [optimizer(groups), torch.optim.AdamW(others)]
@@ -65,7 +59,7 @@ def estimate(layer):
         return layer.weight.grad.double()
     u, v = (x.detach()[:, :k].double() for x in (layer.basis_u, layer.basis_v))
     y, w = (x.grad[:, :k].double() for x in (layer.basis_u, layer.basis_v))
-    if layer.config.method == "power":
+    if layer.config.estimator.one_sided:
         return y @ w.mT
     return u @ w.mT + (y - u @ (u.mT @ y)) @ v.mT
 
@@ -170,7 +164,7 @@ def test_another_rank_since_the_snapshot_is_no_quality():
     watch = LayerMetrics(model, optimizers)
     watch.snapshot()
     first = model[0]
-    first.set_bases(first.basis_u[:, :3], first.basis_v[:, :3])
+    first.replace(basis_u=first.basis_u[:, :3], basis_v=first.basis_v[:, :3])
     values = watch.read()
     assert math.isnan(values["0"]["subspace_quality"])
     assert values["2"]["subspace_quality"] == pytest.approx(1, abs=1e-5)
@@ -336,12 +330,12 @@ def test_memory_of_a_layer_is_what_it_holds(mode, method, optimizer):
     for name, values in layer_metrics(model, optimizers).items():
         layer = model.get_submodule(name)
         counted = sum(memory_bytes(layer, optimizers).values())
-        counters = 8 + 4 * len(STATS)  # the rank's methods and the sampled one count and note
+        counters = 8 + 4 * len(layer.config.estimator.STATS)
         measured = values["layer_memory_usage"] * 2**20
         assert measured == pytest.approx(counted + counters), (name, measured, counted)
         alone = layer_metrics(model)[name]["layer_memory_usage"] * 2**20
         state = memory_bytes(layer, optimizers)["optimizer_state"]
-        own = 0 if layer.momentum is None else memory_bytes(layer)["optimizer_state"]
+        own = 0 if mode != "momentum" else memory_bytes(layer)["optimizer_state"]
         assert measured - alone == pytest.approx(state - own)
 
 
