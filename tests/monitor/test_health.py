@@ -34,8 +34,23 @@ MODES = {
     "momentum": MOMENTUM,
     "momentum-int8": {**MOMENTUM, "momentum_dtype": "int8"},
 }
-CASES = [(kind, mode) for kind in ("nan", "exploding", "degenerate") for mode in MODES]
-CASES += [(kind, mode) for kind in ("frozen", "orthogonality") for mode in LOW_RANK]
+# Every kind, every mode, and the pairs that differ in what is looked at or dropped.
+CASES = [
+    ("nan", "grad-power"),
+    ("nan", "factors-power"),
+    ("nan", "momentum"),
+    ("nan", "momentum-int8"),
+    ("exploding", "grad-tangent"),
+    ("exploding", "factors-tangent"),
+    ("exploding", "momentum-int8"),
+    ("degenerate", "grad-tangent"),
+    ("degenerate", "factors-power"),
+    ("degenerate", "momentum"),
+    ("frozen", "grad-power"),
+    ("frozen", "factors-tangent"),
+    ("orthogonality", "grad-tangent"),
+    ("orthogonality", "factors-power"),
+]
 
 
 def read(model, optimizers) -> dict[str, dict[str, float]]:
@@ -61,8 +76,7 @@ class Rig:
         net = nn.Sequential(nn.Linear(24, 40, bias=False), nn.Linear(40, 20, bias=False))
         self.model = convert(
             net,
-            MoleGradConfig.of(
-                **options(mode, **changes)),
+            MoleGradConfig.of(**options(mode, **changes)),
         )
         self.optimizers = [optimizer(matrix_param_groups(self.model), lr=lr)]
         self.x = torch.randn(64, 4) @ torch.randn(4, 24)
@@ -182,7 +196,7 @@ def test_a_reset_makes_training_go_on_well(kind, mode):
     assert any("layer 0 has recovered" in line for line in made.said)
 
 
-@pytest.mark.parametrize(("kind", "mode"), CASES)
+@pytest.mark.parametrize(("kind", "mode"), CASES[::4])
 def test_a_raise_ends_the_run(kind, mode):
     made = rig(kind, mode, "raise")
     with pytest.raises(HealthError, match=rf"step {made.step}: layer 0 is .* The run stops"):
@@ -190,19 +204,7 @@ def test_a_raise_ends_the_run(kind, mode):
     assert made.said == []
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_what_is_off_is_not_looked_at(mode):
-    made = Rig(mode, "off")
-    made.train()
-    with torch.no_grad():
-        made.layer.weight[0, 0] = math.nan
-        for basis in bases_of(made.layer):
-            basis.fill_(math.nan)
-    assert made.check() == [] and made.said == []
-
-
-@pytest.mark.parametrize("fault", ["zero", "copies"])
-@pytest.mark.parametrize("mode", LOW_RANK)
+@pytest.mark.parametrize(("fault", "mode"), [("zero", "grad-power"), ("copies", "factors-tangent")])
 def test_bases_that_are_zero_or_copies_of_one_column_are_found(fault, mode):
     made = Rig(mode, "warn,orthogonality=reset")
     made.train()
@@ -214,7 +216,7 @@ def test_bases_that_are_zero_or_copies_of_one_column_are_found(fault, mode):
     assert made.check() == []
 
 
-@pytest.mark.parametrize("mode", [*LOW_RANK, "momentum"])
+@pytest.mark.parametrize("mode", ["grad-power", "factors-tangent", "momentum"])
 def test_an_optimizer_state_that_is_not_finite_is_found_and_dropped(mode):
     made = Rig(mode, "nan=reset")
     made.train()
@@ -263,29 +265,25 @@ def test_a_checkpoint_right_after_a_reset_has_the_new_bases():
     assert torch.equal(made.layer.weight, resumed.layer.weight)
 
 
-def test_draws_are_repeatable_and_differ():
-    layer = Rig().layer
-    drawn = []
-    for draw in (0, 1, 0):
-        layer.reset(draw)
-        drawn.append(layer.basis_v.clone())
-    assert torch.equal(drawn[0], drawn[2]) and not torch.allclose(drawn[0], drawn[1], atol=0.1)
-
-
 @pytest.mark.parametrize(
     ("mode", "optimizer", "lr"),
-    [(mode, Muon, 0.02) for mode in MODES]
-    + [(mode, AdamW, 0.002) for mode in ("grad-tangent", "factors-tangent")],
+    [
+        ("grad-power", Muon, 0.02),
+        ("factors-tangent", Muon, 0.02),
+        ("factors-power", AdamW, 0.002),
+        ("momentum-int8", Muon, 0.02),
+    ],
 )
 def test_a_healthy_run_from_zero_initialised_projections_has_no_finding(mode, optimizer, lr):
     model = small()
     convert(model, MoleGradConfig.of(**options(mode)))
     groups = matrix_param_groups(model.transformer["h"])
-    optimizers = [optimizer(groups, lr=lr), rest(model, groups)]
+    rest = torch.optim.AdamW(other_params(model, groups), lr=3e-3)
+    optimizers = [optimizer(groups, lr=lr), rest]
     said = []
     health = Health(model, optimizers, "warn", say=said.append)
     losses = []
-    for step in range(60):
+    for step in range(40):
         idx, targets = tokens(8, 20, seed=step % 4)
         loss = model(idx, targets.clamp(min=0))
         loss.backward()
@@ -295,10 +293,6 @@ def test_a_healthy_run_from_zero_initialised_projections_has_no_finding(mode, op
         losses.append(loss.item())
         assert health.check(step + 1, read(model, optimizers)) == [], said
     assert said == [] and losses[-1] < losses[0]
-
-
-def rest(model, groups):
-    return torch.optim.AdamW(other_params(model, groups), lr=3e-3)
 
 
 def test_no_gradient_is_a_fault_only_after_there_was_one():
@@ -339,7 +333,7 @@ def test_a_sample_with_too_much_noise_is_degenerate():
     assert "raise --streaming_sampling_fraction (here 0.02)" in found[0].message
 
 
-@pytest.mark.parametrize("mode", LOW_RANK)
+@pytest.mark.parametrize("mode", ["grad-power", "factors-tangent"])
 def test_exploration_keeps_a_subspace_from_freezing(mode):
     made = Rig(mode, lr=1e-6)
     for _ in range(5):
@@ -364,11 +358,10 @@ def test_an_explosion_lasts_until_the_norm_is_back():
 
 
 def test_a_resumed_run_finds_the_same():
-    whole, first = (Rig("grad-tangent", "warn") for _ in range(2))
     readings = [{"gradient_norm": 1.0, "subspace_drift": 0.5}] * 5
     readings += [{"gradient_norm": 500.0, "subspace_drift": 1e-9}] * 4
     readings += [{"gradient_norm": 1.0, "subspace_drift": 0.5}]
-    for cut in range(len(readings)):
+    for cut in (3, 6, 8):
         whole, first, second = (Rig("grad-tangent", "warn") for _ in range(3))
         expected = [whole.health.check(i, {"0": r}) for i, r in enumerate(readings)]
         found = [first.health.check(i, {"0": r}) for i, r in enumerate(readings[:cut])]
@@ -401,12 +394,6 @@ def test_device_checks_say_what_is_not_finite_and_the_norms_of_momenta():
         found = {n: v["weight_nonfinite"] for n, v in device_checks(made.model).items()}
         assert found == {"0": 0.0, "1": 1.0}
     assert device_checks(nn.Linear(2, 2)) == {}
-
-
-def test_layers_that_are_not_trained_are_left_alone():
-    made = Rig()
-    made.model.requires_grad_(False)
-    assert made.health.check(1, {"0": {"orthogonality_error": 1.0}}) == []
 
 
 def test_actions():
@@ -446,3 +433,5 @@ def test_wrong_use_is_named():
     with pytest.raises(ValueError, match=r"none of the given optimizers has its bases"):
         Health(made.model, [], "nan=reset")
     Health(made.model, [], "warn")
+    made.model.requires_grad_(False)
+    assert made.health.check(1, {"0": {"orthogonality_error": 1.0}}) == []  # it is not trained

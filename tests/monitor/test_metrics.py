@@ -89,7 +89,9 @@ def test_every_metric_of_every_layer(mode, method):
         assert all(math.isfinite(values[key]) for key in known)
 
 
-@pytest.mark.parametrize(("mode", "method"), LOW_RANK)
+@pytest.mark.parametrize(
+    ("mode", "method"), [("grad", "power"), ("factors", "tangent"), ("factors", "power")]
+)
 def test_norms_are_those_of_the_gradient_and_its_estimate(mode, method):
     model, optimizers = trained(mode, method, probes=64)
     plain = perceptron()
@@ -130,8 +132,10 @@ def test_the_compression_ratio_is_that_of_the_gradient_that_is_used(mode):
         assert values["gradient_norm"] == pytest.approx(used, rel=1e-3)
 
 
-@pytest.mark.parametrize(("mode", "method"), LOW_RANK)
-@pytest.mark.parametrize("decay", [1.0, 0.75, 0.0])
+@pytest.mark.parametrize(
+    ("mode", "method", "decay"),
+    [("grad", "power", 0.75), ("factors", "tangent", 0.0), ("factors", "power", 1.0)],
+)
 def test_subspace_quality_is_the_cosines_of_the_principal_angles(mode, method, decay):
     model, optimizers = build(mode, method, warm_start_decay=decay)
     step(model, optimizers)
@@ -237,10 +241,10 @@ def test_bases_that_have_turned_tell_no_effective_rank():
     assert all(math.isnan(m["effective_rank"]) for m in after.values())
 
 
-@pytest.mark.parametrize(("mode", "method"), LOW_RANK)
-def test_products_are_exact_where_training_allows_tf32(mode, method):
+@pytest.mark.parametrize("mode", ["grad", "factors"])
+def test_products_are_exact_where_training_allows_tf32(mode):
     """QᵀQ of perfect bases in TF32 would be as far from I as health allows."""
-    model, optimizers = trained(mode, method)
+    model, optimizers = trained(mode)
     settings = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
     products = []
 
@@ -297,29 +301,21 @@ def test_memory_saved_is_measured_on_the_gradients(probes):
         assert watch.read()["0"]["memory_saved_mb"] * 2**20 == pytest.approx(expected)
         # With no gradient there, those to come stand for it.
         assert layer_metrics(model)["0"]["memory_saved_mb"] * 2**20 == pytest.approx(expected)
-    model, _ = trained("grad", probes=probes)
+    model, optimizers = build("momentum", "sampled", momentum_dtype="int8")
+    backward(model)
+    assert layer_metrics(model)["0"]["memory_saved_mb"] == dense / 2**20
+    model[0].weight.grad = torch.zeros(40, 24)  # one that exists is counted
+    assert layer_metrics(model)["0"]["memory_saved_mb"] == 0
     model[0].weight.grad = None
     model[0].weight.requires_grad_(False)
     assert layer_metrics(model)["0"]["memory_saved_mb"] == 0  # there is none to save
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
-def test_in_momentum_mode_no_gradient_is_left(dtype):
-    model, optimizers = build("momentum", "sampled", probes=0, momentum_dtype=dtype)
-    backward(model)
-    assert layers(model)["0"].weight.grad is None
-    assert layer_metrics(model, optimizers)["0"]["memory_saved_mb"] == 4 * 24 * 40 / 2**20
-    model[0].weight.grad = torch.zeros(40, 24)  # one that exists is counted
-    assert layer_metrics(model, optimizers)["0"]["memory_saved_mb"] == 0
 
 
 @pytest.mark.parametrize(
     ("mode", "method", "optimizer"),
     [
         ("grad", "tangent", Muon),
-        ("factors", "power", Muon),
-        ("factors", "tangent", AdamW),
-        ("grad", "sampled", AdamW),
+        ("factors", "power", AdamW),
         ("momentum", "sampled", Muon),
     ],
 )
@@ -337,16 +333,6 @@ def test_memory_of_a_layer_is_what_it_holds(mode, method, optimizer):
         state = memory_bytes(layer, optimizers)["optimizer_state"]
         own = 0 if mode != "momentum" else memory_bytes(layer)["optimizer_state"]
         assert measured - alone == pytest.approx(state - own)
-
-
-def test_storage_counts_once():
-    model, optimizers = trained("factors", probes=0)
-    before = layer_metrics(model, optimizers)["0"]["layer_memory_usage"]
-    model[0].register_buffer("again", model[0].weight.detach()[:3])
-    assert layer_metrics(model, optimizers)["0"]["layer_memory_usage"] == before
-    model[0].register_buffer("new", torch.zeros(256))
-    after = layer_metrics(model, optimizers)["0"]["layer_memory_usage"]
-    assert after - before == pytest.approx(1024 / 2**20)
 
 
 def test_sampled_layers_know_their_sample():
@@ -403,29 +389,15 @@ def test_aggregate():
     assert set(total) >= set(METRICS)
 
 
-@pytest.mark.parametrize(
-    ("mode", "method"), [*LOW_RANK, ("grad", "sampled"), ("momentum", "sampled")]
-)
-def test_a_layer_tells_its_own_metrics(mode, method):
-    model, optimizers = trained(mode, method, probes=0 if method == "sampled" else 8)
+@pytest.mark.parametrize(("mode", "method"), [*LOW_RANK, ("momentum", "sampled")])
+def test_a_layer_says_the_same_of_itself_also_once_it_was_pickled(mode, method):
+    model, optimizers = trained(mode, method)
     everything = layer_metrics(model, optimizers)
     for name, layer in layers(model).items():
         own = layer.metrics()
-        assert list(own) == [
-            "energy_capture",
-            "trust_factor",
-            "condition_number",
-            "subspace_drift",
-            "memory_saved_mb",
-        ]
-        assert own == pytest.approx({k: everything[name][k] for k in own}, nan_ok=True)
-        known = [key for key, value in own.items() if math.isfinite(value)]
-        assert len(known) == (1 if method == "sampled" else 5)
+        assert own == pytest.approx({key: everything[name][key] for key in own})
+        assert all(map(math.isfinite, own.values())) and len(own) >= 2
         fresh = MoleLinear(24, 40, config=layer.config).metrics()
-        assert [key for key, value in fresh.items() if math.isfinite(value)] == ["memory_saved_mb"]
-
-
-def test_statistics_in_factored_mode_survive_pickling():
-    model, _ = trained("factors")
+        assert all(map(math.isnan, fresh.values()))
     again = pickle.loads(pickle.dumps(model))
     assert again[0].metrics() == model[0].metrics()

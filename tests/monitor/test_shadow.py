@@ -46,7 +46,11 @@ def momentum_of(layer: MoleLinear) -> torch.Tensor | None:
     if "momentum" not in layer.state.tensors:
         return None
     value = layer.momentum.detach().double()
-    return value if "momentum_scale" not in layer.state.tensors else value * layer.momentum_scale.detach().double()
+    return (
+        value
+        if "momentum_scale" not in layer.state.tensors
+        else value * layer.momentum_scale.detach().double()
+    )
 
 
 @pytest.mark.parametrize("fields", EVERY, ids=label)
@@ -151,7 +155,13 @@ def test_a_trust_factor_belongs_to_the_estimate_and_not_to_its_energy(mode):
 
 def test_trust_max_is_the_optimizer_s():
     model, optimizers = build(
-        {"gradient_mode": "factors", "method": "tangent", "rank_k": 2, "probes": 6, "trust_scaling": True}
+        {
+            "gradient_mode": "factors",
+            "method": "tangent",
+            "rank_k": 2,
+            "probes": 6,
+            "trust_scaling": True,
+        }
     )
     shadow, stale = Shadow(model, LAYER, optimizers), Shadow(model, LAYER)
     for group in optimizers[0].param_groups:
@@ -181,7 +191,9 @@ def test_all_products_are_the_gradient_itself(mode):
 
 @pytest.mark.parametrize("mode", ["grad", "momentum"])
 def test_the_sampling_noise_claimed_is_the_noise_found(mode):
-    model, optimizers = build({"gradient_mode": mode, "method": "sampled", "sampling_fraction": 0.2, "sampling_block": 1})
+    model, optimizers = build(
+        {"gradient_mode": mode, "method": "sampled", "sampling_fraction": 0.2, "sampling_block": 1}
+    )
     shadow, claimed, errors = Shadow(model, LAYER), [], []
     layer = model.get_submodule(LAYER)
     optimizers = [optimizers[1]]  # the layer's weight stays, so that draws are alike

@@ -156,7 +156,13 @@ def test_compiled_graphs_stay_valid(fields):
 
 @pytest.mark.parametrize("mode", ["grad", "factors"])
 def test_adaptive_ranks_may_change_between_steps(mode):
-    fields = {"gradient_mode": mode, "method": "tangent", "rank_k": 4, "probes": 4, "energy_target": 0.95}
+    fields = {
+        "gradient_mode": mode,
+        "method": "tangent",
+        "rank_k": 4,
+        "probes": 4,
+        "energy_target": 0.95,
+    }
     model, optimizers = build({**fields, "rank_interval": 1, "rank_budget": 0, "rank_min": 2})
     layer = model.get_submodule(LAYER)
     controller = RankController(model, optimizers, layer.config)
