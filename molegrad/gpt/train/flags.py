@@ -41,7 +41,7 @@ import tyro
 from molegrad.config import MoleGradConfig, preset_fields
 from molegrad.estimators import methods
 from molegrad.monitor.health import DEFAULT_ACTIONS, KINDS
-from molegrad.monitor.health_rules import HealthThresholds
+from molegrad.monitor.rules import HealthThresholds
 
 PREFIX = "streaming_"
 HEALTH_PREFIX = "health_"
