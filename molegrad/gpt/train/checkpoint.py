@@ -12,10 +12,10 @@ What: `Store.save` writes a step folder; `load` reads it back; `latest` finds th
         rank_0.json             its position in the data, the ranks of the converted layers
 
 Why: no pickle, so that a checkpoint can be read anywhere and cannot run code. A folder is written
-under another name, flushed to the disk and renamed (`molegrad.gpt.train.checkpoint_files`), so a killed
-process or a full disk costs no earlier checkpoint; what is damaged later is found by its checksum
-and left out. It holds everything that determines what comes next, in the middle of a step too: a
-resumed CPU run repeats the uninterrupted one bit for bit (tests/gpt/train/test_resume.py).
+under another name, flushed to the disk and renamed (`molegrad.gpt.train.checkpoint_files`), so a
+killed process or a full disk costs no earlier checkpoint; what is damaged later is found by its
+checksum and left out. It holds everything that determines what comes next, in the middle of a step
+too: a resumed CPU run repeats the uninterrupted one bit for bit (tests/gpt/train/test_resume.py).
 """
 
 import errno
@@ -122,7 +122,8 @@ class Store:
     """Where the checkpoints of a run go.
 
     folder: of the stage. config: of the run, in every checkpoint. keep_last: a save removes all but
-    this many newest whole checkpoints up to its step; 0 keeps all. rank of world_size: this process.
+    this many newest whole checkpoints up to its step; 0 keeps all. rank, world_size: this process
+    among its like.
     """
 
     folder: Path
@@ -275,7 +276,7 @@ def read_meta(folder: Path) -> dict:
 
 
 def weights_checksum(folder: Path, step: int) -> int | None:
-    """CRC-32 of the weights that a stage's folder has saved at `step`, as its list of files says."""
+    """CRC-32 of the weights that a stage has saved at `step`, as its list of files says."""
     files_of_step = read_meta(Path(folder) / f"step_{step:06d}").get("files", {})
     return files_of_step.get("model.safetensors", {}).get("crc32")
 

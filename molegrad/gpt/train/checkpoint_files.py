@@ -1,7 +1,7 @@
 """The folders that checkpoints lie in: which are whole, how one takes its place, which ones go.
 
-What: `molegrad.gpt.train.checkpoint` writes files; here is what makes a folder of files one thing that is
-there or not, whatever happens to the process or the disk meanwhile:
+What: `molegrad.gpt.train.checkpoint` writes files; here is what makes a folder of files one thing
+that is there or not, whatever happens to the process or the disk meanwhile:
 
     step_000100             a checkpoint; the name is given when every file is on the disk
     step_000100.tmp         one that is being written or deleted; the next save removes what is left

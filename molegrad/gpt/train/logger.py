@@ -14,8 +14,8 @@ layer/NAME/METRIC, shadow/METRIC, shadow/NAME/METRIC, health/findings and time/P
 
 Dashboards put charts whose names share what stands before the slash into one section, so
 layer/NAME/METRIC would be one section of some hundred charts. A layer's metrics are renamed there:
-those of all layers, layer_METRIC/NAME, stand side by side in a section per metric; shadow_METRIC/NAME
-likewise. metrics.jsonl keeps the names as they are.
+those of all layers, layer_METRIC/NAME, stand side by side in a section per metric, as do those of
+shadow_METRIC/NAME. metrics.jsonl keeps the names as they are.
 """
 
 import os

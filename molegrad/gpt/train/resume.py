@@ -1,8 +1,8 @@
 """Going on from a checkpoint: what a step that was begun has left, and what may differ from before.
 
 What: `check_same_run` says whether a checkpoint is of the same model, tokenizer and method,
-`check_batches` whether the sizes of batches fit; `accumulated_state` and `load_accumulated` keep and
-put back the work of the micro-batches of an unfinished step.
+`check_batches` whether the sizes of batches fit; `accumulated_state` and `load_accumulated` keep
+and put back the work of the micro-batches of an unfinished step.
 
 A step is made of micro-batches of --device-batch-size sequences, and the loader's sequences come in
 the same order whatever that is. With the same --total-batch-size, another --device-batch-size

@@ -125,9 +125,7 @@ class Built:
     planned: ConversionPlan | None = None
 
 
-def build(
-    model: GPT, config, device: torch.device, optimizers: Callable | None = None
-) -> Built:
+def build(model: GPT, config, device: torch.device, optimizers: Callable | None = None) -> Built:
     """The model placed, converted and with its optimizers.
 
     Args:
@@ -164,18 +162,25 @@ class Parts:
     streaming: MoleGradConfig | None = None
 
 
-def parts(built: Built, config, processes: Processes, folder: Path | None) -> Parts:
+def parts(
+    built: Built,
+    config,
+    processes: Processes,
+    folder: Path | None = None,
+    peak: tuple[float, str] | None = None,
+) -> Parts:
     """The parts of what was built.
 
     Args:
         folder: for the instruments' records; None on all processes but the first.
+        peak: FLOP/s of a device and where that is from; looked up or measured where not given.
     """
     model, optimizers, streaming = built.model, built.optimizers, config.streaming
     for group in (g for optimizer in optimizers for g in optimizer.param_groups):
         group.setdefault("initial_lr", group["lr"])
         group.setdefault("name", "?")
     dtype, adaptive = compute_dtype(config), streaming is not None and streaming.estimator.adaptive
-    peak, source = hardware.peak_flops(model.device, dtype)
+    peak, source = peak or hardware.peak_flops(model.device, dtype)
     return Parts(
         model,
         optimizers,
@@ -363,8 +368,7 @@ def _matrix_optimizer(groups: list[dict], config) -> torch.optim.Optimizer:
 
 
 def expected_memory(built: Built, config) -> dict[str, int]:
-    """Bytes by part that a step of training holds, by formula: what `scripts.memory_plan` simulates,
-    to some ten per cent.
+    """Bytes by part that a step of training holds, by formula; `scripts.memory_plan` simulates it.
 
     Weights, bases and gradients are counted; Muon keeps one number a number it steps, AdamW two,
     Adafactor a row and a column. Blocks keep what the table of `molegrad.gpt.model.activations`

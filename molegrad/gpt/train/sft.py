@@ -152,9 +152,7 @@ def chat_sft(config: SFTConfig) -> dict:
         token_bytes = tokenizer.token_bytes()
 
         def held_out() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-            return held_out_batches(
-                val, rows, length, tokenizer.bos, config.eval_tokens, *sharing
-            )
+            return held_out_batches(val, rows, length, tokenizer.bos, config.eval_tokens, *sharing)
 
         # The model, its layers converted, and its optimizers.
         built = setup.build(model, config, device, build_optimizers)

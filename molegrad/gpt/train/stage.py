@@ -12,7 +12,7 @@ it where anything differs. Without them an earlier run is an error, not a loss.
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -185,9 +185,8 @@ def find_start(config, folder: Path, inputs: dict, say: Callable[[str], None] = 
 
 def schedule_of(config, steps: int) -> Schedule:
     """The schedule that the flags of these names ask for."""
-    names = "warmup_steps warmdown_ratio final_lr_frac momentum momentum_start".split()
-    values = {name: getattr(config, name) for name in (*names, "momentum_warmup_steps")}
-    return Schedule(steps, **values)
+    names = [field.name for field in fields(Schedule) if field.name != "steps"]
+    return Schedule(steps, **{name: getattr(config, name) for name in names})
 
 
 def every_of(config) -> Every:

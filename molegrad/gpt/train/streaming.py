@@ -82,12 +82,13 @@ class Streaming(Group):
             raise ValueError(
                 f"streaming_gradient_mode={mode!r} is now called {_RENAMED_MODES[mode]!r}"
             )
+        kind, _ = methods().get(own.get("method", "power"), (None, {}))
+        if preset is None and mode is None and kind is not None and "factors" in kind.MODES:
+            own["gradient_mode"] = "factors"
         try:
-            config = MoleGradConfig.preset(preset or "lowrank-grad", **own)
+            config = MoleGradConfig.preset(preset, **own) if preset else MoleGradConfig.of(**own)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{error}{_stands_for(preset, own)}") from None
-        if preset is None and mode is None and "factors" in config.estimator.MODES:
-            config = config.changed(gradient_mode="factors")
         named = own.get("method") or PRESETS[preset or "lowrank"].get("method")
         return {"streaming": config, "method_because": "" if named is None else AS_GIVEN}
 
