@@ -3,11 +3,11 @@
 import pytest
 
 from molegrad.gpt import paths
-from molegrad.gpt.train.tok_train import TokTrainConfig, tok_train
 from molegrad.gpt.train.base import base_train
 from molegrad.gpt.train.config import BaseTrainConfig
 from molegrad.gpt.train.flags import parse
 from molegrad.gpt.train.sft import SFTConfig, chat_sft
+from molegrad.gpt.train.tok_train import TokTrainConfig, tok_train
 
 BYTES = 150_000
 COMMON = ["--dashboards=none", "--threads=1", "--device-type=cpu"]

@@ -22,7 +22,7 @@ import os
 import shlex
 from pathlib import Path
 
-from molegrad.monitor.records import line_of, read_records
+from molegrad.monitor.instruments import line_of, read_records
 
 METRICS = "metrics.jsonl"
 PROJECT = "molegrad"
@@ -100,7 +100,7 @@ class RunLogger:
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """All records of a run; see `molegrad.monitor.records`."""
+    """All records of a run; see `molegrad.monitor.instruments.read_records`."""
     return read_records(Path(folder) / METRICS)
 
 

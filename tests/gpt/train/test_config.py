@@ -41,7 +41,9 @@ def test_a_batch_that_does_not_divide_names_those_that_do():
         resolve(made(**SMALL, total_batch_size=1000), CPU)
 
 
-@pytest.mark.parametrize(("optimizer", "lr"), [("muon", 0.02), ("adamw", 0.002), ("adafactor", 0.002)])
+@pytest.mark.parametrize(
+    ("optimizer", "lr"), [("muon", 0.02), ("adamw", 0.002), ("adafactor", 0.002)]
+)
 def test_matrix_lr_follows_the_optimizer_and_the_factors(optimizer, lr):
     def rate(**values):
         return resolve(made(optimizer=optimizer, **values), CPU).matrix_lr
