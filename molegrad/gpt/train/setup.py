@@ -356,11 +356,7 @@ def _matrix_optimizer(groups: list[dict], config) -> torch.optim.Optimizer:
         "stochastic_rounding": config.stochastic_rounding,
     }
     if config.optimizer == "muon":
-        return optim.Muon(
-            groups,
-            momentum=config.momentum,
-            **shared,
-        )
+        return optim.Muon(groups, momentum=config.momentum, adjust_lr="original", **shared)
     if config.optimizer == "adamw":
         return optim.AdamW(groups, betas=ADAM_BETAS, eps=ADAM_EPS, **shared)
     # Projections start at zero here: steps in proportion to the weight would hardly move them.

@@ -53,6 +53,7 @@ def test_each_optimizer_trains_the_matrices(optimizer, values, tmp_path):
     group = made.optimizers[1].param_groups[0]
     assert group["weight_decay"] == 0.01 and group.get("momentum", 0.9) == 0.9
     assert group.get("betas", (0.8, 0.95)) == (0.8, 0.95) and not group.get("relative", False)
+    assert group.get("adjust_lr", "original") == "original"  # nanochat's
     made.loader.next_batch = lambda: tokens(4, 20, seed=1)  # one batch, to be learned by heart
     made.run()
     recorded = losses(tmp_path)
