@@ -30,6 +30,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+PREFIX = "streaming_"  # of the flags of estimators
 TRACEBACK = "MOLEGRAD_TRACEBACK"  # 1 in the environment: errors of commands come with a traceback
 _BOOLEANS = {
     **dict.fromkeys(("true", "1", "yes", "on"), True),

@@ -10,9 +10,8 @@ from typing import Literal
 
 from molegrad.config import PRESETS, MoleGradConfig
 from molegrad.estimators import methods
-from molegrad.gpt.train.flags import Flag, Group, fields_as_flags
+from molegrad.gpt.train.flags import PREFIX, Flag, Group, fields_as_flags
 
-PREFIX = "streaming_"
 AS_GIVEN = "as given"
 _RENAMED_MODES = {"dense": "grad", "factored": "factors"}
 
