@@ -13,9 +13,8 @@ import math
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
-
 from molegrad.estimators.sketches import trust_factor
+from torch import Tensor
 
 
 class Estimate(NamedTuple):

@@ -213,6 +213,10 @@ class TrainFlags(Activations):
         return self.resume or self.resume_from_step >= 0
 
     @property
+    def enable_streaming(self) -> bool:
+        return self.streaming is not None
+
+    @property
     def grouped(self) -> bool:
         """Whether sketches of several layers are computed together."""
         return self.streaming is not None and self.streaming.estimator.shared() is not None

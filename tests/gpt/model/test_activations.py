@@ -16,6 +16,7 @@ from molegrad.config import METHODS
 from molegrad.gpt.model.activations import Activations
 from molegrad.gpt.train import checkpoint, setup
 from molegrad.gpt.train.config import BaseTrainConfig, resolve
+from molegrad.gpt.train.flags import make
 from molegrad.monitor import Shadow
 from tests.gpt.model.test_gpt import small, stirred, tokens
 from tests.gpt.train.test_loop import FACTORED, PRESET, assert_same, trainer, weights
@@ -118,7 +119,7 @@ def test_methods_that_need_their_whole_input_are_refused_where_they_would_stream
     flags = {**values, "enable_streaming": True, "sequence_chunk": 8}
 
     def equip(**more):
-        config = resolve(BaseTrainConfig(**{**flags, **more}), torch.device("cpu"))
+        config = resolve(make(BaseTrainConfig, **{**flags, **more}), torch.device("cpu"))
         return setup.equip(stirred(small()), config)
 
     with pytest.raises(ValueError, match=r"mlp.c_fc: method=.* --sequence_chunk cannot"):
