@@ -4,7 +4,7 @@
     python -m scripts.bench_memory --device=cuda --cap-gib=32 --json
 
 Every variant trains at every length, alone, and its peak is measured over all of it, from the
-making of the model to the end of the second step (`molegrad.monitor.peak`); beside it stands what
+making of the model to the end of the second step (`molegrad.monitor.memory`); beside it stands what
 `molegrad.plan.simulate` predicts.
 
 Slopes are those of the peaks of a forward and a backward pass, which are measured apart (an
@@ -59,7 +59,7 @@ from molegrad.bench.step import Training, alone, attention_taken, prepared, trie
 from molegrad.gpt.train import flags
 from molegrad.gpt.train.hardware import device_name
 from molegrad.lab.timing import median_interval
-from molegrad.monitor.peak import peak_bytes
+from molegrad.monitor.memory import peak_bytes
 from molegrad.plan.memory import GIB
 
 WARM_UP = 2

@@ -18,7 +18,7 @@ from molegrad.gpt.train import setup
 from molegrad.gpt.train.base import model_config
 from molegrad.gpt.train.config import BaseTrainConfig, compute_dtype, resolve
 from molegrad.gpt.train.flags import PREFIX
-from molegrad.monitor.peak import peak_bytes
+from molegrad.monitor.memory import peak_bytes
 from molegrad.optim import muon
 from molegrad.optim.clip import clip_grad_norm_
 from molegrad.plan import cuda as memory_cuda

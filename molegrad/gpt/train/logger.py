@@ -16,7 +16,7 @@ layer/NAME/METRIC, shadow/METRIC, shadow/NAME/METRIC, health/findings and time/P
 from pathlib import Path
 
 from molegrad.gpt.train import dashboards as boards
-from molegrad.monitor.records import line_of, read_records
+from molegrad.monitor.instruments import line_of, read_records
 
 METRICS = "metrics.jsonl"
 
@@ -95,5 +95,5 @@ class RunLogger:
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """All records of a run; see `molegrad.monitor.records`."""
+    """All records of a run; see `molegrad.monitor.instruments`."""
     return read_records(Path(folder) / METRICS)
