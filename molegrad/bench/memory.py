@@ -5,7 +5,7 @@
 
 Every method, named as for bench_step, trains at every length, alone, with one sequence, and its
 peak is measured over all of it, from the making of the model to the end of the second step
-(`molegrad.monitor.peak`); beside it stands what `molegrad.memory.simulate` predicts.
+(`molegrad.monitor.memory`); beside it stands what `molegrad.memory.simulate` predicts.
 
 Slopes are those of the peaks of a forward and a backward pass, which are measured apart (an
 optimizer's step, whose work does not depend on the sequence, would hide them where it needs more):
@@ -51,7 +51,7 @@ from molegrad.lab.methods import Method, parse_methods
 from molegrad.memory.plan import GIB
 from molegrad.memory.simulate import PER_TOKEN, simulate
 from molegrad.memory.table import table
-from molegrad.monitor.peak import peak_bytes
+from molegrad.monitor.memory import peak_bytes
 
 MIB = 2**20
 CHUNKS = "balanced:sequence_chunk={}:sequence_parts=all"

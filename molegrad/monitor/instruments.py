@@ -1,7 +1,5 @@
 """Instruments of a training run: layer metrics, shadow layers, health checks and phase times.
 
-What: `Instruments` binds them to a training loop, which tells it where in a step it is:
-
     instruments.begin(step, metrics=True, shadow=False)    # what is due at this step
     for every micro-batch:
         instruments.micro_batch(lambda: model(inputs, targets) / micro_batches)
@@ -10,19 +8,21 @@ What: `Instruments` binds them to a training loop, which tells it where in a ste
     ... optimizer's step, zero_grad ...
     record |= instruments.read()                           # waits for the device
 
-Why: at a step where nothing is due, all of this costs the notes of the phase timer. Where something
-is due, the device is waited for in `read` alone, where the loop waits for the loss anyway.
+At a step where nothing is due, all of this costs the notes of the phase timer. Where something is
+due, the device is waited for in `read` alone, where the loop waits for the loss anyway.
 
 `read` gives flat numbers for the log: `streaming/METRIC` over all converted layers,
 `layer/NAME/METRIC` of each, `shadow/METRIC` and `shadow/NAME/METRIC`, `health/findings`. Spectra
-and findings go to shadow.jsonl and health.jsonl in the run's folder, a line each.
+and findings go to shadow.jsonl and health.jsonl in the run's folder, one JSON object a line.
 """
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,6 @@ from molegrad.linear import MoleLinear
 from molegrad.monitor.health import Health, device_checks
 from molegrad.monitor.metrics import LayerMetrics, aggregate
 from molegrad.monitor.phases import PhaseTimer
-from molegrad.monitor.records import line_of, read_records
 from molegrad.monitor.shadow import Shadow
 
 SHADOW_RECORDS = "shadow.jsonl"
@@ -43,7 +42,7 @@ class Instruments:
 
     Args:
         model: the bare model, converted or not; without converted layers only phases are timed.
-        optimizers: of the model; they hold the statistics of layers in factored mode.
+        optimizers: of the model; they hold the state of layers whose gradients are factors.
         shadow: compares estimates with true gradients at the steps that `begin` says; None: never.
         health: looks at the metrics wherever they are read; None: never.
         folder: for shadow.jsonl and health.jsonl; None writes neither.
@@ -142,26 +141,50 @@ class Instruments:
         if self.per_layer:
             values |= _per_layer("layer", layers)
         if self.health is not None:
+            checked = device_checks(self._model, self._optimizers)
             # Written before an action that ends the run.
-            findings = self.health.find(self._step, self._checked(layers))
+            findings = self.health.find(
+                self._step, {name: known | checked[name] for name, known in layers.items()}
+            )
             self._append(HEALTH_RECORDS, [finding.record() for finding in findings])
             values["health/findings"] = len(findings)
             self.health.act(findings)
         return values
-
-    def _checked(self, layers: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-        """`layers` with what the health checks look at beside the metrics."""
-        names, scalars = device_checks(self._model, self._optimizers)
-        result = {name: dict(metrics) for name, metrics in layers.items()}
-        for (layer, metric), value in zip(names, scalars.tolist(), strict=True):
-            result[layer][metric] = value
-        return result
 
     def _append(self, name: str, records: list[dict]) -> None:
         if self.folder is None or not records:
             return
         with open(self.folder / name, "a", encoding="utf-8") as file:
             file.writelines(line_of({"step": self._step, **record}) for record in records)
+
+
+def line_of(record: Mapping[str, Any]) -> str:
+    """A record as a line of a .jsonl file. JSON has no NaN and Inf: "nan", "inf" and "-inf" stand
+    for them."""
+
+    def safe(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: safe(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [safe(item) for item in value]
+        return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(safe(record), allow_nan=False) + "\n"
+
+
+def read_records(path: Path, up_to: float = math.inf) -> list[dict]:
+    """The records of a .jsonl file; [] where there is none. A half-written last line (a killed run)
+    is left out, and so are the records of steps after `up_to`, where that is given."""
+    records = []
+    if Path(path).exists():
+        for line in Path(path).read_text(encoding="utf-8").splitlines():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    if up_to < math.inf:
+        records = [record for record in records if record["step"] <= up_to]
+    return records
 
 
 def _means(layers: dict[str, dict[str, float]]) -> dict[str, float]:

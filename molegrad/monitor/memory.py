@@ -1,22 +1,25 @@
-"""Memory, measured on the tensors that exist: weights, bases, gradients, optimizer state, and what
-the forward pass keeps for the backward pass.
+"""Memory, measured on the tensors that exist.
 
-    memory_bytes(model, optimizers)                          # of everything
-    memory_bytes(model.transformer["h"], optimizers)         # of the blocks alone
-    layers = [m for m in model.transformer["h"].modules() if isinstance(m, torch.nn.Linear)]
-    saved_bytes(layers, lambda: model(inputs, targets))      # what the linear layers keep
+    memory_bytes(model, optimizers)                       # weights, bases, gradients, state
+    memory_bytes(model.transformer["h"], optimizers)      # of the blocks alone
+    saved_bytes(layers, lambda: model(inputs, targets))   # what layers keep for the backward pass
+    peak_bytes(lambda: train(model, batch), "cpu")        # the most that is alive at a time
 
-Why measure: an estimate counts what a method should keep, not the copies that it makes. Both
-functions wait for nothing on the device, but belong outside of training: call them once.
+Why measure: an estimate counts what a method should keep, not the copies that it makes. All of it
+belongs outside of training: call it once.
 """
 
 from __future__ import annotations
 
+import gc
+import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.profiler import ProfilerActivity, profile
 
 from molegrad.linear import MoleLinear
 
@@ -132,6 +135,76 @@ def saved_bytes(modules: Iterable[nn.Module], forward: Callable[[], object]) -> 
         while entered:  # a module that fails is not left by its hook where its pre-hook failed
             entered.pop().__exit__(None, None, None)
     return total
+
+
+def peak_bytes(function: Callable[[], object], device: torch.device | str = "cpu") -> int:
+    """Most bytes of the device's tensors alive while `function` runs, what was there before it
+    included, and buffers that C++ kernels allocate for themselves.
+
+    On CUDA the allocator keeps that number. On the CPU torch's profiler records the allocations,
+    which costs a few microseconds each: do not measure times together with a peak. Of the tensors
+    that were there before, those count that Python can reach, gradients among them; to be sure that
+    all is counted, let `function` make everything itself.
+
+    Raises:
+        ValueError: the device is neither a CPU nor a CUDA device.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        function()
+        return torch.cuda.max_memory_allocated(device)
+    if device.type != "cpu":
+        raise ValueError(f"peak_bytes measures on cpu and cuda, got device {device}")
+    gc.collect()  # what is garbage now must not be freed inside
+    before = _Before()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        function()
+    changes = [
+        (event.start_ns(), event.nbytes())
+        for event in recorded.profiler.kineto_results.events()
+        if event.name() == "[memory]" and event.device_type() == torch.autograd.DeviceType.CPU
+    ]
+    alive = peak = before.bytes
+    # The sort is stable: of one moment's events the order of recording counts.
+    for _, change in sorted([*changes, *before.freed], key=lambda entry: entry[0]):
+        alive += change
+        peak = max(peak, alive)
+    return peak
+
+
+class _Before:
+    """The CPU's tensors that are alive already: their bytes, and when which of them go.
+
+    The allocator does not report the end of a block whose beginning it did not see.
+    """
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self.freed: list[tuple[int, int]] = []  # (nanoseconds, -bytes)
+        self._watched: dict[int, weakref.ref] = {}
+        for found in gc.get_objects():
+            # Not isinstance, which would ask proxies what they stand for.
+            if issubclass(type(found), Tensor):
+                self._watch(found)
+                if found.is_leaf and found.grad is not None:
+                    self._watch(found.grad)
+
+    def _watch(self, tensor: Tensor) -> None:
+        if type(tensor) not in (Tensor, torch.nn.Parameter, torch.nn.Buffer):
+            return  # a subclass, whose parts are found as tensors of their own
+        if tensor.device.type != "cpu" or tensor.layout != torch.strided:
+            return
+        storage = tensor.untyped_storage()
+        address, size = storage.data_ptr(), storage.nbytes()
+        if not size or address in self._watched:
+            return
+        self.bytes += size
+
+        def gone(_, size=size) -> None:
+            self.freed.append((time.time_ns(), -size))
+
+        self._watched[address] = weakref.ref(storage, gone)
 
 
 def _parts(tensor: Tensor) -> Iterator[Tensor]:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from molegrad.monitor.peak import peak_bytes
+from molegrad.monitor.memory import peak_bytes
 from tests.gpu.device import DEVICE, needs_cuda, needs_device, no_waiting
 from tests.stacks import Stack, assert_same, batch, gradients, loss_of, plain
 

@@ -8,7 +8,7 @@ import torch
 from molegrad import MoleLinear
 from molegrad.bench.step import StepBenchConfig, Training
 from molegrad.lab.methods import parse_methods
-from molegrad.monitor.peak import peak_bytes
+from molegrad.monitor.memory import peak_bytes
 from tests.gpu.device import DEVICE, needs_cuda, needs_device, no_waiting
 
 pytestmark = needs_device

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from molegrad.monitor.peak import peak_bytes
+from molegrad.monitor.memory import peak_bytes
 
 SIZE = 4 * 250_000
 
