@@ -1,7 +1,7 @@
 """Finding a model's large linear layers and converting them to MoleLinear, and back.
 
-`plan` says which layers would be taken at which rank and which left, and why; `convert` does it.
-Layers are found by their names (`molegrad.names`).
+`plan` says which layers would be taken and which left, and why; `convert` does it. Layers are found
+by their names (`molegrad.targets`).
 """
 
 from __future__ import annotations
@@ -14,38 +14,22 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from molegrad.config import MoleGradConfig
-from molegrad.grouping import SketchGroup
 from molegrad.linear import MoleLinear
-from molegrad.names import ROLES, layer_role, matches
-from molegrad.overrides import TARGET_GROUPS
 from molegrad.steps import Steps
+from molegrad.targets import ROLES, not_targeted
 
 logger = logging.getLogger("molegrad")
 
 
-def _targeted(name: str, targets: str | tuple[str, ...]) -> str | None:
-    """None if `targets` asks for the layer, otherwise the reason why it does not."""
-    if isinstance(targets, str) and targets in TARGET_GROUPS:
-        role = layer_role(name)
-        wanted = {"ffn_only": {"ffn"}, "attention_only": {"attention"}}.get(targets)
-        if wanted is None:
-            return "the output head stays dense" if role == "head" else None
-        return None if role in wanted else f"not a target of {targets} (role: {role})"
-    if any(matches(target, name) for target in targets):
-        return None
-    return f"matches none of {', '.join(targets)}"
-
-
 @dataclass(frozen=True)
 class LayerPlan:
-    """One linear layer: its dotted name, shape (m, n), why it is left (None: taken), its rank k
-    (the one it would have, where it is left) and the setting that the rank comes from."""
+    """One linear layer: its dotted name, shape (m, n), why it is left (None: taken), and what it
+    gets, or would get, in words."""
 
     name: str
     shape: tuple[int, int]
     reason: str | None
-    rank: int
-    rank_source: str
+    gets: str
 
 
 @dataclass(frozen=True)
@@ -66,23 +50,15 @@ class ConversionPlan:
     def __str__(self) -> str:
         numbers = sum(m * n for m, n in (layer.shape for layer in self.taken))
         c = self.config
-        sampled = c.method == "sampled"
-        size = f"sample_share={c.sample_share:g}" if sampled else f"rank_k={c.rank_k}"
-        if c.method == "projected":
-            size += f", project_stride={c.project_stride}"
         lines = [
             f"MoleGrad takes {len(self.taken)} of {len(self.layers)} linear layers "
-            f"({numbers / 1e6:.2f}M weights; {size}, method={c.method}, "
-            f"gradient_mode={c.gradient_mode}, target_layers={c.target_layers})"
+            f"({numbers / 1e6:.2f}M weights; method={c.method}, gradient_mode={c.gradient_mode}, "
+            f"target_layers={c.target_layers})"
         ]
         width = max((len(layer.name) for layer in self.layers), default=0)
         for layer in self.layers:
             shape = f"{layer.shape[0]}x{layer.shape[1]}"
-            verdict = f"left: {layer.reason}"
-            if layer.reason is None:
-                verdict = f"taken, rank {layer.rank} ({layer.rank_source})"
-                if sampled:
-                    verdict = f"taken, {layer.rank_source}"
+            verdict = f"taken, {layer.gets}" if layer.reason is None else f"left: {layer.reason}"
             lines.append(f"  {layer.name:<{width}}  {shape:>12}  {verdict}")
         return "\n".join(lines)
 
@@ -91,11 +67,11 @@ def plan(model: nn.Module, config: MoleGradConfig) -> ConversionPlan:
     """Which linear layers of `model` would be converted, and why the others would not.
 
     A layer is left if it is not targeted, if its weight is tied to another module, if it is a
-    subclass of nn.Linear or parametrized, frozen, converted already, or if it would not save
-    `config.min_layer_utilization` of the dense gradient (of its input with method "projected").
+    subclass of nn.Linear or parametrized, frozen, converted already, or if the estimator refuses
+    it.
 
     Raises:
-        ValueError: an override of ranks or shares in `config` matches no linear layer of the model.
+        ValueError: an override for single layers in `config` matches no linear layer of the model.
     """
     owners: Counter[int] = Counter()
     for module in model.modules():
@@ -105,20 +81,18 @@ def plan(model: nn.Module, config: MoleGradConfig) -> ConversionPlan:
             name,
             tuple(module.weight.shape),
             _reason(name, module, config, owners),
-            config.rank_of(*module.weight.shape, name),
-            config.rank_source(name),
+            config.estimator.describe(*module.weight.shape, name),
         )
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
     )
-    sources = {layer.rank_source for layer in layers}
-    for override in (*config.rank_overrides, *config.sample_overrides):
-        role = override.rpartition("=")[0] in ROLES  # a rule for what may be there
-        if override not in sources and not role:
+    for override in config.estimator.overrides():
+        used = any(f"({override})" in layer.gets for layer in layers)
+        if not used and override.rpartition("=")[0] not in ROLES:  # a role may be missing
             raise ValueError(
-                f"the override {override!r} sets the rank or share of no linear layer of this "
-                "model: name a role (ffn, attention), the end of a layer's name, a parent or a "
-                "regular expression, and put narrower patterns before wider ones"
+                f"the override {override!r} is for no linear layer of this model: name a role "
+                "(ffn, attention), the end of a layer's name, a parent or a regular expression, "
+                "and put narrower patterns before wider ones"
             )
     return ConversionPlan(config, layers)
 
@@ -128,9 +102,9 @@ def _reason(
 ) -> str | None:
     if isinstance(module, MoleLinear):
         return "is converted already (revert it first to change its configuration)"
-    not_targeted = _targeted(name, config.target_layers)
-    if not_targeted is not None:
-        return not_targeted
+    reason = not_targeted(name, config.target_layers)
+    if reason is not None:
+        return reason
     if parametrize.is_parametrized(module):
         return "its weight is parametrized"
     if type(module) is not nn.Linear:
@@ -139,22 +113,7 @@ def _reason(
         return "its weight is tied to another module, whose gradient is dense"
     if not module.weight.requires_grad:
         return "its weight is frozen"
-    m, n = module.weight.shape
-    k = config.rank_of(m, n, name)
-    source = f"rank {k} ({config.rank_source(name)})"
-    if config.needed_features(k) > min(m, n):
-        return f"too small for {source}"
-    saved = config.saved_share(m, n, name)
-    if saved < config.min_layer_utilization:
-        projected = config.method == "projected"
-        whole = "its input" if projected else "the dense gradient"
-        if projected:
-            source += f" with project_stride={config.project_stride}"
-        return (
-            f"{source} saves {saved:.0%} of {whole}, less than "
-            f"min_layer_utilization={config.min_layer_utilization:.0%}"
-        )
-    return None
+    return config.estimator.refusal(*module.weight.shape, name)
 
 
 def convert(model: nn.Module, config: MoleGradConfig | None = None, **changes) -> nn.Module:
@@ -163,24 +122,25 @@ def convert(model: nn.Module, config: MoleGradConfig | None = None, **changes) -
     Args:
         model: any module; a module found under several names is converted once and stays shared.
         config: default `MoleGradConfig()`.
-        changes: fields that replace the config's, e.g. `rank_k=64`; `target_modules` is accepted
-            for `target_layers`, with PEFT's meaning ("all-linear" included).
+        changes: fields that replace the config's or its estimator's, e.g. `rank_k=64`, as
+            `MoleGradConfig.of` takes them; `target_modules` is accepted for `target_layers`, with
+            PEFT's meaning ("all-linear" included).
 
     Raises:
         ValueError: no layer is taken; the message is the plan.
     """
     if "target_modules" in changes:
         changes["target_layers"] = changes.pop("target_modules")
-    config = MoleGradConfig(**{**(config.to_dict() if config else {}), **changes})
+    config = config or MoleGradConfig()
+    config = config.changed(**changes) if changes else config
     conversion = plan(model, config)
     if not conversion.taken:
         raise ValueError(f"no layer to convert:\n{conversion}")
     logger.info("%s", conversion)
-    group = SketchGroup(config.group_mib) if config.group_mib else None
-    steps, replacements = Steps(), {}
+    shared, steps, replacements = config.estimator.shared(), Steps(), {}
     for layer in conversion.taken:
         linear = model.get_submodule(layer.name)
-        made = MoleLinear.from_linear(linear, config, layer.name, group)
+        made = MoleLinear.from_linear(linear, config, layer.name, shared)
         made.steps = steps
         replacements[id(linear)] = made
     return _replace(model, replacements)

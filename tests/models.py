@@ -7,7 +7,7 @@ from torch import nn
 
 from molegrad import MoleGradConfig, convert
 
-SMALL = MoleGradConfig(rank_k=4, target_layers="all")
+SMALL = MoleGradConfig.of(rank_k=4, target_layers="all")
 
 
 class MLP(nn.Module):

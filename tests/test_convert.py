@@ -10,7 +10,7 @@ from tests.models import SMALL, TinyGPT
 
 
 def taken(model, **fields):
-    return [layer.name for layer in plan(model, MoleGradConfig(rank_k=4, **fields)).taken]
+    return [layer.name for layer in plan(model, MoleGradConfig.of(rank_k=4, **fields)).taken]
 
 
 def test_groups_names_and_patterns():
@@ -38,29 +38,29 @@ def test_the_plan_says_why_a_layer_is_left():
 
     model.h[0].attn.c_v = Special(32, 32)
     model.h[0].attn.c_proj = nn.Linear(32, 6)
-    config = MoleGradConfig(rank_k=4, target_layers=[".*"], min_layer_utilization=0.7)
+    config = MoleGradConfig.of(rank_k=4, target_layers=[".*"], min_layer_utilization=0.7)
     reasons = {layer.name.split(".")[-1]: layer.reason for layer in plan(model, config).left}
     assert "tied" in reasons["lm_head"]
     assert "frozen" in reasons["c_q"]
     assert "parametrized" in reasons["c_k"]
     assert "Special" in reasons["c_v"]
     assert "too small for rank 4 (rank_k=4)" in reasons["c_proj"]
-    small = plan(model, MoleGradConfig(rank_k=12, target_layers=["mlp"], min_layer_utilization=0.7))
+    small = plan(model, MoleGradConfig.of(rank_k=12, target_layers=["mlp"], min_layer_utilization=0.7))
     assert "saves 44% of the dense gradient, less than min_layer_utilization=70%" in str(small)
     assert "taken" in str(
         plan(model, config)
     ) and "not a target of ffn_only (role: attention)" in str(
-        plan(TinyGPT(), MoleGradConfig(rank_k=4))
+        plan(TinyGPT(), MoleGradConfig.of(rank_k=4))
     )
 
 
 def test_every_layer_has_its_rank_and_the_plan_shows_it():
-    config = MoleGradConfig(
+    config = MoleGradConfig.of(
         rank_k=0.25, target_layers="all", rank_overrides=r"attention=2,c_proj=4,h\.1\..*=6",
         min_layer_utilization=0,
     )  # fmt: skip
     planned = plan(TinyGPT(depth=2), config)
-    ranks = {layer.name: layer.rank for layer in planned.taken}
+    ranks = {layer.name: int(layer.gets.split()[1]) for layer in planned.taken}
     assert ranks["h.0.mlp.c_fc"] == 8 and ranks["h.1.mlp.c_fc"] == 6
     assert ranks["h.1.mlp.c_proj"] == 4 and ranks["h.1.attn.c_proj"] == 2
     lines = {line.split()[0]: line for line in str(planned).splitlines()[1:]}
@@ -72,16 +72,16 @@ def test_every_layer_has_its_rank_and_the_plan_shows_it():
     loss = model(torch.randint(50, (2, 7))).square().mean()
     loss.backward()
     for name, layer in layers.items():
-        assert torch.linalg.matrix_rank(layer.weight.grad) <= 2 * ranks[name], name
+        assert torch.linalg.matrix_rank(layer.weight.grad) <= ranks[name], name
 
 
 def test_an_override_that_is_too_large_or_matches_nothing_is_told():
-    config = MoleGradConfig(rank_k=4, target_layers="all", rank_overrides="c_fc=20")
+    config = MoleGradConfig.of(rank_k=4, target_layers="all", rank_overrides="c_fc=20")
     assert "left: too small for rank 20 (c_fc=20)" in str(plan(TinyGPT(), config))
     for wrong in ("atention=4", "mlp=8,c_fc=4"):
-        config = MoleGradConfig(rank_k=4, rank_overrides=wrong)
+        config = MoleGradConfig.of(rank_k=4, rank_overrides=wrong)
         name = wrong.split(",")[-1]
-        with pytest.raises(ValueError, match=f"{name}' sets the rank or share of no linear"):
+        with pytest.raises(ValueError, match=f"{name}' is for no linear"):
             plan(TinyGPT(), config)
 
 
@@ -90,7 +90,7 @@ def test_converting_nothing_is_an_error_that_shows_the_plan():
         convert(TinyGPT(depth=1), SMALL, target_layers=["nothing"])
 
 
-@pytest.mark.parametrize("mode", ["dense", "factored"])
+@pytest.mark.parametrize("mode", ["grad", "factors"])
 def test_convert_and_back_keep_parameters_hooks_sharing_and_state(mode):
     model = TinyGPT(depth=2)
     model.h[1].mlp = model.h[0].mlp  # a shared module

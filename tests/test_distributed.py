@@ -12,7 +12,7 @@ from molegrad import MoleGradConfig, clip_grad_norm_, convert, ignored_by_ddp
 from molegrad.optim import Muon, matrix_param_groups, other_params
 from tests.models import TinyGPT
 
-CONFIG = MoleGradConfig(rank_k=4, target_layers="all", gradient_mode="factored", probes=2)
+CONFIG = MoleGradConfig.of(method="tangent", rank_k=4, target_layers="all", gradient_mode="factors", probes=2)
 
 
 def build(config: MoleGradConfig):
@@ -67,10 +67,10 @@ def run_two_processes(config: MoleGradConfig):
         return dict(results)
 
 
-EXACT = MoleGradConfig(sample_share=1.0, gradient_mode="momentum", target_layers="all")
+EXACT = MoleGradConfig.of(method="exact", gradient_mode="momentum", target_layers="all")
 
 
-@pytest.mark.parametrize("config", [CONFIG, EXACT], ids=["factored", "momentum"])
+@pytest.mark.parametrize("config", [CONFIG, EXACT], ids=["factors", "momentum"])
 def test_two_processes_give_the_update_of_one(config):
     results = run_two_processes(config)
     model, optimizers = build(config)
@@ -82,7 +82,5 @@ def test_two_processes_give_the_update_of_one(config):
         torch.testing.assert_close(ours, truth, **tolerance)
 
 
-@pytest.mark.parametrize("method", ["power"])
-def test_the_power_method_refuses_several_processes_in_factored_mode(method):
-    config = MoleGradConfig(**{**CONFIG.to_dict(), "method": method})
-    assert "several processes" in run_two_processes(config)[0]
+def test_the_power_method_refuses_several_processes():
+    assert "several processes" in run_two_processes(CONFIG.changed(method="power"))[0]

@@ -16,25 +16,20 @@ from molegrad import (
     load_bases_state_dict,
 )
 from tests.models import perceptron
-from tests.samples import tangent_truth, tokens
+from tests.samples import tokens
 
-MODES = [(mode, method) for mode in ("dense", "factored") for method in ("power", "tangent")]
+MODES = [(mode, method) for mode in ("grad", "factors") for method in ("power", "tangent")]
 
 
-def config(mode="dense", method="tangent", **fields):
+def config(mode="grad", method="tangent", **fields):
     fields.setdefault("rank_k", 4)
-    return MoleGradConfig(gradient_mode=mode, method=method, target_layers="all", **fields)
+    return MoleGradConfig.of(gradient_mode=mode, method=method, target_layers="all", **fields)
 
 
 def layer_estimate(layer: MoleLinear) -> torch.Tensor:
     """Ĝ of a factored layer from its sketches."""
-    k = layer.rank
-    u, v = layer.basis_u.detach()[:, :k], layer.basis_v.detach()[:, :k]
-    y, w = layer.basis_u.grad[:, :k], layer.basis_v.grad[:, :k]
-    if layer.config.method == "power":
-        return y @ w.mT  # its y is U itself
-    left, right = tangent_truth(u, v, y, w)
-    return left @ right.mT
+    estimator, state = layer.config.estimator, layer.state
+    return estimator.matrix(state, estimator.accumulated(state)).matrix
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -51,7 +46,7 @@ def test_forward_and_input_gradient_are_those_of_linear(mode, method, shape, bia
     torch.testing.assert_close(x1.grad, x2.grad)
     if bias:
         torch.testing.assert_close(plain[0].bias.grad, mole[0].bias.grad)
-    if mode == "factored":
+    if mode == "factors":
         assert all(layer.weight.grad is None for layer in (mole[0], mole[2]))
         assert mole[0].basis_u.grad.shape == (40, 4) and mole[0].basis_v.grad.shape == (24, 4)
         estimate = layer_estimate(mole[0])
@@ -66,7 +61,7 @@ def test_forward_and_input_gradient_are_those_of_linear(mode, method, shape, bia
 
 @pytest.mark.parametrize("method", ["power", "tangent"])
 def test_warm_start_finds_the_leading_modes(method):
-    layer = MoleLinear(24, 40, bias=False, config=config("dense", method, warm_start_decay=1.0))
+    layer = MoleLinear(24, 40, bias=False, config=config("grad", method, warm_start_decay=1.0))
     a, b = tokens(500, 24, 40, rank=16)
     truth = b.mT @ a
     best = torch.linalg.svdvals(truth)[:4].norm()
@@ -85,7 +80,7 @@ def test_exploration_replaces_the_weakest_and_finds_a_new_mode():
     found = {}
     for decay in (1.0, 0.5):
         layer = MoleLinear(
-            24, 40, bias=False, config=config("dense", "power", warm_start_decay=decay)
+            24, 40, bias=False, config=config("grad", "power", warm_start_decay=decay)
         )
         layer.basis_v.copy_(torch.eye(24, 4))
         a, b = torch.zeros(30, 24), torch.zeros(30, 40)
@@ -107,7 +102,7 @@ def test_bases_are_seeded_by_config_and_name():
     assert not torch.allclose(basis(1, "a"), basis(1, "b"))
 
 
-@pytest.mark.parametrize("mode", ["dense", "factored"])
+@pytest.mark.parametrize("mode", ["grad", "factors"])
 def test_zero_gradient_keeps_the_basis_and_nan_never_enters_it(mode):
     layer = MoleLinear(24, 40, config=config(mode, warm_start_decay=1.0))
     before = layer.basis_v.detach().clone()
@@ -115,7 +110,7 @@ def test_zero_gradient_keeps_the_basis_and_nan_never_enters_it(mode):
     torch.testing.assert_close(layer.basis_v.detach(), before)
     layer(torch.full((6, 24), float("nan"))).sum().backward()
     assert layer.basis_v.isfinite().all()
-    grad = layer.weight.grad if mode == "dense" else layer.basis_v.grad
+    grad = layer.weight.grad if mode == "grad" else layer.basis_v.grad
     assert not grad.isfinite().all()
 
 
@@ -124,7 +119,7 @@ def test_trust_scaling_restores_the_norm():
     a, b = tokens(400, 24, 40, rank=20)
     norms = {}
     for trust in (False, True):
-        layer = MoleLinear(24, 40, config=config("dense", trust_scaling=trust, **fields))
+        layer = MoleLinear(24, 40, config=config("grad", trust_scaling=trust, **fields))
         layer(a).backward(b)
         norms[trust] = layer.weight.grad.norm().item()
         gradient_sq, captured_sq, factor = layer.stats[:3].tolist()
@@ -137,7 +132,7 @@ def test_trust_scaling_restores_the_norm():
 
 
 def test_state_dict_is_that_of_linear_both_ways():
-    for mode in ("dense", "factored"):
+    for mode in ("grad", "factors"):
         plain, mole = perceptron(), perceptron(config(mode))
         with torch.no_grad():
             plain[0].weight.add_(1)
@@ -166,7 +161,7 @@ def test_deepcopy_and_pickle_are_independent_and_equal(mode, method):
             assert p is not q and (p.grad is None) == (q.grad is None), name
             if p.grad is not None:
                 torch.testing.assert_close(p.grad, q.grad)
-        if mode == "dense":  # the bases moved alike, but not together
+        if mode == "grad":  # the bases moved alike, but not together
             assert torch.equal(layer.basis_v, other.basis_v)
             assert layer.basis_v.data_ptr() != other.basis_v.data_ptr()
 
@@ -203,7 +198,7 @@ def test_a_backward_pass_inside_of_autocast_is_the_same(mode, method):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("mode", ["dense", "factored"])
+@pytest.mark.parametrize("mode", ["grad", "factors"])
 def test_other_dtypes_keep_bases_in_full_precision(mode, dtype):
     model = perceptron(config(mode)).to(dtype)
     before = model[0].basis_v.detach().clone()
@@ -212,12 +207,12 @@ def test_other_dtypes_keep_bases_in_full_precision(mode, dtype):
     gram = model[0].basis_v.detach().mT @ model[0].basis_v.detach()
     torch.testing.assert_close(gram, torch.eye(4, dtype=expected), atol=1e-5, rtol=0)
     model(torch.randn(7, 24, dtype=dtype)).square().sum().backward()
-    grad = model[0].weight.grad if mode == "dense" else model[0].basis_v.grad
-    assert grad.isfinite().all() and grad.dtype == (dtype if mode == "dense" else expected)
+    grad = model[0].weight.grad if mode == "grad" else model[0].basis_v.grad
+    assert grad.isfinite().all() and grad.dtype == (dtype if mode == "grad" else expected)
     assert before.dtype == expected
 
 
-@pytest.mark.parametrize("mode", ["dense", "factored"])
+@pytest.mark.parametrize("mode", ["grad", "factors"])
 def test_meta_device_then_to_empty(mode):
     with torch.device("meta"):
         layer = MoleLinear(24, 40, config=config(mode), name="a")
@@ -237,14 +232,14 @@ def test_no_gradient_no_work():
 
 
 def test_a_layer_used_twice_in_one_pass():
-    for mode in ("dense", "factored"):
+    for mode in ("grad", "factors"):
         layer = MoleLinear(24, 24, config=config(mode))
         layer(layer(torch.randn(5, 24)).tanh()).square().sum().backward()
-        grad = layer.weight.grad if mode == "dense" else layer.basis_v.grad
+        grad = layer.weight.grad if mode == "grad" else layer.basis_v.grad
         assert grad.isfinite().all() and grad.norm() > 0
 
 
-@pytest.mark.parametrize(("mode", "method"), [("factored", "tangent")])
+@pytest.mark.parametrize(("mode", "method"), [("factors", "tangent")])
 def test_accumulation_over_micro_batches_is_exact(mode, method):
     x = torch.randn(12, 24, dtype=torch.float64)
     whole = perceptron(config(mode, method, probes=2), dtype=torch.float64)
@@ -258,7 +253,7 @@ def test_accumulation_over_micro_batches_is_exact(mode, method):
 
 
 def test_the_power_method_refuses_to_accumulate_factors():
-    model = perceptron(config("factored", "power"))
+    model = perceptron(config("factors", "power"))
     for copied in (model, copy.deepcopy(model)):
         copied(torch.randn(5, 24)).sum().backward()
         copied.zero_grad()
@@ -285,7 +280,7 @@ def test_compile_fullgraph_agrees_with_eager(mode, method):
 
 
 def test_compile_with_inductor_and_autocast():
-    model = perceptron(config("dense", "tangent", probes=2))
+    model = perceptron(config("grad", "tangent", probes=2))
     other = copy.deepcopy(model)
     compiled = torch.compile(other, fullgraph=True)
     x = torch.randn(4, 9, 24)
@@ -298,10 +293,10 @@ def test_compile_with_inductor_and_autocast():
 
 
 def test_bases_state_dict_resumes_exactly():
-    model = perceptron(config("dense"))
+    model = perceptron(config("grad"))
     for _ in range(3):
         model(torch.randn(9, 24)).square().sum().backward()
-    fresh = perceptron(config("dense"))
+    fresh = perceptron(config("grad"))
     fresh.load_state_dict(model.state_dict())
     load_bases_state_dict(fresh, {k: v.clone() for k, v in bases_state_dict(model).items()})
     x = torch.randn(9, 24)
@@ -311,12 +306,12 @@ def test_bases_state_dict_resumes_exactly():
     assert torch.equal(model[0].weight.grad, fresh[0].weight.grad)
     with pytest.raises(RuntimeError, match=r"bases do not fit this model: missing \['0.basis_u'"):
         load_bases_state_dict(fresh, {})
-    other = perceptron(config("dense", rank_k=3))
+    other = perceptron(config("grad", rank_k=3))
     with pytest.raises(RuntimeError, match="was rank_k or probes changed"):
         load_bases_state_dict(other, bases_state_dict(model))
 
 
-def test_a_rank_that_does_not_fit_is_refused_and_repr_tells():
+def test_a_rank_that_does_not_fit_is_refused_and_repr_says_what_there_is():
     with pytest.raises(ValueError, match="needs a layer of at least 8 features.*lower rank_k"):
         MoleLinear(6, 40, config=config())
     assert "rank=4, method=tangent, gradient_mode=dense" in repr(
@@ -333,7 +328,7 @@ def test_any_torch_optimizer_works_in_dense_mode():
         lambda ps: torch.optim.Muon([p for p in ps if p.dim() == 2], lr=2e-2, weight_decay=0.0),
         lambda ps: torch.optim.Adafactor(ps, lr=1e-2),
     ):
-        model = perceptron(config("dense", rank_k=6))
+        model = perceptron(config("grad", rank_k=6))
         optimizer = make(list(model.parameters()))
         losses = []
         for _ in range(60):
@@ -358,7 +353,7 @@ def test_converted_modules_with_hugging_face_names():
         def forward(self, x):
             return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
 
-    model = convert(nn.ModuleDict({"mlp": LlamaMLP()}), MoleGradConfig(rank_k=4))
+    model = convert(nn.ModuleDict({"mlp": LlamaMLP()}), MoleGradConfig.of(rank_k=4))
     model["mlp"](torch.randn(2, 5, 32)).sum().backward()
     assert all(isinstance(m, MoleLinear) for m in model["mlp"].children())
     assert all(p.grad is not None for p in model.parameters())
@@ -367,9 +362,10 @@ def test_converted_modules_with_hugging_face_names():
 @pytest.mark.parametrize(
     "values",
     [
-        {"rank_k": 4, "method": "tangent", "gradient_mode": "dense"},
-        {"rank_k": 4, "method": "tangent", "gradient_mode": "factored"},
-        {"method": "sampled", "sample_share": 0.5},
+        {"rank_k": 4, "method": "tangent", "gradient_mode": "grad"},
+        {"rank_k": 4, "method": "tangent", "gradient_mode": "factors"},
+        {"method": "sampled", "sampling_fraction": 0.5},
+        {"method": "exact", "gradient_mode": "grad", "saved_inputs": "fp8"},
     ],
     ids=lambda values: "-".join([values["method"], *map(str, list(values.values())[2:])]),
 )
@@ -378,7 +374,7 @@ def test_checkpointing_and_changes_in_place_are_those_of_nn_linear(values):
 
     def gradients(checkpointed: bool) -> list[torch.Tensor]:
         torch.manual_seed(0)
-        layer = MoleLinear(16, 24, config=MoleGradConfig(**values))
+        layer = MoleLinear(16, 24, config=MoleGradConfig.of(**values))
         x = torch.randn(2, 5, 16, requires_grad=True)
 
         def run(x):

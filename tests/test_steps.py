@@ -9,19 +9,19 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from molegrad import MoleGradConfig, stream
+from molegrad import MoleGradConfig, in_chunks
 from molegrad.gpt.model.loss import linear_cross_entropy
 from molegrad.optim import Muon, matrix_param_groups
 from tests.models import perceptron
 
 UNSTEPPED = {
     "momentum": {"method": "sampled", "gradient_mode": "momentum"},
-    "factored": {"rank_k": 4, "gradient_mode": "factored"},
+    "factors": {"rank_k": 4, "method": "tangent", "gradient_mode": "factors"},
 }
 
 
 def unstepped(mode: str) -> torch.nn.Module:
-    model = perceptron(MoleGradConfig(**UNSTEPPED[mode], target_layers="all"))
+    model = perceptron(MoleGradConfig.of(**UNSTEPPED[mode], target_layers="all"))
     assert all(model[i].config.gradient_mode == mode for i in (0, 2))
     return model
 
@@ -107,12 +107,12 @@ def test_what_is_no_second_step_is_not_warned_of(mode):
         train_once(model, call=recomputed)
 
 
-def test_layers_that_stream_are_warned_of_too():
+def test_layers_in_chunks_are_warned_of_too():
     model = unstepped("momentum")
 
     def run():
         x = torch.randn(2, 5, 24)
-        stream(lambda x, up: up(x).relu(), (x,), (model[0],), 8, last=model[2]).sum().backward()
+        in_chunks(lambda x, up: up(x).relu(), (x,), (model[0],), 8, last=model[2]).sum().backward()
 
     run()
     with pytest.warns(UserWarning, match="layer 0 is in gradient_mode='momentum'"):
@@ -130,14 +130,14 @@ def test_compiled_layers_are_quiet_and_work(mode, compiler):
 
 
 def test_an_output_head_of_low_rank_is_warned_of_too():
-    head = torch.nn.ModuleList([unstepped("factored")[0]])
+    head = torch.nn.ModuleList([unstepped("factors")[0]])
 
     def run():
         targets = torch.zeros(5, dtype=torch.int64)
         linear_cross_entropy(torch.randn(5, 24), _bare(head[0]), targets).backward()
 
     run()
-    with pytest.warns(UserWarning, match="layer 0 is in gradient_mode='factored'"):
+    with pytest.warns(UserWarning, match="layer 0 is in gradient_mode='factors'"):
         run()
 
 

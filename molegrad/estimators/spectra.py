@@ -1,4 +1,4 @@
-"""What an estimate is worth: as a matrix, by its singular values, by its leading directions.
+"""Effective ranks of estimates, by their singular values.
 
 These are for whoever looks at training: no step of it needs them. Spectra are prepared on the
 device as small matrices, so that those of many layers reach the host in one transfer, where
@@ -9,10 +9,8 @@ U (m, k) and V (n, k) are orthonormal bases, Y = GV (m, k) and W = GᵀU (n, k) 
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple
-
 import torch
+<<<<<<< HEAD
 from molegrad.estimators.sketches import trust_factor
 from torch import Tensor
 
@@ -85,6 +83,10 @@ def tangent_energies(u: Tensor, y: Tensor, w: Tensor) -> Tensor:
 
 # Singular values: small matrices of stacked layers on the device, effective ranks on the host
 
+=======
+from torch import Tensor
+
+>>>>>>> core
 
 def gram(x: Tensor) -> Tensor:
     """xᵀx (layers, k, k) in float64, so that its eigenvalues give the small singular values too.

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from molegrad.autograd import STATS, trust_factor
-from molegrad.config import UNBIASED
+from molegrad.estimators.lowrank_sums import STATS
+from molegrad.estimators.sketches import trust_factor
 from molegrad.linear import MoleLinear
 from molegrad.ops.checks import acc_dtype
 from molegrad.ops.power import hutch_norm_sq
@@ -48,7 +48,7 @@ def accumulated(layer: MoleLinear) -> tuple[Tensor, ...] | None:
 def sketches_add_up(layer: MoleLinear) -> bool:
     """Whether the estimates of several backward passes add up in what `accumulated` gives; not so
     for method "power" in factored mode."""
-    return not (layer.config.gradient_mode == "factored" and layer.config.method == "power")
+    return not (layer.config.gradient_mode == "factors" and layer.config.method == "power")
 
 
 def estimate_of(
@@ -66,9 +66,9 @@ def estimate_of(
         return None
     dtype = acc_dtype(layer.weight.dtype)
     rank = layer.config.needed_features(layer.rank)
-    if layer.config.method in UNBIASED:
+    if layer.config.estimator.unbiased:
         rank = 0
-    if layer.config.gradient_mode == "factored":
+    if layer.config.gradient_mode == "factors":
         now = tuple(x.to(dtype) for x in now)
         if before is not None:
             now = tuple(x - old.to(dtype) for x, old in zip(now, before, strict=True))

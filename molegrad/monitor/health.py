@@ -195,7 +195,7 @@ def reset_layer(
         ValueError: the layer is in factored mode and none of `optimizers` has its bases.
     """
     optimizers = list(optimizers)
-    factored = layer.config.gradient_mode == "factored"
+    factored = layer.config.gradient_mode == "factors"
     owner = _owner(layer, optimizers) if factored else None
     layer.reset_bases(draw)
     layer.stats.fill_(math.nan)
@@ -253,7 +253,7 @@ class Health:
         self._cleared: list[str] = []
         if "reset" in self.actions.values():
             for layer in self._layers.values():
-                if layer.config.gradient_mode == "factored" and layer.trains:
+                if layer.config.gradient_mode == "factors" and layer.trains:
                     _owner(layer, self._optimizers)
 
     def check(self, step: int, metrics: Mapping[str, Mapping[str, float]]) -> list[Finding]:
@@ -372,5 +372,5 @@ def _deed(layer: MoleLinear, kind: str, action: str) -> str:
         return "The run stops"
     if not layer.rank:
         return "Its momentum is dropped"
-    drops = layer.config.gradient_mode == "factored" or kind in _AT_FAULT
+    drops = layer.config.gradient_mode == "factors" or kind in _AT_FAULT
     return "Its bases are drawn anew" + (" and its momentum is dropped" if drops else "")

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from molegrad.config import UNBIASED, explored_directions
+from molegrad.estimators.lowrank_sums import explored_directions
 from molegrad.linear import MoleLinear
 from molegrad.ops.orth import NON_FINITE, RANK_DEFICIENT
 
@@ -167,7 +167,7 @@ def degenerate(layer: MoleLinear, values, history: History, limits) -> Problem |
     """Directions that no gradient stands behind. No gradient at all is a fault only where there has
     been one: behind a projection that starts at zero there is none at first."""
     norm = strength(values)
-    sampled = layer.config.method in UNBIASED
+    sampled = layer.config.estimator.unbiased
     nothing = values.get("sampled_share", math.nan) == 0 if sampled else norm == 0
     if nothing and (history.nonzero or norm > 0):
         key = "sampled_share" if sampled else "estimate_norm"

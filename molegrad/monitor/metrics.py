@@ -24,9 +24,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from molegrad import bases
-from molegrad.autograd import STATS
-from molegrad.config import UNBIASED, explored_directions
+from molegrad.estimators import bases
+from molegrad.estimators.lowrank_sums import STATS
+from molegrad.estimators.lowrank_sums import explored_directions
 from molegrad.linear import MoleLinear
 from molegrad.monitor.memory import _address, _bytes, _tensors
 from molegrad.ops.amp import exact_products
@@ -322,18 +322,18 @@ def _spectra(layers: dict[str, MoleLinear]) -> Iterator[_Pending]:
     """Small matrices with the spectra of the estimates of all layers that have a gradient."""
 
     def source(layer: MoleLinear) -> Tensor | None:
-        dense = layer.config.gradient_mode == "dense"
+        dense = layer.config.gradient_mode == "grad"
         return layer.weight.grad if dense else layer.basis_v.grad
 
     with_gradient = {
         name: layer
         for name, layer in layers.items()
-        if layer.config.method not in UNBIASED and source(layer) is not None
+        if not layer.config.estimator.unbiased and source(layer) is not None
     }
     for group in _groups(with_gradient, lambda layer: None):
         members = list(group.values())
         first = members[0]
-        if first.config.gradient_mode == "dense":
+        if first.config.gradient_mode == "grad":
             yield _Pending(list(group), _dense_grams(members), _ranks_of_grams)
         elif first.config.method == "power":  # Ĝ = U Wᵀ with U orthonormal
             w = torch.stack([layer.basis_v.grad[:, : layer.rank] for layer in members])

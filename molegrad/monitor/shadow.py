@@ -30,8 +30,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from molegrad.autograd import STATS
-from molegrad.config import UNBIASED, MoleGradConfig
+from molegrad.estimators.lowrank_sums import STATS
+from molegrad.config import MoleGradConfig
 from molegrad.linear import MoleLinear
 from molegrad.monitor.estimates import (
     Estimate,
@@ -41,10 +41,10 @@ from molegrad.monitor.estimates import (
     sketches_add_up,
 )
 from molegrad.monitor.extra_pass import Call, output_gradients
-from molegrad.names import layer_role, matches
+from molegrad.targets import layer_role, matches
 from molegrad.ops.amp import exact_products
 from molegrad.ops.checks import TOKEN_CHUNK, acc_dtype
-from molegrad.overrides import TARGET_GROUPS
+from molegrad.targets import GROUPS as TARGET_GROUPS
 
 SHADOW_METRICS = (
     "energy_capture",
@@ -56,7 +56,6 @@ SHADOW_METRICS = (
     "energy_estimate_error",
     "effective_rank",
 )
-_NOISE = STATS.index("sampling_noise")
 
 
 class Shadow:
@@ -257,7 +256,7 @@ class Shadow:
 def choose_layers(model: nn.Module, layers: str | Sequence[str] = "auto") -> dict[str, MoleLinear]:
     """The converted layers of `model` that are trained and chosen, by name, in the model's order.
 
-    "auto" takes of each role (`molegrad.names.layer_role`: feed-forward, attention, ...) one layer
+    "auto" takes of each role (`molegrad.targets.layer_role`: feed-forward, attention, ...) one layer
     in the first, the middle and the last block that has it: the largest, of equal ones the first.
     A block is what a name says up to its first number (`h.3` of `h.3.mlp.c_fc`); a layer without
     a number is a block of its own. An output head is never chosen: its gradient is made with its
@@ -333,7 +332,7 @@ class _Sums:
         self.gradient = torch.zeros_like(layer.weight, dtype=dtype, requires_grad=False)
         self.calls = self.last_calls = 0  # of the step, of the last micro-batch
         # G of the last micro-batch alone, where the layer's statistics are about that one.
-        own = c.gradient_mode == "dense" and c.probes > 0
+        own = c.gradient_mode == "grad" and c.probes > 0
         self.own = torch.zeros_like(self.gradient) if own else None
         # Σ_t ‖a_t‖² ‖b_t‖² of the last micro-batch and of the step, and the sampling noise that
         # the backward passes claim.
@@ -353,7 +352,7 @@ class _Sums:
         for a_t, b_t in zip(*chunks, strict=True):
             a_t, b_t = a_t.to(call.dtype).to(target.dtype), b_t.to(target.dtype)
             target.addmm_(b_t.mT, a_t)
-            if self.layer.config.method in UNBIASED:
+            if self.layer.config.estimator.unbiased:
                 squares = a_t.square().sum(1, dtype=torch.float64), b_t.square().sum(1)
                 self.pairs += squares[0] @ squares[1].double()
         self.calls += 1
@@ -367,7 +366,8 @@ class _Sums:
     def claim(self) -> None:
         """Take up what the last backward pass said of its sampling noise."""
         if self.last_calls:
-            noise = self.layer.stats[_NOISE].double()
+            values = dict(zip(self.layer.config.estimator.STATS, self.layer.stats, strict=True))
+            noise = values["sampling_noise"].double()
             # Of several calls only the last one's is known.
             self.claimed += noise * self.pairs if self.last_calls == 1 else math.nan
             self.total_pairs += self.pairs
@@ -377,12 +377,12 @@ def _free_errors(sums: _Sums, est: Estimate, world: int) -> dict[str, Tensor]:
     """What the free estimates of training are worth; see `Shadow.read`."""
     config = sums.layer.config
     truth = sums.gradient
-    if config.gradient_mode == "dense":  # its statistics are those of a single call
+    if config.gradient_mode == "grad":  # its statistics are those of a single call
         truth = sums.own if sums.own is not None and sums.last_calls == 1 else truth * math.nan
     truth = torch.linalg.vector_norm(truth, dtype=torch.float64)
     norm, captured = est.norm_sq.sqrt(), est.captured_sq.sqrt()
     energy_error = (captured / norm).clamp(max=1.0) - captured / truth
-    if config.method in UNBIASED:
+    if config.estimator.unbiased:
         # Errors of processes are independent: the square of their mean's is a share of theirs.
         error_sq = (est.matrix - sums.gradient).double().square().sum() * world
         energy_error = (sums.claimed - error_sq) / sums.total_pairs

@@ -1,10 +1,10 @@
-"""Optimizers for factored and dense gradients.
+"""Optimizers for weight gradients, as a matrix, in the momentum or as factors.
 
 | parameters | group | optimizer |
 |---|---|---|
-| matrices, factored mode | `matrix_param_groups`, "factored" | Muon, AdamW, Adafactor |
-| matrices, momentum mode | "momentum" | Muon |
-| matrices, dense mode and nn.Linear | "dense" | the same, or torch's |
+| matrices, gradient_mode "factors" | `matrix_param_groups`, "factors" | Muon, AdamW, Adafactor |
+| matrices, gradient_mode "momentum" | "momentum" | Muon |
+| matrices, gradient_mode "grad" and nn.Linear | "grad" | the same, or torch's |
 | embeddings, output head, norms, biases | `other_params` | torch.optim.AdamW |
 
 All are classes of `molegrad.optim.factored.FactoredOptimizer`; a new one says what its step does

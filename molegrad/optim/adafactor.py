@@ -1,4 +1,4 @@
-"""Adafactor on dense and on factored gradients (Shazeer and Stern 2018, arXiv 1804.04235).
+"""Adafactor on gradients as matrices and as factors (Shazeer and Stern 2018, arXiv 1804.04235).
 
 Its second moment is kept as the means of Ĝ² over rows and over columns, and both follow from
 factors: for Ĝ = L C Rᵀ with orthonormal L and R, the sum of squares of a row of Ĝ is that of the
@@ -6,8 +6,8 @@ same row of L C, that of a column of Ĝ that of the same row of R Cᵀ. The upda
 
     diag(r)^-½ Ĝ diag(c)^-½ = (diag(r)^-½ L) (diag(c)^-½ R Cᵀ)ᵀ,
 
-keeps Ĝ's rank, and its norm, by which it is clipped, comes from two Gram matrices. So factored
-groups do to rounding what dense groups do with Ĝ as a matrix; nothing is approximated beyond Ĝ.
+keeps Ĝ's rank, and its norm, by which it is clipped, comes from two Gram matrices. So groups of
+kind "factors" do to rounding what those of kind "grad" do with Ĝ as a matrix.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class Adafactor(FactoredOptimizer):
     D = Ĝ / √(r cᵀ / mean(r)); weight ← (1 − lr · weight_decay) weight − α D / max(1, RMS(D)/clip).
 
     Args:
-        params: matrices, or groups from `molegrad.optim.matrix_param_groups` (kind "dense" or
-            "factored"); every option below can be set per group.
+        params: matrices, or groups from `molegrad.optim.matrix_param_groups` (kind "grad" or
+            "factors"); every option below can be set per group.
         lr: learning rate ρ, without a unit: α = min(lr, t^-½) max(ε₂, RMS(weight)), so that a step
             changes the weight by at most that share of its root mean square. Not `relative`: α = lr
-            is the root mean square of a step itself. It means the same for dense and factored
+            is the root mean square of a step itself. It means the same for both kinds of
             groups.
         relative: see `lr`.
         beta2_decay: d.
@@ -45,7 +45,7 @@ class Adafactor(FactoredOptimizer):
         truncation_iters: block iterations for the next bases, the leading modes of Ĝ.
         stochastic_rounding: round bfloat16 weights at random (`molegrad.optim.rounding`).
 
-    State: m + n numbers of every matrix (and its bases in factored groups); no momentum. It does
+    State: m + n numbers of every matrix (and its bases in "factors" groups); no momentum. It does
     not depend on the rank, so that `resize_rank` leaves it as it is.
 
     Raises:
@@ -94,8 +94,8 @@ class Adafactor(FactoredOptimizer):
                 f"got {group['eps']}"
             )
 
-    def _dense_step(self, group: dict[str, Any]) -> None:
-        for p, state in self._dense(group):
+    def _grad_step(self, group: dict[str, Any]) -> None:
+        for p, state in self._with_grad(group):
             step = state["step"].add_(1)
             gradient = p.grad.to(acc_dtype(p.dtype))
             square = gradient.square()
@@ -116,7 +116,7 @@ class Adafactor(FactoredOptimizer):
                 p.mul_(1 - decay)
             p.sub_((update * rate).to(p.dtype))
 
-    def _new_dense_state(self, group: dict[str, Any], p: Tensor) -> dict[str, Tensor]:
+    def _new_grad_state(self, group: dict[str, Any], p: Tensor) -> dict[str, Tensor]:
         (m, n), dtype = p.shape, acc_dtype(p.dtype)
         return {
             "step": torch.zeros((), dtype=torch.int64, device=p.device),
@@ -124,7 +124,7 @@ class Adafactor(FactoredOptimizer):
             "column": p.new_zeros(n, dtype=dtype),
         }
 
-    def _factored_step(self, bucket: Bucket) -> None:
+    def _factors_step(self, bucket: Bucket) -> None:
         group, (m, n) = bucket.group, bucket.shape
         est = estimate(bucket)
         right, v_c, core = two_sided(bucket, est)
@@ -156,7 +156,7 @@ class Adafactor(FactoredOptimizer):
         p, _, q, condition = truncate(core, v_c, group["truncation_iters"], group["cond_max"])
         turn(bucket, est, est.left @ p, right @ q, condition, finite)
 
-    def _new_state(self, basis_u: Tensor, basis_v: Tensor, k: int) -> tuple[dict, dict]:
+    def _new_factors_state(self, basis_u: Tensor, basis_v: Tensor, k: int) -> tuple[dict, dict]:
         row, column = (basis.new_zeros(basis.shape[0]) for basis in (basis_u, basis_v))
         return {"row": row}, {"column": column}
 

@@ -1,10 +1,10 @@
-"""AdamW on dense gradients, and in the subspace of the leading left modes on factored ones.
+"""AdamW on gradients as matrices, and on factors in the subspace of the leading left modes.
 
-Dense groups are torch.optim.AdamW. A factored layer's moments M and V (n, k) are those of the
-gradient in its left basis, ĜᵀU. A step first turns the basis to U', then goes in the new one, with
-R = UᵀU' (k, k):
+Groups of kind "grad" are torch.optim.AdamW. In those of kind "factors" a layer's moments M and V
+(n, k) are those of the gradient in its left basis, ĜᵀU. A step first turns the basis to U', then
+goes in the new one, with R = UᵀU' (k, k):
 
-    U'       the k leading left modes of β₁ U Mᵀ + (1 − β₁) Ĝ, which has rank 2k and stays factored
+    U'       the k leading left modes of β₁ U Mᵀ + (1 − β₁) Ĝ, which has rank 2k, in factors
     M'       β₁ M R + (1 − β₁) ĜᵀU'
     V'       β₂ carried(V) + (1 − β₂) (ĜᵀU')²
     weight   ← (1 − lr · weight_decay) weight − lr U' (M̂' / (√V̂' + ε))ᵀ
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from molegrad.optim.bucket import Bucket, all_finite, estimate, right_factor, truncate, turn
+from molegrad.optim.bucket import Bucket, all_finite, estimate, truncate, turn
 from molegrad.optim.factored import FactoredOptimizer
 from molegrad.optim.rounding import copy_rounded_, places_of, update_weights
 
@@ -32,21 +32,21 @@ class AdamW(FactoredOptimizer):
     """Adam with decoupled weight decay (Loshchilov and Hutter 2019).
 
     Args:
-        params: matrices, or groups from `molegrad.optim.matrix_param_groups` (kind "dense" or
-            "factored"); every option below can be set per group.
-        lr: learning rate. In a dense group every number of the weight moves by about lr a step. In
-            a factored one every number of the (n, k) update in the subspace does, and the weight
+        params: matrices, or groups from `molegrad.optim.matrix_param_groups` (kind "grad" or
+            "factors"); every option below can be set per group.
+        lr: learning rate. In a "grad" group every number of the weight moves by about lr a step. In
+            a "factors" one every number of the (n, k) update in the subspace does, and the weight
             moves by its product with the orthonormal U: by about lr √(k/m) in root mean square,
-            lr (√n + √k) in spectral norm where a dense step of random signs has lr (√n + √m). So a
-            factored group takes a larger lr, about twice a dense one's.
+            lr (√n + √k) in spectral norm where a "grad" step of random signs has lr (√n + √m). So
+            a "factors" group takes a larger lr, about twice the other's.
         betas: decay rates β₁, β₂ of the two moments.
         eps: ε, added to the root of the second moment; in units of the gradient.
         weight_decay: decoupled, weight ← (1 − lr · weight_decay) weight.
         truncation_iters: block iterations for the leading modes of the average.
-        stochastic_rounding: round bfloat16 weights at random (`molegrad.optim.rounding`); in dense
+        stochastic_rounding: round bfloat16 weights at random (`molegrad.optim.rounding`); in "grad"
             groups one weight at a time is stepped in float32, with moments in float32.
 
-    State: dense groups two moments (m, n), factored ones two (n, k) with the layer's bases. A
+    State: "grad" groups two moments (m, n), "factors" ones two (n, k) with the layer's bases. A
     direction that exploration or `resize_rank` adds starts without a first moment, and with the
     second moment of the weakest direction, so that its first steps are not too large.
 
@@ -82,9 +82,9 @@ class AdamW(FactoredOptimizer):
         if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"AdamW: betas must be two numbers in [0, 1), got {group['betas']}")
 
-    def _dense_step(self, group: dict[str, Any]) -> None:
+    def _grad_step(self, group: dict[str, Any]) -> None:
         """All at once, or with stochastic rounding one weight at a time in float32."""
-        pairs = list(self._dense(group))
+        pairs = list(self._with_grad(group))
         if not group["stochastic_rounding"]:
             self._adamw(group, [(p, p.grad, state) for p, state in pairs])
             return
@@ -116,16 +116,16 @@ class AdamW(FactoredOptimizer):
             maximize=False,
         )
 
-    def _new_dense_state(self, group: dict[str, Any], p: Tensor) -> dict[str, Tensor]:
+    def _new_grad_state(self, group: dict[str, Any], p: Tensor) -> dict[str, Tensor]:
         step = torch.zeros((), dtype=torch.float32, device=p.device)
         dtype = torch.float32 if group["stochastic_rounding"] else p.dtype
         first, second = (torch.zeros_like(p, dtype=dtype) for _ in range(2))
         return {"step": step, "exp_avg": first, "exp_avg_sq": second}
 
-    def _factored_step(self, bucket: Bucket) -> None:
+    def _factors_step(self, bucket: Bucket) -> None:
         group, (beta1, beta2) = bucket.group, bucket.group["betas"]
         est = estimate(bucket)
-        factor = right_factor(bucket, est)  # (size, n, j): Ĝ = left factorᵀ
+        factor = est.sketch.matrix().mT  # (size, n, j): Ĝ = left factorᵀ
         first, second = bucket.stacked("exp_avg", "v"), bucket.stacked("exp_avg_sq", "v")
         step = bucket.stacked("step").to(factor.dtype)[:, None, None]
 
@@ -148,7 +148,7 @@ class AdamW(FactoredOptimizer):
         bucket.keep("exp_avg_sq", second, finite, "v")
         turn(bucket, est, new_u, q, condition, finite)
 
-    def _new_state(self, basis_u: Tensor, basis_v: Tensor, k: int) -> tuple[dict, dict]:
+    def _new_factors_state(self, basis_u: Tensor, basis_v: Tensor, k: int) -> tuple[dict, dict]:
         rows = basis_v.shape[0]
         names = ("exp_avg", "exp_avg_sq")
         return {}, {name: basis_v.new_zeros(rows, k) for name in names}

@@ -1,6 +1,6 @@
 """A bucket of layers, their gradients' estimate in orthonormal bases, and how the bases turn.
 
-The mathematics that all optimizers on factored gradients share. A layer's gradient arrives as
+The mathematics that all optimizers on factors share. A layer's gradient arrives as
 sketches Y = GV (m, k) and W = GᵀU (n, k). In an orthonormal basis L = [U, Y⊥] of the left side the
 estimate is Ĝ = L Fᵀ, in one R = [V, W⊥] of the right side too it is Ĝ = L C Rᵀ with a small core C;
 no matrix of the weight's size is ever formed. Layers of one shape and rank are stacked, so that a
@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from molegrad import bases
-from molegrad.autograd import STATS, trust_factor
-from molegrad.config import explored_directions
+from molegrad.estimators import bases
+from molegrad.estimators.lowrank_sums import explored_directions
+from molegrad.estimators.sketches import Sketch, trust_factor
 from molegrad.ops.orth import NON_FINITE
 from molegrad.ops.power import hutch_norm_sq
 
@@ -81,17 +81,17 @@ class Bucket(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """Ĝ = left (c_w Wᵀ + c_v Vᵀ) of a bucket, `left` an orthonormal basis of span(U, Y).
+    """Ĝ of a bucket, `left` (size, m, j) an orthonormal basis of span(U, Y), j = min(2k, m).
 
-    left (size, m, j) with j = min(2k, m); u_c, c_w, c_v (size, j, k), U = left u_c; the power
-    method has no c_v. The others are (size,): ‖G‖²_F by Hutch++ (nan without probes), ‖Ĝ‖²_F before
-    the trust factor, and the trust factor, which is in c_w and c_v already.
+    `sketch` is Ĝ with its left side in the coordinates of `left`, trust factor included: its u and
+    y are (size, j, k), and left sketch.matrix() = Ĝ. `u_c` (size, j, k): U = left u_c. The others
+    are (size,): ‖G‖²_F by Hutch++ (nan without probes), ‖Ĝ‖²_F before the trust factor, and the
+    trust factor.
     """
 
     left: Tensor
     u_c: Tensor
-    c_w: Tensor
-    c_v: Tensor | None
+    sketch: Sketch
     norm_sq: Tensor
     captured_sq: Tensor
     trust: Tensor
@@ -99,32 +99,23 @@ class Estimate(NamedTuple):
 
 def estimate(bucket: Bucket) -> Estimate:
     """The estimate that a bucket's sketches stand for."""
-    u, v, y, w = bucket.u, bucket.v, bucket.y, bucket.w
-    cond_max, trust_max = bucket.group["cond_max"], bucket.group["trust_max"]
-    if bucket.group["method"] == "power":  # Ĝ = U₁ Wᵀ with U₁ = orth(Y): clipping scales Y, not U₁
-        u_1, _, _ = torch.ops.molegrad.orthonormalize(y, cond_max)
-        left, u_c, c_w = extend(u, u_1, cond_max)
-        c_v = None
-        # Before clipping, as the layer has measured ‖G‖: Y was orthonormal then, ‖Y‖² = k.
-        captured_sq = w.square().sum((-2, -1)) * (bucket.rank / y.square().sum((-2, -1)))
-    else:  # Ĝ = U Wᵀ + (I − UUᵀ) Y Vᵀ
-        left, u_c, y_c = extend(u, y, cond_max)
-        c_w, c_v = u_c, y_c - u_c @ (u.mT @ y)
-        captured_sq = w.square().sum((-2, -1)) + c_v.square().sum((-2, -1))
-    norm_sq = torch.full_like(captured_sq, math.nan)
-    trust = torch.ones_like(captured_sq)
-    if c_v is not None and bucket.omega.shape[-1]:  # the power method's layers measure it
+    u, v, y, w, group = bucket.u, bucket.v, bucket.y, bucket.w, bucket.group
+    one_sided, cond_max = group["one_sided"], group["cond_max"]
+    block = torch.ops.molegrad.orthonormalize(y, cond_max)[0] if one_sided else y
+    left, u_c, block_c = extend(u, block, cond_max)
+    sketch = Sketch(u_c, v, block_c, w, one_sided)
+    captured_sq = sketch.norm_sq()
+    if one_sided:
+        # Y was U₁, orthonormal, ‖Y‖² = k; clipping has scaled it and W alike, and captured_sq is
+        # wanted as it was when the layer measured ‖G‖.
+        captured_sq = captured_sq * (bucket.rank / y.square().sum((-2, -1)))
+    norm_sq, trust = torch.full_like(captured_sq, math.nan), torch.ones_like(captured_sq)
+    if bucket.omega.shape[-1] and not one_sided:  # where it is, the layer measures ‖G‖
         norm_sq = hutch_norm_sq(y, bucket.g_omega, v, bucket.omega)
-        if trust_max > 0:
-            trust = trust_factor(norm_sq, captured_sq, trust_max)
-            c_w, c_v = (c * trust[:, None, None] for c in (c_w, c_v))
-    return Estimate(left, u_c, c_w, c_v, norm_sq, captured_sq, trust)
-
-
-def right_factor(bucket: Bucket, est: Estimate) -> Tensor:
-    """F (size, n, j) with Ĝ = left Fᵀ."""
-    factor = bucket.w @ est.c_w.mT
-    return factor if est.c_v is None else factor + bucket.v @ est.c_v.mT
+        trust = trust_factor(norm_sq, captured_sq, group["trust_max"])
+        y, w = (x * trust[:, None, None] for x in (sketch.y, sketch.w))
+        sketch = sketch._replace(y=y, w=w)
+    return Estimate(left, u_c, sketch, norm_sq, captured_sq, trust)
 
 
 def two_sided(bucket: Bucket, est: Estimate) -> tuple[Tensor, Tensor, Tensor]:
@@ -132,9 +123,8 @@ def two_sided(bucket: Bucket, est: Estimate) -> tuple[Tensor, Tensor, Tensor]:
 
     Ĝ = left C rightᵀ, C (size, j, i).
     """
-    right, v_c, w_c = extend(bucket.v, bucket.w, bucket.group["cond_max"])
-    core = est.c_w @ w_c.mT
-    return right, v_c, core if est.c_v is None else core + est.c_v @ v_c.mT
+    right, v_c, w_c = extend(bucket.v, est.sketch.w, bucket.group["cond_max"])
+    return right, v_c, est.sketch._replace(v=v_c, w=w_c).matrix()
 
 
 def extend(basis: Tensor, block: Tensor, cond_max: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -196,9 +186,9 @@ def turn(bucket: Bucket, est: Estimate, new_u: Tensor, new_v: Tensor, condition,
     turned_v, status_v = _turned(bucket, bucket.v, new_v, finite, step, seed + 1)
     overlap = (bucket.v.mT @ turned_v).square().sum((-2, -1)) / bucket.rank
     drift, status = (1 - overlap).clamp_min(0), torch.maximum(status_u, status_v)
-    rows = [est.norm_sq, est.captured_sq, est.trust, condition, drift, status]
-    stats = torch.full((bucket.size, len(STATS)), math.nan, device=bucket.u.device)
-    stats[:, : len(rows)] = torch.stack([row.float() for row in rows], dim=1)
+    # In the order of `molegrad.estimators.lowrank.STATS`.
+    rows = (est.norm_sq, est.captured_sq, est.trust, condition, drift, status)
+    stats = torch.stack([row.float() for row in rows], dim=1)
     for params, new, offset in ((bucket.bases_u, turned_u, 3), (bucket.bases_v, turned_v, 4)):
         probes = bucket.omega.shape[-1]
         if probes:

@@ -1,10 +1,11 @@
-"""The base class of the optimizers that take dense and factored groups.
+"""The base class of the optimizers of this package.
 
-What: `FactoredOptimizer` validates groups, gathers the layers of factored groups into buckets
-(`molegrad.optim.bucket`), saves and restores the layers' bases and changes their ranks. A subclass
-says what a step does with a dense group and with a bucket, and which state a layer has.
+What: `FactoredOptimizer` validates groups, gathers the layers of groups of kind "factors" into
+buckets (`molegrad.optim.bucket`), saves and restores the layers' bases and changes their ranks. A
+subclass says what a step does with a group of kind "grad" and with a bucket, and which state a
+layer has.
 
-Why: a layer in factored mode has no weight gradient; its gradient arrives as sketches in
+Why: a layer with gradient_mode "factors" has no weight gradient; it arrives as sketches in
 `basis_u.grad` and `basis_v.grad` (`molegrad.linear`), and its optimizer also owns how the bases
 follow the gradient.
 """
@@ -20,61 +21,62 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from molegrad.autograd import STATS
+from molegrad.estimators.lowrank import STATS
 from molegrad.ops.amp import exact_products
 from molegrad.optim.bucket import Bucket
 from molegrad.steps import STEPPED
 
-FACTORED_KEYS = ("probes", "method", "warm_start_decay", "trust_max", "cond_max", "seed")
+FACTORS_KEYS = ("probes", "one_sided", "warm_start_decay", "trust_max", "cond_max", "seed")
 
 
 class FactoredOptimizer(Optimizer):
-    """Base class of the optimizers that take groups of kind "dense" and "factored".
+    """Base class of the optimizers that take groups of kind "grad" and "factors".
 
-    A factored group (`molegrad.optim.matrix_param_groups`) holds weight (m, n), basis_u (m, k + r)
+    A "factors" group (`molegrad.optim.matrix_param_groups`) holds weight (m, n), basis_u (m, k + r)
     and basis_v (n, k + r) of each layer in turn, r its "probes"; each layer's k is what its bases
     have, so that the layers of one group may differ. The state of a layer lies with basis_u and
     basis_v: "basis" (the parameter's own storage, so that a state_dict carries the bases), "step"
-    (int64), "stats" (float32, named by `molegrad.autograd.STATS`), and what the subclass adds.
+    (int64), "stats" (float32, named by `molegrad.estimators.lowrank.STATS`), and what the subclass
+    adds.
 
     Raises:
-        ValueError: an option is out of range, a parameter is no matrix, a factored group is not
-            made as above, or stochastic_rounding is asked for where weights are not bfloat16.
+        ValueError: an option is out of range, a parameter is no matrix, a "factors" group is
+            not made as above, or stochastic_rounding is asked for where weights are not bfloat16.
     """
 
-    KINDS: tuple[str, ...] = ("dense", "factored")
+    KINDS: tuple[str, ...] = ("grad", "factors")
     # Option: least and largest value.
     LIMITS: dict[str, tuple[float, float]] = {}
 
     def __init__(self, params, defaults: dict[str, Any]) -> None:
-        super().__init__(params, {"kind": "dense", "stochastic_rounding": False, **defaults})
+        super().__init__(params, {"kind": "grad", "stochastic_rounding": False, **defaults})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
             _mark(group)
 
-    def _dense_step(self, group: dict[str, Any]) -> None:
-        """One step of a dense group."""
+    def _grad_step(self, group: dict[str, Any]) -> None:
+        """One step of a group of kind "grad"."""
         raise NotImplementedError
 
     def _momentum_step(self, group: dict[str, Any]) -> None:
         """One step of a group of layers whose backward passes add to their momentum."""
         raise NotImplementedError
 
-    def _new_dense_state(self, group: dict[str, Any], p: Tensor) -> dict[str, Tensor]:
-        """The state of a matrix of a dense group before its first step."""
+    def _new_grad_state(self, group: dict[str, Any], p: Tensor) -> dict[str, Tensor]:
+        """The state of a matrix of a "grad" group before its first step."""
         raise NotImplementedError
 
     def _new_momentum_state(self, group: dict[str, Any], p: Tensor) -> dict[str, Tensor]:
         """The same of a layer whose backward passes add to its momentum, beside the momentum."""
         raise NotImplementedError
 
-    def _factored_step(self, bucket: Bucket) -> None:
+    def _factors_step(self, bucket: Bucket) -> None:
         """One step of a bucket; calls `turn` at its end."""
         raise NotImplementedError
 
-    def _new_state(self, basis_u: Tensor, basis_v: Tensor, k: int) -> tuple[dict, dict]:
+    def _new_factors_state(self, basis_u: Tensor, basis_v: Tensor, k: int) -> tuple[dict, dict]:
         """What the states of a layer's left and right basis hold before its first step, beside what
         every subclass has."""
         raise NotImplementedError
@@ -97,25 +99,25 @@ class FactoredOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            if group["kind"] == "factored":
+            if group["kind"] == "factors":
                 for bucket in self._buckets(group):
                     torch._foreach_add_([state["step"] for state in bucket.states_u], 1)
                     # Bases have to be orthonormal and weak modes more than noise: no TF32.
                     with exact_products(bucket.u.device):
-                        self._factored_step(bucket)
+                        self._factors_step(bucket)
             elif group["kind"] == "momentum":
                 self._momentum_step(group)
             else:
-                self._dense_step(group)
+                self._grad_step(group)
         return loss
 
-    def _dense(self, group: dict[str, Any]) -> Iterator[tuple[Tensor, dict]]:
-        """The parameters of a dense group that have a gradient, each with its state."""
+    def _with_grad(self, group: dict[str, Any]) -> Iterator[tuple[Tensor, dict]]:
+        """The parameters of a "grad" group that have a gradient, each with its state."""
         for p in group["params"]:
             if p.grad is not None:
                 state = self.state[p]
                 if not state:
-                    state.update(self._new_dense_state(group, p))
+                    state.update(self._new_grad_state(group, p))
                 yield p, state
 
     def _buckets(self, group: dict[str, Any]) -> list[Bucket]:
@@ -138,7 +140,7 @@ class FactoredOptimizer(Optimizer):
             state["basis"] = basis.detach()
         state_u["step"] = torch.zeros((), dtype=torch.int64, device=device)
         state_v["stats"] = torch.full((len(STATS),), math.nan, device=device)
-        new_u, new_v = self._new_state(basis_u, basis_v, basis_u.shape[1] - group["probes"])
+        new_u, new_v = self._new_factors_state(basis_u, basis_v, basis_u.shape[1] - group["probes"])
         state_u.update(new_u)
         state_v.update(new_v)
 
@@ -161,7 +163,7 @@ class FactoredOptimizer(Optimizer):
         directions that go are dropped, those of new directions start as documented by the subclass.
 
         Args:
-            basis_u, basis_v: the layer's parameters, in a factored group of this optimizer.
+            basis_u, basis_v: the layer's parameters, in a "factors" group of this optimizer.
             new_u: (m, k' + r), new_v: (n, k' + r), r the group's probes.
 
         Raises:
@@ -210,13 +212,13 @@ class FactoredOptimizer(Optimizer):
 
     def _group_of(self, basis_u: Tensor, basis_v: Tensor) -> dict[str, Any]:
         for group in self.param_groups:
-            if group["kind"] == "factored":
+            if group["kind"] == "factors":
                 params = group["params"]
                 for u, v in zip(params[1::3], params[2::3], strict=True):
                     if u is basis_u and v is basis_v:
                         return group
         raise ValueError(
-            f"{type(self).__name__}: no factored group of this optimizer has these "
+            f"{type(self).__name__}: no group of kind 'factors' of this optimizer has these "
             "bases; give the basis_u and basis_v of one of its layers"
         )
 
@@ -253,10 +255,10 @@ class FactoredOptimizer(Optimizer):
 
     def _state_dtypes(self, group: dict[str, Any], p: Tensor) -> dict[str, torch.dtype | None]:
         """Dtypes of a weight's state by name; None is whatever was saved."""
-        if group["kind"] == "factored":  # whose state lies with the bases, in their dtype
+        if group["kind"] == "factors":  # whose state lies with the bases, in their dtype
             return {}
-        dense = group["kind"] == "dense"
-        make = self._new_dense_state if dense else self._new_momentum_state
+        of_grad = group["kind"] == "grad"
+        make = self._new_grad_state if of_grad else self._new_momentum_state
         return {key: x.dtype for key, x in make(group, p.detach().to("meta")).items()}
 
     @torch.no_grad()
@@ -304,7 +306,7 @@ class FactoredOptimizer(Optimizer):
                     "vectors, embeddings and the output head to torch.optim.AdamW "
                     "(molegrad.optim.other_params)"
                 )
-        if group["kind"] == "dense":
+        if group["kind"] == "grad":
             return
         if group["kind"] == "momentum":
             each = 3 if group.get("quantized", False) else 2
@@ -318,7 +320,7 @@ class FactoredOptimizer(Optimizer):
             return
         shapes = [tuple(p.shape) for p in params]
         triples = list(zip(shapes[::3], shapes[1::3], shapes[2::3], strict=False))
-        missing = [key for key in FACTORED_KEYS if key not in group]
+        missing = [key for key in FACTORS_KEYS if key not in group]
         if (
             missing
             or len(shapes) % 3
@@ -326,18 +328,16 @@ class FactoredOptimizer(Optimizer):
             or any(u[1] <= group["probes"] for _, u, _ in triples)
         ):
             raise ValueError(
-                f"{name}: a factored group holds weight (m, n), basis_u (m, k + probes), basis_v "
+                f"{name}: a 'factors' group holds weight (m, n), basis_u (m, k + probes), basis_v "
                 "(n, k + probes) of each layer in turn, and the options "
-                f"{', '.join(FACTORED_KEYS)} (molegrad.optim.matrix_param_groups builds it); got "
+                f"{', '.join(FACTORS_KEYS)} (molegrad.optim.matrix_param_groups builds it); got "
                 f"{shapes}" + (f", without {', '.join(missing)}" if missing else "")
             )
 
 
 def _layer_width(group: dict[str, Any]) -> int:
     """How many parameters of each layer a group has in turn, its weight first."""
-    return {"dense": 1, "factored": 3, "momentum": 3 if group.get("quantized") else 2}[
-        group["kind"]
-    ]
+    return {"grad": 1, "factors": 3, "momentum": 3 if group.get("quantized") else 2}[group["kind"]]
 
 
 def _mark(group: dict[str, Any]) -> None:

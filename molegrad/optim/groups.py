@@ -14,7 +14,7 @@ from molegrad.linear import MoleLinear
 def matrix_param_groups(*modules: nn.Module, exclude: Iterable[nn.Module] = ()) -> list[dict]:
     """Parameter groups with the weight of every linear layer inside `modules`.
 
-    For any optimizer of `molegrad.optim`; those of kind "dense" are for torch's too.
+    For any optimizer of `molegrad.optim`; those of kind "grad" are for torch's too.
 
     Args:
         modules: usually the transformer blocks; embeddings and the output head are no matrices in
@@ -22,58 +22,40 @@ def matrix_param_groups(*modules: nn.Module, exclude: Iterable[nn.Module] = ()) 
         exclude: linear layers to leave out (they then belong to `other_params`).
 
     Returns:
-        one group of kind "dense" (plain layers and those in dense mode), those of kind "momentum",
-        whose params are weight, momentum and, where "quantized", its scale of each layer in turn,
-        and groups of kind "factored",
-        whose params are weight, basis_u, basis_v of each layer in turn; layers of different ranks
-        share a group.
-
-    Raises:
-        ValueError: a factored layer asks for trust_scaling with method "power".
+        one group of kind "grad" (weights whose gradient is in weight.grad, plain layers among
+        them); those of kind "momentum", whose params are weight, momentum and, where "quantized",
+        its scale of each layer in turn; and groups of kind "factors", whose params are weight,
+        basis_u, basis_v of each layer in turn and whose options are the estimator's; layers of
+        different ranks share a group.
     """
     excluded = {id(m) for root in exclude for m in root.modules()}
-    dense: list[nn.Parameter] = []
+    grad: list[nn.Parameter] = []
     momentum: dict[bool, list[nn.Parameter]] = defaultdict(list)  # by whether it is quantized
-    factored: dict[tuple, dict[str, Any]] = {}  # by options
+    factors: dict[tuple, dict[str, Any]] = {}  # by options
     seen: set[int] = set()
     for layer in (m for root in modules for m in root.modules() if isinstance(m, nn.Linear)):
         if id(layer) in excluded or id(layer.weight) in seen:
             continue
         seen.add(id(layer.weight))
-        mode = layer.config.gradient_mode if isinstance(layer, MoleLinear) else "dense"
-        if not (layer.trains if mode == "factored" else layer.weight.requires_grad):
+        converted = isinstance(layer, MoleLinear)
+        if not (layer.trains if converted else layer.weight.requires_grad):
             continue
-        if mode == "dense":
-            dense.append(layer.weight)
-            continue
-        if mode == "momentum":
-            scale = [] if layer.momentum_scale is None else [layer.momentum_scale]
-            momentum[bool(scale)] += [layer.weight, layer.momentum, *scale]
-            continue
-        c = layer.config
-        if c.trust_scaling and c.method == "power":
-            raise ValueError(
-                f"layer {layer.name or 'MoleLinear'}: trust_scaling=True in factored mode needs "
-                "method='tangent', got 'power', whose norm estimate does not reach the optimizer: "
-                "switch trust_scaling off or choose the other method or gradient_mode='dense'"
-            )
-        options = {
-            "probes": c.probes,
-            "method": c.method,
-            "warm_start_decay": c.warm_start_decay,
-            "trust_max": c.trust_max if c.trust_scaling else 0.0,
-            "cond_max": c.cond_max,
-            "seed": c.seed,
-        }
-        group = factored.setdefault(
-            tuple(options.values()), {"kind": "factored", "params": [], **options}
-        )
-        group["params"] += [layer.weight, layer.basis_u, layer.basis_v]
-    groups = list(factored.values())
+        mode = layer.config.gradient_mode if converted else "grad"
+        if mode == "grad":
+            grad.append(layer.weight)
+        elif mode == "momentum":
+            held = [layer.state.tensors.get(key) for key in ("momentum", "momentum_scale")]
+            momentum[held[1] is not None] += [layer.weight, *(p for p in held if p is not None)]
+        else:
+            options = layer.config.estimator.optimizer_options(layer.config.seed)
+            key = tuple(options.items())
+            group = factors.setdefault(key, {"kind": "factors", "params": [], **options})
+            group["params"] += [layer.weight, *layer.sketches]
+    groups = list(factors.values())
     for quantized, params in momentum.items():
         groups.insert(0, {"kind": "momentum", "quantized": quantized, "params": params})
-    if dense:
-        groups.insert(0, {"kind": "dense", "params": dense})
+    if grad:
+        groups.insert(0, {"kind": "grad", "params": grad})
     return groups
 
 

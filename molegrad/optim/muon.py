@@ -1,8 +1,9 @@
-"""Muon on dense and on factored gradients, as one torch.optim.Optimizer.
+"""Muon on gradients as matrices, as factors and in the momentum, as one torch.optim.Optimizer.
 
-Dense groups: momentum, Newton–Schulz, weight −= lr · scale · polar(momentum) (Jordan et al. 2024).
+Groups of kind "grad": momentum, Newton–Schulz, weight −= lr · scale · polar(momentum) (Jordan et
+al. 2024).
 
-Factored groups never see a matrix of the weight's size except the weight. A layer's momentum is
+Groups of kind "factors" see no matrix of the weight's size but the weight. A layer's momentum is
 U S Vᵀ with a core S (k, k), and its bases U and V *are* the layer's sketch bases, so that one state
 serves both. In the orthonormal bases L = [U, Y⊥] and R = [V, W⊥] both gradient and momentum are
 small cores of at most 2k × 2k, where their average, its exact polar factor and its truncation to
@@ -51,28 +52,28 @@ class Muon(FactoredOptimizer):
     """Momentum, orthogonalised.
 
     Args:
-        params: matrices, or groups from `molegrad.optim.matrix_param_groups` (kind "dense",
-            "factored" or "momentum"); every option below can be set per group.
+        params: matrices, or groups from `molegrad.optim.matrix_param_groups` (kind "grad",
+            "factors" or "momentum"); every option below can be set per group.
         lr: learning rate, before `adjust_lr`.
         momentum: μ of the average M ← μ M + (1 − μ) Ĝ.
         nesterov: orthogonalise μ M + (1 − μ) Ĝ instead of M. Groups of kind "momentum" have no Ĝ
             apart from M; they keep the M of the step before, in int8, to find it.
         weight_decay: decoupled, weight ← (1 − lr · weight_decay) weight.
         adjust_lr: "spectral", "original", "match_rms_adamw" or "none", see `lr_scale`.
-        ns_steps: Newton–Schulz steps of the dense groups.
+        ns_steps: Newton–Schulz steps of the "grad" and "momentum" groups.
         truncation_iters: block iterations that truncate the factored momentum to rank k.
         stochastic_rounding: round bfloat16 weights at random (`molegrad.optim.rounding`).
 
-    State: dense groups a momentum (m, n); those of kind "momentum" the layer's own, its parameter,
-    and with nesterov an int8 matrix (m, n); factored ones a core S (k, k) with the layer's bases. A
-    direction that `resize_rank` adds starts without momentum. With stochastic_rounding every weight
-    has a "step" beside.
+    State: "grad" groups a momentum (m, n); those of kind "momentum" the layer's own, its parameter,
+    and with nesterov an int8 matrix (m, n); "factors" groups a core S (k, k) with the layer's
+    bases. A direction that `resize_rank` adds starts without momentum. With stochastic_rounding
+    every weight has a "step" beside.
 
     Raises:
         ValueError: see `FactoredOptimizer`; or adjust_lr is unknown.
     """
 
-    KINDS = ("dense", "factored", "momentum")
+    KINDS = ("grad", "factors", "momentum")
     LIMITS = {"lr": (0.0, math.inf), "momentum": (0.0, 1.0), "weight_decay": (0.0, math.inf)}
 
     def __init__(
@@ -106,10 +107,10 @@ class Muon(FactoredOptimizer):
                 f"Muon: adjust_lr must be one of {', '.join(ADJUST_LR)}; got {group['adjust_lr']!r}"
             )
 
-    def _dense_step(self, group: dict[str, Any]) -> None:
+    def _grad_step(self, group: dict[str, Any]) -> None:
         mu = group["momentum"]
         updates = []
-        for p, state in self._dense(group):
+        for p, state in self._with_grad(group):
             buffer = state["momentum_buffer"].lerp_(p.grad, 1 - mu)
             share = mu if group["nesterov"] else 1.0
             updates.append((p, partial(p.grad.lerp, buffer, share)))
@@ -189,13 +190,13 @@ class Muon(FactoredOptimizer):
         dtypes = super()._state_dtypes(group, p)
         return dtypes | dict.fromkeys(_MOMENTUM_STATE) if group["kind"] == "momentum" else dtypes
 
-    def _new_dense_state(self, group: dict[str, Any], p: Tensor) -> dict[str, Tensor]:
+    def _new_grad_state(self, group: dict[str, Any], p: Tensor) -> dict[str, Tensor]:
         return {"momentum_buffer": torch.zeros_like(p)}
 
     def _new_momentum_state(self, group: dict[str, Any], p: Tensor) -> dict[str, Tensor]:
         return _new_snapshot(p) if group["nesterov"] else {}
 
-    def _factored_step(self, bucket: Bucket) -> None:
+    def _factors_step(self, bucket: Bucket) -> None:
         group, mu = bucket.group, bucket.group["momentum"]
         est = estimate(bucket)
         right, v_c, gradient = two_sided(bucket, est)
@@ -211,7 +212,7 @@ class Muon(FactoredOptimizer):
         bucket.keep("core", core * kept * kept[:, None], finite)
         turn(bucket, est, est.left @ p, right @ q, condition, finite)
 
-    def _new_state(self, basis_u: Tensor, basis_v: Tensor, k: int) -> tuple[dict, dict]:
+    def _new_factors_state(self, basis_u: Tensor, basis_v: Tensor, k: int) -> tuple[dict, dict]:
         return {"core": basis_u.new_zeros(k, k)}, {}
 
     def _resized(self, state_u: dict, state_v: dict, k: int) -> None:

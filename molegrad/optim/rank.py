@@ -1,23 +1,15 @@
 """Adaptive ranks: each layer's k follows the share of the gradient that its estimate captures.
 
-What: `RankController` watches energy_capture = ‖Ĝ‖ / ‖G‖ of every MoleLinear (‖G‖ by the Hutch++
-estimate, hence `probes` >= 1) and raises or lowers ranks so that it stays near
-`config.energy_target`, within `rank_min`, `rank_max` and one budget for all layers together.
+What: `RankController` watches energy_capture = ‖Ĝ‖ / ‖G‖ of the layers (‖G‖ by the Hutch++
+estimate, hence `probes` >= 1) and raises or lowers ranks so that it stays near `energy_target`,
+within `rank_min`, `rank_max` and one budget for all layers together.
 
 How another rank is predicted. The sketches that a step has made anyway tell exactly what a smaller
-rank would have captured: with U', V' the first j columns of the bases, the projection of G on the
-tangent space at (U', V') has the energy
-
-    C(j) = ‖G V'‖² + ‖Gᵀ U'‖² − ‖U'ᵀ G V'‖²,
-
-three running sums over the columns of Y = GV, W = GᵀU and over the leading blocks of UᵀY. (Method
-"power" projects on one side only: C(j) = Σ ‖wᵢ‖² over the first j columns of W.) The columns are
-ordered by strength, as orthogonal iteration leaves them. In dense mode the sketches are gone after
-the backward pass, and those of the estimate Ĝ = weight.grad stand for them. A larger rank is
-extrapolated by the slope of the second half of C. As C is concave this promises too much, so that a
-rank rises towards what the target needs from below. No decision more than doubles or halves a rank:
-a wider basis follows a gradient that turns better than its own first columns tell, a narrower one
-worse.
+rank would have captured, C(1) … C(k) of `molegrad.estimators.sketches.Sketch.energies`; the columns
+are ordered by strength, as orthogonal iteration leaves them. A larger rank is extrapolated by the
+slope of the second half of C. As C is concave this promises too much, so that a rank rises towards
+what the target needs from below. No decision more than doubles or halves a rank: a wider basis
+follows a gradient that turns better than its own first columns tell, a narrower one worse.
 
 Why not the singular values of the momentum, which are there too: noise is averaged out of them, so
 that they promise for a small rank a share of the momentum, not of the gradient.
@@ -26,15 +18,13 @@ The last readings before a decision are added up on the device; only the decisio
 `rank_interval` steps, makes the host wait, for one transfer. Under torch.distributed the sums are
 averaged over the processes first, so that all decide the same.
 
-How to run:
-
     controller = RankController(model, optimizers, config)
     loss.backward(); controller.observe()       # before gradients are clipped
     optimizer.step(); optimizer.zero_grad()
     for change in controller.step(): print(change)
 
-A change of rank changes the shapes of `basis_u` and `basis_v`: torch.compile compiles anew, and
-DistributedDataParallel must be made anew (`decide` and `apply` are the two halves of `step`;
+A change of rank changes the shapes of the bases: torch.compile compiles again, and
+DistributedDataParallel must be made again (`decide` and `apply` are the two halves of `step`;
 `molegrad.gpt.train.loop` does both).
 """
 
@@ -48,15 +38,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from molegrad import bases
-from molegrad.autograd import STATS
-from molegrad.config import MoleGradConfig, explored_directions, rank_unit
+from molegrad.config import MoleGradConfig
+from molegrad.estimators.lowrank_sums import explored_directions
 from molegrad.linear import MoleLinear
-from molegrad.ops.power import hutch_norm_sq
 
 WINDOW = 8  # readings before a decision: one gradient is mostly noise
 HELD = 1.5  # what a captured direction counts over a promised one, see `_fit`
-_NORM, _CAPTURED = STATS.index("gradient_norm_sq"), STATS.index("captured_norm_sq")
 
 
 def layer_ranks(model: nn.Module) -> dict[str, int]:
@@ -117,7 +104,7 @@ class _Watched:
     """A layer, with what never changes about it."""
 
     layer: MoleLinear
-    optimizer: Any  # holds its bases; None in dense mode
+    optimizer: Any  # holds its bases; None with gradient_mode "grad"
     start: int  # the rank that the configuration gives it
     lower: int
     upper: int
@@ -138,28 +125,29 @@ class RankController:
 
     Args:
         model: with layers made by `molegrad.convert`; those that are not trained are left alone.
-        optimizers: those with the bases of layers in factored mode; they need `resize_rank`.
-        config: energy_target > 0, and the rank_… fields.
+        optimizers: those with the bases of layers with gradient_mode "factors"; they need
+            `resize_rank`.
+        config: of an adaptive estimator: energy_target > 0, and the rank_… options.
 
     Raises:
-        ValueError: energy_target is 0; no layer is converted; the smallest ranks exceed the
-            budget; a factored layer's optimizer cannot resize its state.
+        ValueError: the estimator is not adaptive; no layer is converted; the smallest ranks exceed
+            the budget; the optimizer of a layer's bases cannot resize its state.
     """
 
     def __init__(
         self, model: nn.Module, optimizers: Iterable[torch.optim.Optimizer], config: MoleGradConfig
     ) -> None:
-        if not config.energy_target:
+        self.options = config.estimator
+        if not self.options.adaptive:
             raise ValueError(
                 "energy_target is 0, which keeps the ranks fixed: give the wanted share "
                 "||estimate|| / ||gradient||, such as 0.8"
             )
-        self.config = config
         optimizers = list(optimizers)
         self._watched = {
-            name: _watch(name, layer, optimizers, config)
+            name: _watch(name, layer, optimizers, self.options)
             for name, layer in model.named_modules()
-            if isinstance(layer, MoleLinear) and layer.trains and layer.config.energy_target
+            if isinstance(layer, MoleLinear) and layer.trains and layer.config.estimator.adaptive
         }
         if not self._watched:
             raise ValueError("energy_target is set, but the model has no trained MoleLinear")
@@ -187,12 +175,12 @@ class RankController:
 
         Does nothing but in the last `WINDOW` steps before a decision; the host never waits.
         """
-        interval = self.config.rank_interval
+        interval = self.options.rank_interval
         if self._steps % interval < interval - WINDOW:
             return
         rows = self._sums.new_zeros(self._sums.shape)
         for row, w in zip(rows, self._watched.values(), strict=True):
-            reading = _reading(w.layer)
+            reading = w.layer.config.estimator.reading(w.layer.state)
             row[0] = 1.0
             row[1 : 1 + len(reading)] = reading
         usable = rows.isfinite().all(1) & (rows[:, 1] > 0)
@@ -208,7 +196,7 @@ class RankController:
     def decide(self) -> list[RankChange]:
         """Count a step; the changes that are due, not yet made. All processes find the same."""
         self._steps += 1
-        if self._steps % self.config.rank_interval:
+        if self._steps % self.options.rank_interval:
             return []
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         if distributed and torch.distributed.get_world_size() > 1:
@@ -259,7 +247,7 @@ class RankController:
 
     def _limit(self) -> float:
         """The budget in numbers."""
-        c, watched = self.config, self._watched.values()
+        c, watched = self.options, self._watched.values()
         at_start = sum(w.start * w.cost for w in watched)
         least = sum(w.lower * w.cost for w in watched)
         budget = c.rank_budget * at_start if c.rank_budget else math.inf
@@ -274,12 +262,12 @@ class RankController:
     def _no_readings(self) -> Tensor:
         """(layers, 3 + largest k): count, norm, captured energy, C(1) … C(k)."""
         width = 3 + max(self.ranks.values())
-        device = next(iter(self._watched.values())).layer.stats.device
+        device = next(iter(self._watched.values())).layer.weight.device
         return torch.zeros(len(self._watched), width, device=device)
 
     def _curve(self, layer: MoleLinear, row: list[float]) -> EnergyCurve | None:
         count, norm, captured, *energies = row
-        k, decay = layer.rank, layer.config.warm_start_decay
+        k, decay = layer.rank, layer.config.estimator.warm_start_decay
         # Sums of squares may overflow; Hutch++ may estimate ‖G‖ below what was captured.
         usable = count > 0 and math.isfinite(norm) and all(map(math.isfinite, energies[:k]))
         if not usable or not captured > 0 or not energies[0] > 0:
@@ -291,7 +279,7 @@ class RankController:
         k = min(max(w.layer.rank, w.lower), w.upper)
         if curve is None:
             return k
-        target, band = self.config.energy_target, self.config.rank_hysteresis
+        target, band = self.options.energy_target, self.options.rank_hysteresis
         energy = math.sqrt(curve.captured)
         top = min(target * (1 + band), (target + 1) / 2)  # near 1, too, there is a way back
         if energy > top:
@@ -334,37 +322,29 @@ class RankController:
     @torch.no_grad()
     def _resize(self, w: _Watched, rank: int) -> None:
         layer = w.layer
-        new = []
-        for stream, basis in enumerate((layer.basis_u.detach(), layer.basis_v.detach())):
-            k, seed = layer.rank, layer.basis_seed(stream)
-            directions = bases.resized(basis[:, :k], rank, seed, self._steps)
-            new.append(torch.cat([directions, basis[:, k:]], dim=1))
+        new = layer.config.estimator.resized(layer.state, rank, self._steps)
         if w.optimizer is None:
-            layer.set_bases(*new)
+            layer.replace(**new)
         else:
-            for basis in (layer.basis_u, layer.basis_v):
+            for basis in layer.sketches:
                 _forget_shape(basis)
-            w.optimizer.resize_rank(layer.basis_u, layer.basis_v, *new)
+            w.optimizer.resize_rank(*layer.sketches, *new.values())
 
 
-def _watch(name: str, layer: MoleLinear, optimizers, config: MoleGradConfig) -> _Watched:
+def _watch(name: str, layer: MoleLinear, optimizers, options) -> _Watched:
     m, n = layer.weight.shape
-    unit, start = rank_unit(m, n), layer.config.rank_of(m, n, layer.name)
-    saved = (1 - layer.config.min_layer_utilization) * m * n / (m + n)
-    upper = min(min(m, n) // layer.config.needed_features(1), max(int(saved), 1))
-    upper = min(upper, config.rank_max or upper)
-    upper = upper // unit * unit or upper
-    lower = min(-(-config.rank_min // unit) * unit, upper)
+    lower, upper, unit = options.rank_limits(m, n)
     owner = None
-    if layer.config.gradient_mode == "factored":
+    if layer.sketches:
         held = ((o, p) for o in optimizers for group in o.param_groups for p in group["params"])
-        owner = next((o for o, p in held if p is layer.basis_v), None)
+        owner = next((o for o, p in held if p is layer.stepped), None)
         if not hasattr(owner, "resize_rank"):
             holder = "no optimizer" if owner is None else f"a {type(owner).__name__}"
             raise ValueError(
-                f"adaptive ranks in factored mode need an optimizer with resize_rank (such as "
-                f"molegrad.optim.Muon): {holder} has the bases of {name}"
+                "adaptive ranks with gradient_mode='factors' need an optimizer with resize_rank "
+                f"(such as molegrad.optim.Muon): {holder} has the bases of {name}"
             )
+    start = layer.config.estimator.rank_of(m, n, layer.name)
     return _Watched(layer, owner, start, lower, upper, unit, m + n)
 
 
@@ -379,35 +359,3 @@ def _forget_shape(p: nn.Parameter) -> None:
     data = p.data
     p.data = data.to(torch.float16)
     p.data = data
-
-
-def _reading(layer: MoleLinear) -> Tensor:
-    """‖G‖², ‖Ĝ‖² and C(1) … C(k) of this step, (2 + k,) float32; one zero without a gradient."""
-    k, c, stats = layer.rank, layer.config, layer.stats
-    dense, tangent = c.gradient_mode == "dense", c.method == "tangent"
-    u, v = layer.basis_u.detach(), layer.basis_v.detach()
-    source = layer.weight.grad if dense else layer.basis_v.grad
-    if source is None:
-        return stats.new_zeros(1)
-    norm_sq = stats[_NORM]
-    if dense:
-        estimate = source.to(v.dtype)
-        y, w = estimate @ v, estimate.mT @ u
-        # Ĝ of method "power" lives on V, the orthonormalised W; U is not kept.
-        energies = _energies(y, w, u) if tangent else y.square().sum(0).cumsum(0)
-        captured_sq = stats[_CAPTURED]
-    else:
-        y, w = layer.basis_u.grad, source
-        if tangent:
-            norm_sq = hutch_norm_sq(y[:, :k], y[:, k:], v[:, :k], v[:, k:])
-            energies = _energies(y[:, :k], w[:, :k], u[:, :k])
-        else:
-            energies = w[:, :k].square().sum(0).cumsum(0)
-        captured_sq = energies[-1]
-    return torch.cat([norm_sq.reshape(1), captured_sq.reshape(1), energies]).to(stats.dtype)
-
-
-def _energies(y: Tensor, w: Tensor, u: Tensor) -> Tensor:
-    """C(1) … C(k) of the tangent estimate: y (m, k), w (n, k), u (m, k) to (k,)."""
-    both = (u.mT @ y).square().cumsum(0).cumsum(1).diagonal()
-    return (y.square().sum(0) + w.square().sum(0)).cumsum(0) - both

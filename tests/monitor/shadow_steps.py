@@ -14,16 +14,16 @@ F64 = torch.float64
 LAYER = "h.0.mlp.c_fc"  # 32 -> 64
 LOW_RANK = [
     {"gradient_mode": mode, "method": method, "rank_k": 4, "probes": probes}
-    for mode in ("dense", "factored")
+    for mode in ("grad", "factors")
     for method in ("tangent", "power")
     for probes in (0, 6)
 ]
 SAMPLED = [
-    {"gradient_mode": "dense", "sample_share": 0.3},
-    {"gradient_mode": "momentum", "sample_share": 0.3},
-    {"gradient_mode": "momentum", "sample_share": 0.3, "momentum_dtype": "bfloat16"},
-    {"gradient_mode": "momentum", "sample_share": 0.3, "momentum_dtype": "int8"},
-    {"gradient_mode": "momentum", "sample_share": 0.3, "saved_inputs": "fp8"},
+    {"gradient_mode": "grad", "sampling_fraction": 0.3},
+    {"gradient_mode": "momentum", "sampling_fraction": 0.3},
+    {"gradient_mode": "momentum", "sampling_fraction": 0.3, "momentum_dtype": "bfloat16"},
+    {"gradient_mode": "momentum", "sampling_fraction": 0.3, "momentum_dtype": "int8"},
+    {"gradient_mode": "momentum", "sampling_fraction": 0.3, "saved_inputs": "fp8"},
 ]
 EVERY = LOW_RANK + SAMPLED
 
@@ -35,7 +35,7 @@ def label(fields) -> str:
 def build(fields, depth=1, dtype=F64):
     torch.manual_seed(0)
     model = TinyGPT(depth=depth).to(dtype)
-    convert(model, MoleGradConfig(target_layers="all", **fields))
+    convert(model, MoleGradConfig.of(target_layers="all", **fields))
     groups = matrix_param_groups(model.h)
     return model, [Muon(groups), torch.optim.AdamW(other_params(model, groups), lr=1e-3)]
 
@@ -74,4 +74,4 @@ def true_gradients(model, batches) -> dict[str, torch.Tensor]:
 
 
 def accumulates(fields) -> bool:
-    return (fields["gradient_mode"], fields.get("method")) != ("factored", "power")
+    return (fields["gradient_mode"], fields.get("method")) != ("factors", "power")

@@ -25,10 +25,10 @@ from molegrad.optim import AdamW, Muon, matrix_param_groups, other_params
 from tests.gpt.model.test_gpt import small, tokens
 
 LOW_RANK = {
-    "dense-tangent": {"gradient_mode": "dense", "method": "tangent", "rank_k": 4, "probes": 4},
-    "dense-power": {"gradient_mode": "dense", "method": "power", "rank_k": 4},
-    "factored-tangent": {"gradient_mode": "factored", "method": "tangent", "rank_k": 4},
-    "factored-power": {"gradient_mode": "factored", "method": "power", "rank_k": 4, "probes": 2},
+    "dense-tangent": {"gradient_mode": "grad", "method": "tangent", "rank_k": 4, "probes": 4},
+    "dense-power": {"gradient_mode": "grad", "method": "power", "rank_k": 4},
+    "factored-tangent": {"gradient_mode": "factors", "method": "tangent", "rank_k": 4},
+    "factored-power": {"gradient_mode": "factors", "method": "power", "rank_k": 4, "probes": 2},
 }
 MOMENTUM = {"gradient_mode": "momentum", "method": "sampled"}
 MODES = {
@@ -56,7 +56,7 @@ class Rig:
         net = nn.Sequential(nn.Linear(24, 40, bias=False), nn.Linear(40, 20, bias=False))
         self.model = convert(
             net,
-            MoleGradConfig(
+            MoleGradConfig.of(
                 **{**MODES[mode], "target_layers": "all", "min_layer_utilization": 0, **changes}
             ),
         )
@@ -214,8 +214,8 @@ def test_an_optimizer_state_that_is_not_finite_is_found_and_dropped(mode):
     made = Rig(mode, "nan=reset")
     made.train()
     states = made.optimizers[0].state
-    key = made.layer.basis_u if mode.startswith("factored") else made.layer.weight
-    name = "core" if mode.startswith("factored") else "momentum_buffer"
+    key = made.layer.basis_u if mode.startswith("factors") else made.layer.weight
+    name = "core" if mode.startswith("factors") else "momentum_buffer"
     with torch.no_grad():
         states[key][name][1, 1] = math.inf
     (finding,) = made.check()
@@ -275,7 +275,7 @@ def test_draws_are_repeatable_and_differ():
 def test_a_healthy_run_from_zero_initialised_projections_has_no_finding(mode, optimizer, lr):
     model = small()
     config = {**MODES[mode], "target_layers": "all", "min_layer_utilization": 0}
-    convert(model, MoleGradConfig(**config))
+    convert(model, MoleGradConfig.of(**config))
     groups = matrix_param_groups(model.transformer["h"])
     optimizers = [optimizer(groups, lr=lr), rest(model, groups)]
     said = []
@@ -324,7 +324,7 @@ def test_a_subspace_without_the_gradient_is_degenerate():
 
 
 def test_a_sample_with_too_much_noise_is_degenerate():
-    made = Rig("momentum", "warn", sample_share=0.02)
+    made = Rig("momentum", "warn", sampling_fraction=0.02)
     torch.manual_seed(2)
     made.x = torch.ones(64, 24) + 0.1 * torch.randn(64, 24)
     found = []
@@ -332,7 +332,7 @@ def test_a_sample_with_too_much_noise_is_degenerate():
         made.train()
         found += [f for f in made.check() if f.layer == "0"]
     assert [f.kind for f in found] == ["degenerate"] and found[0].values["sampling_noise"] > 10
-    assert "raise --streaming_sample_share (here 0.02)" in found[0].message
+    assert "raise --streaming_sampling_fraction (here 0.02)" in found[0].message
 
 
 @pytest.mark.parametrize("mode", LOW_RANK)

@@ -33,10 +33,10 @@ class Shadow:
         return [{"layer": "a", "spectrum": [2.0, math.nan]}]
 
 
-def model(mode="dense") -> nn.Sequential:
+def model(mode="grad") -> nn.Sequential:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(32, 64, bias=False), nn.ReLU(), nn.Linear(64, 32, bias=False))
-    config = MoleGradConfig(
+    config = MoleGradConfig.of(
         rank_k=4, method="tangent", gradient_mode=mode, target_layers=r".*", probes=2
     )
     return convert(net, config)

@@ -8,7 +8,7 @@ from tests.monitor.test_metrics import trained
 
 
 def test_memory_is_counted_on_the_tensors():
-    model, optimizers = trained("factored", probes=0)
+    model, optimizers = trained("factors", probes=0)
     counted = memory_bytes(model, optimizers)
     weights = 24 * 40 + 40 + 40 * 20 + 20
     bases = 4 * (24 + 40) + 4 * (40 + 20)
@@ -23,13 +23,13 @@ def test_memory_is_counted_on_the_tensors():
         if isinstance(value, torch.Tensor) and key != "basis"  # a reference to the parameter
     }
     assert counted["optimizer_state"] == sum(kept.values()) > 2 * 4 * 60
-    dense, dense_optimizers = trained("dense", probes=0)
+    dense, dense_optimizers = trained("grad", probes=0)
     counted = memory_bytes(dense, dense_optimizers)
     assert counted["gradients"] == 4 * weights and counted["bases"] == 4 * bases
 
 
 def test_the_parts_of_a_model_add_up():
-    model, optimizers = trained("dense", probes=0)
+    model, optimizers = trained("grad", probes=0)
     whole = memory_bytes(model, optimizers)
     parts = [memory_bytes(layer, optimizers) for layer in model]
     assert parts[0]["optimizer_state"] > 0
@@ -101,9 +101,9 @@ def test_a_whole_module_counts_what_is_between_its_layers():
     assert saved_bytes([model], lambda: model(x)) == layers + 4 * 5 * 16
 
 
-@pytest.mark.parametrize("mode", ["dense", "factored"])
+@pytest.mark.parametrize("mode", ["grad", "factors"])
 def test_converted_layers_are_measured_too(mode):
-    config = MoleGradConfig(rank_k=2, target_layers="all", gradient_mode=mode)
+    config = MoleGradConfig.of(rank_k=2, target_layers="all", gradient_mode=mode)
     model = convert(nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 16)), config)
     x = torch.randn(7, 16)
     assert saved_bytes(linear_layers(model), lambda: model(x)) == 4 * 7 * (16 + 24)

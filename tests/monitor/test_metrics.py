@@ -8,19 +8,19 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from molegrad import MoleGradConfig, MoleLinear, clip_grad_norm_
-from molegrad.autograd import STATS
-from molegrad.config import explored_directions
+from molegrad.estimators.lowrank_sums import STATS
+from molegrad.estimators.lowrank_sums import explored_directions
 from molegrad.monitor import LayerMetrics, aggregate, layer_metrics, memory_bytes
 from molegrad.monitor.metrics import METRICS
 from molegrad.optim import AdamW, Muon, matrix_param_groups, other_params
 from tests.models import perceptron
 
 F64 = torch.float64
-LOW_RANK = [(mode, method) for mode in ("dense", "factored") for method in ("tangent", "power")]
+LOW_RANK = [(mode, method) for mode in ("grad", "factors") for method in ("tangent", "power")]
 
 
 def build(mode, method="tangent", probes=8, optimizer=Muon, **fields):
-    config = MoleGradConfig(
+    config = MoleGradConfig.of(
         rank_k=None if method == "sampled" else 4,
         target_layers="all",
         gradient_mode=mode,
@@ -61,7 +61,7 @@ def layers(model):
 def estimate(layer):
     """Ĝ as a matrix, in float64."""
     k = layer.rank
-    if layer.config.gradient_mode == "dense":
+    if layer.config.gradient_mode == "grad":
         return layer.weight.grad.double()
     u, v = (x.detach()[:, :k].double() for x in (layer.basis_u, layer.basis_v))
     y, w = (x.grad[:, :k].double() for x in (layer.basis_u, layer.basis_v))
@@ -118,7 +118,7 @@ def test_clipping_leaves_the_captured_share_alone():
     for method in ("tangent", "power"):
         captured = []
         for limit in (1e9, 0.01):
-            model, optimizers = build("factored", method)
+            model, optimizers = build("factors", method)
             backward(model)
             clip_grad_norm_(model, limit)
             optimizers[0].step()
@@ -126,7 +126,7 @@ def test_clipping_leaves_the_captured_share_alone():
         assert captured[0] == pytest.approx(captured[1], rel=1e-3) and max(captured[0]) < 1
 
 
-@pytest.mark.parametrize("mode", ["dense", "factored"])
+@pytest.mark.parametrize("mode", ["grad", "factors"])
 def test_the_compression_ratio_is_that_of_the_gradient_that_is_used(mode):
     model, optimizers = trained(mode, probes=64, trust_scaling=True, trust_max=10.0)
     for values in layer_metrics(model, optimizers).values():
@@ -166,7 +166,7 @@ def test_subspace_quality_is_the_cosines_of_the_principal_angles(mode, method, d
 
 
 def test_another_rank_since_the_snapshot_is_no_quality():
-    model, optimizers = build("dense")
+    model, optimizers = build("grad")
     watch = LayerMetrics(model, optimizers)
     watch.snapshot()
     first = model[0]
@@ -184,7 +184,7 @@ def roy_vetterli(matrix):
 
 @pytest.mark.parametrize(
     ("mode", "method", "trust"),
-    [*((*pair, False) for pair in LOW_RANK), ("dense", "tangent", True), ("dense", "power", True)],
+    [*((*pair, False) for pair in LOW_RANK), ("grad", "tangent", True), ("grad", "power", True)],
 )
 def test_effective_rank_is_that_of_the_estimate(mode, method, trust):
     model, optimizers = build(mode, method, trust_scaling=trust)
@@ -207,7 +207,7 @@ def test_effective_rank_is_that_of_the_estimate(mode, method, trust):
 
 def test_effective_rank_of_known_spectra():
     """One mode has rank 1, equal ones their number."""
-    layer = MoleLinear(24, 40, bias=False, config=MoleGradConfig(rank_k=4, method="power"))
+    layer = MoleLinear(24, 40, bias=False, config=MoleGradConfig.of(rank_k=4, method="power"))
     q, p = (torch.linalg.qr(torch.randn(rows, 4))[0] for rows in (40, 24))
     for modes, expected in (([1, 0, 0, 0], 1), ([3, 3, 3, 3], 4), ([1, 1, 0, 0], 2)):
         layer.weight.grad = q @ torch.diag(torch.tensor(modes).float()) @ p.mT
@@ -219,7 +219,7 @@ def test_effective_rank_of_known_spectra():
 
 
 def test_micro_batches_add_up_to_the_leading_modes():
-    model, _ = build("dense")
+    model, _ = build("grad")
     backward(model, parts=3)
     for name, layer in layers(model).items():
         values = torch.linalg.svdvals(layer.weight.grad.double())
@@ -231,7 +231,7 @@ def test_micro_batches_add_up_to_the_leading_modes():
 
 
 def test_bases_that_have_turned_tell_no_effective_rank():
-    model, optimizers = build("factored")
+    model, optimizers = build("factors")
     for _ in range(2):
         model.zero_grad()
         backward(model)
@@ -276,14 +276,14 @@ def test_products_are_exact_where_training_allows_tf32(mode, method):
 
 
 def test_orthogonality_error_and_status():
-    model, _ = trained("dense")
+    model, _ = trained("grad")
     with torch.no_grad():
         model[0].basis_u[:, 0] *= 1.5
         model[2].basis_v[0, 0] = math.nan
     first, second = layer_metrics(model).values()
     assert first["orthogonality_error"] == pytest.approx(1.25, rel=1e-3)
     assert math.isnan(second["orthogonality_error"])
-    for mode in ("dense", "factored"):
+    for mode in ("grad", "factors"):
         model, optimizers = build(mode)
         model.zero_grad()
         model(torch.full((5, 24), math.nan)).sum().backward()
@@ -295,7 +295,7 @@ def test_orthogonality_error_and_status():
 @pytest.mark.parametrize("probes", [0, 8])
 def test_memory_saved_is_measured_on_the_gradients(probes):
     dense, sketches = 4 * 24 * 40, 4 * (24 + 40) * (4 + probes)
-    for mode, expected in (("dense", 0), ("factored", dense - sketches)):
+    for mode, expected in (("grad", 0), ("factors", dense - sketches)):
         model, optimizers = trained(mode, probes=probes)
         watch = LayerMetrics(model, optimizers)
         watch.after_backward()
@@ -303,7 +303,7 @@ def test_memory_saved_is_measured_on_the_gradients(probes):
         assert watch.read()["0"]["memory_saved_mb"] * 2**20 == pytest.approx(expected)
         # With no gradient there, those to come stand for it.
         assert layer_metrics(model)["0"]["memory_saved_mb"] * 2**20 == pytest.approx(expected)
-    model, _ = trained("dense", probes=probes)
+    model, _ = trained("grad", probes=probes)
     model[0].weight.grad = None
     model[0].weight.requires_grad_(False)
     assert layer_metrics(model)["0"]["memory_saved_mb"] == 0  # there is none to save
@@ -322,10 +322,10 @@ def test_in_momentum_mode_no_gradient_is_left(dtype):
 @pytest.mark.parametrize(
     ("mode", "method", "optimizer"),
     [
-        ("dense", "tangent", Muon),
-        ("factored", "power", Muon),
-        ("factored", "tangent", AdamW),
-        ("dense", "sampled", AdamW),
+        ("grad", "tangent", Muon),
+        ("factors", "power", Muon),
+        ("factors", "tangent", AdamW),
+        ("grad", "sampled", AdamW),
         ("momentum", "sampled", Muon),
     ],
 )
@@ -346,7 +346,7 @@ def test_memory_of_a_layer_is_what_it_holds(mode, method, optimizer):
 
 
 def test_storage_counts_once():
-    model, optimizers = trained("factored", probes=0)
+    model, optimizers = trained("factors", probes=0)
     before = layer_metrics(model, optimizers)["0"]["layer_memory_usage"]
     model[0].register_buffer("again", model[0].weight.detach()[:3])
     assert layer_metrics(model, optimizers)["0"]["layer_memory_usage"] == before
@@ -356,7 +356,7 @@ def test_storage_counts_once():
 
 
 def test_sampled_layers_know_their_sample():
-    model, optimizers = trained("dense", "sampled", probes=0, sample_share=0.5)
+    model, optimizers = trained("grad", "sampled", probes=0, sampling_fraction=0.5)
     for values in layer_metrics(model, optimizers).values():
         assert 0.3 < values["sampled_share"] < 0.7 and values["sampling_noise"] > 0
         for key in METRICS[:4] + ("effective_rank", "orthogonality_error", "gradient_norm"):
@@ -364,21 +364,21 @@ def test_sampled_layers_know_their_sample():
 
 
 def test_unknown_is_nan_and_no_layers_is_empty():
-    model, optimizers = trained("dense", probes=0)
+    model, optimizers = trained("grad", probes=0)
     values = layer_metrics(model, optimizers)["0"]
     assert math.isnan(values["energy_capture"]) and math.isnan(values["gradient_norm"])
     assert values["estimate_norm"] > 0
-    fresh, _ = build("dense")
+    fresh, _ = build("grad")
     assert math.isnan(layer_metrics(fresh)["0"]["trust_factor"])
     assert layer_metrics(nn.Linear(2, 2)) == {}
     assert math.isnan(aggregate({})["energy_capture"]) and aggregate({})["memory_saved_mb"] == 0
     model[0].stats[STATS.index("captured_norm_sq")] = math.nan
-    model[0].config = MoleGradConfig(rank_k=4, probes=1)
+    model[0].config = MoleGradConfig.of(rank_k=4, probes=1)
     assert math.isnan(layer_metrics(model)["0"]["energy_capture"])
 
 
 def test_everything_comes_in_one_transfer(monkeypatch):
-    model, optimizers = trained("factored")
+    model, optimizers = trained("factors")
     watch = LayerMetrics(model, optimizers)
     watch.snapshot()
     model.zero_grad()
@@ -410,7 +410,7 @@ def test_aggregate():
 
 
 @pytest.mark.parametrize(
-    ("mode", "method"), [*LOW_RANK, ("dense", "sampled"), ("momentum", "sampled")]
+    ("mode", "method"), [*LOW_RANK, ("grad", "sampled"), ("momentum", "sampled")]
 )
 def test_a_layer_tells_its_own_metrics(mode, method):
     model, optimizers = trained(mode, method, probes=0 if method == "sampled" else 8)
@@ -432,6 +432,6 @@ def test_a_layer_tells_its_own_metrics(mode, method):
 
 
 def test_statistics_in_factored_mode_survive_pickling():
-    model, _ = trained("factored")
+    model, _ = trained("factors")
     again = pickle.loads(pickle.dumps(model))
     assert again[0].metrics() == model[0].metrics()

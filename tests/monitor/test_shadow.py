@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from molegrad import MoleGradConfig, MoleLinear, convert, ignored_by_ddp
-from molegrad.autograd import STATS
+from molegrad.estimators.lowrank_sums import STATS
 from molegrad.monitor.shadow import SHADOW_METRICS, Shadow, choose_layers
 from molegrad.ops.power import hutch_norm_sq
 from tests.models import TinyGPT
@@ -31,7 +31,7 @@ from tests.monitor.shadow_steps import (
 
 def estimate_by_hand(layer: MoleLinear, before) -> torch.Tensor:
     """Ĝ without trust factor, from what the backward passes have left."""
-    if layer.config.gradient_mode == "dense":
+    if layer.config.gradient_mode == "grad":
         return layer.weight.grad.double()
     if layer.config.gradient_mode == "momentum":
         return momentum_of(layer) - before
@@ -81,14 +81,14 @@ def test_numbers_are_those_of_the_definitions(fields):
     ranked = "method" in fields
     if ranked:
         rank = 4 * (2 if fields["method"] == "tangent" else 1)
-        rank *= len(batches) if fields["gradient_mode"] == "dense" else 1
+        rank *= len(batches) if fields["gradient_mode"] == "grad" else 1
         wanted["best_energy"] = (values[:rank].norm() / norm).item()
         assert record["rank"] == rank and got["best_energy"] >= got["energy_capture"] > 0
         assert got["cosine"] < 1 - 1e-3
     else:
         assert record["rank"] == 0 and math.isnan(got["best_energy"])
     # An int8 momentum is rounded to float32 scales, a float32 one to its own size.
-    tolerance = 1e-9 if ranked or fields["gradient_mode"] == "dense" else 1e-4
+    tolerance = 1e-9 if ranked or fields["gradient_mode"] == "grad" else 1e-4
     for key, value in wanted.items():
         assert got[key] == pytest.approx(value, rel=tolerance), key
     torch.testing.assert_close(torch.tensor(record["spectrum"], dtype=F64), values)
@@ -99,14 +99,14 @@ def test_numbers_are_those_of_the_definitions(fields):
 
 
 @pytest.mark.parametrize("method", ["tangent", "power"])
-@pytest.mark.parametrize("mode", ["dense", "factored"])
+@pytest.mark.parametrize("mode", ["grad", "factors"])
 def test_free_estimates_against_the_truth(mode, method):
     fields = {"gradient_mode": mode, "method": method, "rank_k": 4, "probes": 6}
     model, optimizers = build(fields)
     layer = model.get_submodule(LAYER)
     batches = [tokens(1), tokens(2)] if accumulates(fields) else [tokens(1)]
     # In dense mode the statistics are those of the last micro-batch.
-    own = batches[-1:] if mode == "dense" else batches
+    own = batches[-1:] if mode == "grad" else batches
     truth = true_gradients(model, own)[LAYER].norm() * len(own) / len(batches)
     shadow = Shadow(model, LAYER, optimizers)
     shadow.begin()
@@ -115,9 +115,9 @@ def test_free_estimates_against_the_truth(mode, method):
         loss_of(model, idx, len(batches)).backward()
     shadow.compare()
     norm_sq, captured_sq = layer.stats[:2].double()
-    if mode == "factored":
+    if mode == "factors":
         captured_sq = estimate_by_hand(layer, None).square().sum()
-    if (mode, method) == ("factored", "tangent"):
+    if (mode, method) == ("factors", "tangent"):
         y, v = layer.basis_u.grad, layer.basis_v.detach()
         norm_sq = hutch_norm_sq(y[:, :4], y[:, 4:], v[:, :4], v[:, 4:])
     got = shadow.read()[LAYER]
@@ -125,12 +125,12 @@ def test_free_estimates_against_the_truth(mode, method):
     assert got["norm_estimate_error"] == pytest.approx((norm_sq.sqrt() / truth - 1).item(), 1e-6)
     error = (captured_sq / norm_sq).sqrt() - captured_sq.sqrt() / truth
     assert got["energy_estimate_error"] == pytest.approx(error.item(), 1e-4, abs=1e-7)
-    if mode == "factored":  # the optimizer's own statistics say the same
+    if mode == "factors":  # the optimizer's own statistics say the same
         optimizers[0].step()
         assert optimizers[0].state[layer.basis_v]["stats"][1] == pytest.approx(captured_sq.item())
 
 
-@pytest.mark.parametrize("mode", ["dense", "factored"])
+@pytest.mark.parametrize("mode", ["grad", "factors"])
 def test_a_trust_factor_belongs_to_the_estimate_and_not_to_its_energy(mode):
     fields = {"gradient_mode": mode, "method": "tangent", "rank_k": 4, "probes": 6}
     results = {}
@@ -140,7 +140,7 @@ def test_a_trust_factor_belongs_to_the_estimate_and_not_to_its_energy(mode):
         results[scaled] = step(model, optimizers, [tokens(1)], shadow)[LAYER]
         if scaled:
             layer = model.get_submodule(LAYER)
-            own = optimizers[0].state[layer.basis_v]["stats"] if mode == "factored" else layer.stats
+            own = optimizers[0].state[layer.basis_v]["stats"] if mode == "factors" else layer.stats
             trust = own[2].item()
     plain, scaled = results[False], results[True]
     assert trust > 1.01
@@ -152,7 +152,7 @@ def test_a_trust_factor_belongs_to_the_estimate_and_not_to_its_energy(mode):
 
 def test_trust_max_is_the_optimizer_s():
     model, optimizers = build(
-        {"gradient_mode": "factored", "rank_k": 2, "probes": 6, "trust_scaling": True}
+        {"gradient_mode": "factors", "rank_k": 2, "probes": 6, "trust_scaling": True}
     )
     shadow, stale = Shadow(model, LAYER, optimizers), Shadow(model, LAYER)
     for group in optimizers[0].param_groups:
@@ -168,21 +168,21 @@ def test_trust_max_is_the_optimizer_s():
     assert free["norm_ratio"] > 1.02 * free["energy_capture"]
 
 
-@pytest.mark.parametrize("mode", ["dense", "momentum"])
+@pytest.mark.parametrize("mode", ["grad", "momentum"])
 def test_all_products_are_the_gradient_itself(mode):
-    model, optimizers = build({"gradient_mode": mode, "sample_share": 1.0})
+    model, optimizers = build({"gradient_mode": mode, "sampling_fraction": 1.0})
     got = step(model, optimizers, [tokens(1), tokens(2)], Shadow(model, "all"))
     assert len(got) == 6
     for values in got.values():
-        tolerance = 1e-12 if mode == "dense" else 1e-6  # the momentum is float32
+        tolerance = 1e-12 if mode == "grad" else 1e-6  # the momentum is float32
         assert values["cosine"] == pytest.approx(1, abs=tolerance)
         assert values["relative_error"] < tolerance
         assert abs(values["energy_estimate_error"]) < tolerance
 
 
-@pytest.mark.parametrize("mode", ["dense", "momentum"])
+@pytest.mark.parametrize("mode", ["grad", "momentum"])
 def test_the_sampling_noise_claimed_is_the_noise_found(mode):
-    model, optimizers = build({"gradient_mode": mode, "sample_share": 0.2, "sample_block": 1})
+    model, optimizers = build({"gradient_mode": mode, "sampling_fraction": 0.2, "sample_block": 1})
     shadow, claimed, errors = Shadow(model, LAYER), [], []
     layer = model.get_submodule(LAYER)
     optimizers = [optimizers[1]]  # the layer's weight stays, so that draws are alike
@@ -196,15 +196,15 @@ def test_the_sampling_noise_claimed_is_the_noise_found(mode):
     assert max(abs(e["energy_estimate_error"]) for e in errors) > 1e-3 * claim
 
 
-@pytest.mark.parametrize("mode", ["dense", "momentum"])
+@pytest.mark.parametrize("mode", ["grad", "momentum"])
 def test_under_autocast_the_truth_is_of_the_rounded_inputs(mode):
-    model, optimizers = build({"gradient_mode": mode, "sample_share": 1.0}, dtype=torch.float32)
+    model, optimizers = build({"gradient_mode": mode, "sampling_fraction": 1.0}, dtype=torch.float32)
     shadow = Shadow(model, "all")
     with torch.autocast("cpu", torch.bfloat16):
         got = step(model, optimizers, [tokens(1)], shadow)
     for values in got.values():
         # The momentum is summed in float32, a dense gradient made in bfloat16.
-        assert values["relative_error"] < (4e-3 if mode == "dense" else 1e-6)
+        assert values["relative_error"] < (4e-3 if mode == "grad" else 1e-6)
     spectrum = torch.tensor(shadow.records()[0]["spectrum"])
     assert len(spectrum) == 32 and not torch.equal(spectrum, spectrum.bfloat16().float())
 
@@ -223,7 +223,7 @@ def test_the_comparison_itself_knows_no_autocast():
 
 
 def test_no_number_is_made_up():
-    fields = {"gradient_mode": "dense", "rank_k": 4, "probes": 2}
+    fields = {"gradient_mode": "grad", "rank_k": 4, "probes": 2}
     model, _ = build(fields, dtype=torch.float32)
     shadow = Shadow(model, LAYER, spectrum=3)
     assert shadow.read() == {} and shadow.records() == []
@@ -244,7 +244,7 @@ def test_no_number_is_made_up():
 
 
 def test_which_layers_are_chosen():
-    model, _ = build({"gradient_mode": "dense", "rank_k": 4}, depth=5)
+    model, _ = build({"gradient_mode": "grad", "rank_k": 4}, depth=5)
     for block in (0, 2, 4):  # the largest of a role; of equal ones the first
         assert f"h.{block}.mlp.c_fc" in choose_layers(model)
         assert f"h.{block}.attn.c_q" in choose_layers(model)
@@ -266,12 +266,12 @@ def test_which_layers_are_chosen():
     with pytest.raises(ValueError, match="spectrum"):
         Shadow(model, spectrum=-1)
     flat = nn.Sequential(*(nn.Linear(16, 16) for _ in range(5)))
-    convert(flat, MoleGradConfig(sample_share=0.5, target_layers=r".*"))
+    convert(flat, MoleGradConfig.of(sampling_fraction=0.5, target_layers=r".*"))
     assert list(choose_layers(flat)) == ["0", "2", "4"]
 
 
 def test_wrong_order_is_refused():
-    model, _ = build({"gradient_mode": "dense", "rank_k": 4})
+    model, _ = build({"gradient_mode": "grad", "rank_k": 4})
     shadow = Shadow(model, LAYER)
     with pytest.raises(RuntimeError, match=r"begin\(\)"):
         shadow.observe(lambda: loss_of(model, tokens(1)))
@@ -288,9 +288,9 @@ def test_wrong_order_is_refused():
 
 
 PARALLEL = [
-    {"gradient_mode": "dense", "sample_share": 1.0},
-    {"gradient_mode": "momentum", "sample_share": 1.0},
-    {"gradient_mode": "factored", "rank_k": 4, "probes": 4},
+    {"gradient_mode": "grad", "sampling_fraction": 1.0},
+    {"gradient_mode": "momentum", "sampling_fraction": 1.0},
+    {"gradient_mode": "factors", "rank_k": 4, "probes": 4},
 ]
 
 

@@ -15,8 +15,8 @@ ALL = {"muon": Muon, "adamw": AdamW, "adafactor": Adafactor}
 RATES = {"muon": 0.02, "adamw": 0.01, "adafactor": 0.05}
 
 
-def config(mode="factored", method="tangent", **fields) -> MoleGradConfig:
-    return MoleGradConfig(
+def config(mode="factors", method="tangent", **fields) -> MoleGradConfig:
+    return MoleGradConfig.of(
         **{"rank_k": 4, "target_layers": "all", "gradient_mode": mode, "method": method, **fields}
     )
 
@@ -50,7 +50,7 @@ def estimate(layer: MoleLinear) -> torch.Tensor:
     return u @ w.mT + (y - u @ (u.mT @ y)) @ v.mT
 
 
-def make(name: str, mode: str = "factored", method: str = "tangent", seed: int = 0, **fields):
+def make(name: str, mode: str = "factors", method: str = "tangent", seed: int = 0, **fields):
     """A tiny GPT, the optimizer of its matrices and that of the rest."""
     torch.manual_seed(seed)
     model = convert(TinyGPT(depth=1), config(mode, method, **{"probes": 2, **fields}))

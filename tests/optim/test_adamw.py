@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from molegrad.config import explored_directions
+from molegrad.estimators.lowrank_sums import explored_directions
 from molegrad.optim import AdamW, matrix_param_groups
 from molegrad.optim.adamw import carried_second_moment
 from tests.optim.common import F64, backward, estimate, factored_layer

@@ -8,7 +8,7 @@ from tests.test_linear import layer_estimate
 
 
 def model_with_gradients(mode, method="tangent"):
-    config = MoleGradConfig(
+    config = MoleGradConfig.of(
         rank_k=4, target_layers="all", gradient_mode=mode, method=method, probes=2
     )
     model = perceptron(config)
@@ -18,7 +18,7 @@ def model_with_gradients(mode, method="tangent"):
 
 @pytest.mark.parametrize("method", ["tangent", "power"])
 def test_the_norm_is_that_of_the_estimates(method):
-    model = model_with_gradients("factored", method)
+    model = model_with_gradients("factors", method)
     estimates = [layer_estimate(model[i]) for i in (0, 2)]
     biases = [model[i].bias.grad.clone() for i in (0, 2)]
     expected = torch.cat([x.flatten() for x in (*estimates, *biases)]).norm()
@@ -31,7 +31,7 @@ def test_the_norm_is_that_of_the_estimates(method):
 
 
 def test_dense_mode_is_torch():
-    ours, theirs = model_with_gradients("dense"), model_with_gradients("dense")
+    ours, theirs = model_with_gradients("grad"), model_with_gradients("grad")
     for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
         q.grad.copy_(p.grad)
     total = clip_grad_norm_(ours, 1.0)
@@ -41,7 +41,7 @@ def test_dense_mode_is_torch():
 
 
 def test_small_gradients_stay_and_bad_ones_are_named():
-    model = model_with_gradients("factored")
+    model = model_with_gradients("factors")
     before = model[0].basis_v.grad.clone()
     clip_grad_norm_(model, 1e9)
     assert torch.equal(model[0].basis_v.grad, before)
@@ -56,7 +56,7 @@ def test_small_gradients_stay_and_bad_ones_are_named():
 
 def test_reference_is_the_tangent_projection():
     """The estimate the norm stands for is the one the reference builds."""
-    model = model_with_gradients("factored")
+    model = model_with_gradients("factors")
     layer = model[0]
     u, v = layer.basis_u.detach()[:, :4], layer.basis_v.detach()[:, :4]
     y, w = layer.basis_u.grad[:, :4], layer.basis_v.grad[:, :4]

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from molegrad.ops.power import lowrank_grad_reference
+from molegrad import reference
 from molegrad.optim import Muon, matrix_param_groups, newton_schulz
 from molegrad.optim.muon import lr_scale
 from tests.optim.common import F64, factored_layer

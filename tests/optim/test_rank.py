@@ -19,7 +19,7 @@ from molegrad.optim import Muon, matrix_param_groups
 from molegrad.optim.rank import WINDOW, EnergyCurve, RankController
 
 M, N = 96, 80
-MODES = [("dense", "tangent"), ("dense", "power"), ("factored", "tangent"), ("factored", "power")]
+MODES = [("grad", "tangent"), ("grad", "power"), ("factors", "tangent"), ("factors", "power")]
 
 
 def spectrum(rate):
@@ -31,8 +31,8 @@ class Stream:
     """Layers, each fed with gradients G = L diag(s) Rᵀ of its own fixed spectrum s, turning
     slowly, and their optimizer (learning rate 0: the weights have no say)."""
 
-    def __init__(self, spectra, mode="dense", method="tangent", turn=0.0, **fields):
-        self.config = MoleGradConfig(
+    def __init__(self, spectra, mode="grad", method="tangent", turn=0.0, **fields):
+        self.config = MoleGradConfig.of(
             **{
                 "rank_k": 16,
                 "gradient_mode": mode,
@@ -124,7 +124,7 @@ def test_every_layer_finds_the_rank_that_its_spectrum_needs(mode, method):
     assert len(stream.changes) == before, "ranks keep moving though the gradient does not change"
 
 
-@pytest.mark.parametrize("mode", ["dense", "factored"])
+@pytest.mark.parametrize("mode", ["grad", "factors"])
 def test_exploration_and_a_turning_gradient_do_not_make_it_restless(mode):
     stream = Stream({"a": spectrum(0.08)}, mode, turn=0.003).run(6 * 12)
     assert stream.captured("a") >= 0.9 * 0.95 - 0.01
@@ -154,7 +154,7 @@ def test_the_curve_is_what_smaller_bases_capture(mode, method):
 
 
 def test_the_curve_in_factored_mode_is_exact_for_any_bases():
-    stream = Stream({"a": spectrum(0.02)}, "factored", rank_k=20)
+    stream = Stream({"a": spectrum(0.02)}, "factors", rank_k=20)
     layer = stream.model["a"]
     stream.controller._steps = 11
     stream.backward()  # with random bases
@@ -220,7 +220,7 @@ def total(stream):
     return sum(rank * (M + N) for rank in stream.controller.ranks.values())
 
 
-@pytest.mark.parametrize("mode", ["dense", "factored"])
+@pytest.mark.parametrize("mode", ["grad", "factors"])
 def test_the_budget_is_kept_and_goes_where_it_captures_most(mode):
     spectra = {"steep": spectrum(0.3), "middle": spectrum(0.03), "flat": spectrum(0.001)}
     stream = Stream(spectra, mode, rank_budget=1.0, energy_target=0.95, warm_start_decay=1.0)
@@ -260,7 +260,7 @@ def test_readings_that_are_not_finite_are_ignored(mode, method):
 
     def spoilt():
         backward()
-        name = "weight" if mode == "dense" else "basis_v"
+        name = "weight" if mode == "grad" else "basis_v"
         getattr(stream.model["a"], name).grad.fill_(math.nan)
 
     stream.backward = spoilt
@@ -280,7 +280,7 @@ def test_readings_that_are_not_finite_are_ignored(mode, method):
     assert torch.equal(later.controller._sums[0], good)
 
 
-@pytest.mark.parametrize("mode", ["dense", "factored"])
+@pytest.mark.parametrize("mode", ["grad", "factors"])
 def test_zero_or_no_gradients_leave_the_rank(mode):
     for backward in (lambda: None, None):
         stream = Stream({"a": torch.zeros(min(M, N))}, mode)
@@ -290,7 +290,7 @@ def test_zero_or_no_gradients_leave_the_rank(mode):
         assert stream.model["a"].basis_v.isfinite().all()
 
 
-@pytest.mark.parametrize("mode", ["dense", "factored"])
+@pytest.mark.parametrize("mode", ["grad", "factors"])
 def test_fewer_tokens_than_directions(mode):
     stream = Stream({"a": spectrum(0.0)}, mode, rank_k=32)
     stream.backward = lambda: stream.model["a"](torch.ones(3, N)).sum().backward()
@@ -300,7 +300,7 @@ def test_fewer_tokens_than_directions(mode):
 
 
 def test_narrow_layers_have_every_rank_and_overrides_count_as_start():
-    config = MoleGradConfig(
+    config = MoleGradConfig.of(
         rank_k=4, rank_overrides="b=6", probes=4, energy_target=0.5, rank_min=1,
         min_layer_utilization=0.0,
     )  # fmt: skip
@@ -323,7 +323,7 @@ def test_new_directions_are_orthogonal_to_the_old_which_stay():
     torch.testing.assert_close(full.mT @ full, torch.eye(50), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("mode", ["dense", "factored"])
+@pytest.mark.parametrize("mode", ["grad", "factors"])
 @pytest.mark.parametrize("stop", [12, 12 + 9])  # between decisions, and amid the readings of one
 def test_a_restored_controller_goes_on_as_if_nothing_had_been(mode, stop):
     fields = {"energy_target": 0.95, "mode": mode}
@@ -345,7 +345,7 @@ def test_a_restored_controller_goes_on_as_if_nothing_had_been(mode, stop):
         assert torch.equal(layer.basis_v, again.model[name].basis_v)
 
 
-@pytest.mark.parametrize("mode", ["dense", "factored"])
+@pytest.mark.parametrize("mode", ["grad", "factors"])
 def test_a_graph_of_an_earlier_step_may_live_on(mode):
     stream = Stream({"a": spectrum(0.02)}, mode)
     losses = []
@@ -376,14 +376,14 @@ def test_processes_with_other_readings_decide_the_same(monkeypatch):
 
 
 def test_what_cannot_work_is_said():
-    stream = Stream({"a": spectrum(1.0)}, "factored")
+    stream = Stream({"a": spectrum(1.0)}, "factors")
     with pytest.raises(ValueError, match="no optimizer has the bases of a"):
         RankController(stream.model, [], stream.config)
     sgd = torch.optim.SGD([stream.model["a"].basis_v], lr=0.1)
     with pytest.raises(ValueError, match="a SGD has the bases of a"):
         RankController(stream.model, [sgd], stream.config)
     with pytest.raises(ValueError, match="energy_target is 0"):
-        RankController(stream.model, [], MoleGradConfig())
+        RankController(stream.model, [], MoleGradConfig.of())
     with pytest.raises(ValueError, match="no trained MoleLinear"):
         RankController(nn.Linear(3, 3), [], stream.config)
     other = Stream({"b": spectrum(1.0)})

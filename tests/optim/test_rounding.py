@@ -13,18 +13,18 @@ from tests.samples import randn
 
 BF16 = torch.bfloat16
 N, M = 24, 40
-CASES = [("muon", "momentum"), *((name, kind) for name in ALL for kind in ("dense", "factored"))]
+CASES = [("muon", "momentum"), *((name, kind) for name in ALL for kind in ("grad", "factors"))]
 # At which a step moves the weights, ones, by a small part of the distance of two bfloat16 numbers.
 SMALL = {"muon": 2e-3, "adamw": 6e-4, "adafactor": 4e-4}
 each_case = pytest.mark.parametrize(("name", "kind"), CASES)
 
 
 def layer(kind: str, dtype=BF16) -> torch.nn.Linear:
-    if kind == "dense":
+    if kind == "grad":
         made = torch.nn.Linear(N, M, bias=False)
     elif kind == "momentum":
-        fields = {"method": "sampled", "sample_share": 1.0, "gradient_mode": "momentum"}
-        made = MoleLinear(N, M, bias=False, config=MoleGradConfig(**fields))
+        fields = {"method": "sampled", "sampling_fraction": 1.0, "gradient_mode": "momentum"}
+        made = MoleLinear(N, M, bias=False, config=MoleGradConfig.of(**fields))
     else:
         made = MoleLinear(N, M, bias=False, config=config(warm_start_decay=1.0))
     with torch.no_grad():
@@ -148,7 +148,7 @@ def test_a_state_of_the_other_rounding_is_taken_and_the_option_stays(name, kind,
 
 
 def test_it_is_off_by_default_and_for_states_from_before_it():
-    model = layer("dense")
+    model = layer("grad")
     optimizer = ALL["muon"](matrix_param_groups(model))
     step(model, optimizer)
     assert "step" not in optimizer.state[model.weight]
@@ -159,7 +159,7 @@ def test_it_is_off_by_default_and_for_states_from_before_it():
     assert optimizer.param_groups[0]["stochastic_rounding"] is False
 
 
-@pytest.mark.parametrize("kind", ["dense", "momentum", "factored"])
+@pytest.mark.parametrize("kind", ["grad", "momentum", "factors"])
 def test_weights_that_need_no_rounding_are_refused(kind):
     with pytest.raises(ValueError, match="for weights of torch.bfloat16, got a weight .40, 24"):
         optimizer_of("muon", layer(kind, torch.float32), True)

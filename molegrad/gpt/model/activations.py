@@ -10,7 +10,7 @@ grows with the sequence.
 | recompute "block" | 1 C: the block's input | all |
 
 sequence_chunk bounds what exists while a block is at work, too: of the feed-forward network, and
-with "all" of the projections, one chunk's activations (`molegrad.streaming`); so it goes well with
+with "all" of the projections, one chunk's activations (`molegrad.chunked`); so it goes well with
 recompute, which keeps less but needs a whole block's activations at a time. offload moves what a
 recomputed block keeps, its input, to the host's memory while the blocks above it are at work
 (`molegrad.offload`).
@@ -38,9 +38,9 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from molegrad.names import layer_role
+from molegrad.targets import layer_role
 from molegrad.offload import HostOffload
-from molegrad.streaming import stream
+from molegrad.chunked import in_chunks
 
 Parts = Literal["mlp", "all"]
 Recompute = Literal["none", "selective", "block"]
@@ -129,12 +129,12 @@ def streamed(block: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, how: Activat
     attn, mlp, chunk = block.attn, block.mlp, how.sequence_chunk
     if how.sequence_parts == "mlp":
         x = block.attention(x, cos, sin)
-        return stream(block.feed_forward, (x,), (mlp.c_fc,), chunk, last=mlp.c_proj)
+        return in_chunks(block.feed_forward, (x,), (mlp.c_fc,), chunk, last=mlp.c_proj)
     projections = (attn.c_q, attn.c_k, attn.c_v)
-    q, k, v = stream(block.project, (x,), projections, chunk, positional=(cos, sin))
+    q, k, v = in_chunks(block.project, (x,), projections, chunk, positional=(cos, sin))
     y = attn.attend(q, k, v)
     del q, k, v
-    return stream(block.finish, (x, y), (attn.c_proj, mlp.c_fc), chunk, last=mlp.c_proj)
+    return in_chunks(block.finish, (x, y), (attn.c_proj, mlp.c_fc), chunk, last=mlp.c_proj)
 
 
 def recomputed(

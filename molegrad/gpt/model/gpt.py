@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from molegrad.gpt.model.activations import Activations
 from molegrad.gpt.model.loss import linear_cross_entropy, softcap
-from molegrad.linear import WORKING_PARAMETERS
+from molegrad.linear import MoleLinear
 from molegrad.offload import HostOffload
 
 
@@ -340,8 +340,9 @@ class GPT(nn.Module):
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Weights by role: "embedding", "head", "matrix" (2-D weights of the blocks) and "scalar"
         (any other), whether or not they take a gradient of their own."""
-        named = self.transformer["h"].named_parameters()
-        blocks = [p for n, p in named if n.rpartition(".")[2] not in WORKING_PARAMETERS]
+        layers = [m for m in self.modules() if isinstance(m, MoleLinear)]
+        working = {id(p) for layer in layers for p in layer.working_parameters}
+        blocks = [p for p in self.transformer["h"].parameters() if id(p) not in working]
         return {
             "embedding": [self.transformer["wte"].weight],
             "head": [self.lm_head.weight],

@@ -2,7 +2,7 @@
 
 import pytest
 
-from molegrad.names import layer_role, matches
+from molegrad.targets import layer_role, matches
 
 ROLES = {
     # nanochat and GPT-2

@@ -1,6 +1,6 @@
-"""Sketches of several layers at once: what `MoleGradConfig.group_mib` asks for.
+"""Sketches of several layers at once: what `LowRank.group_mib` asks for.
 
-In factored mode the backward pass of a layer ends in its sketch, of its input A and its output's
+In mode "factors" the backward pass of a layer ends in its sketch, of its input A and its output's
 gradient B, as the gradient of its two bases. Here A and B wait in a `SketchGroup` that the layers
 of a model share, until those that wait reach a limit or the backward pass ends; then one op,
 `sketch_accumulate_many_`, adds the sketches of all of them to the bases' `.grad`. After backward()
@@ -29,10 +29,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from molegrad import autograd as checks
-from molegrad.autograd import _grad_x_and_bias, _tokens, linear_setup
+from molegrad.ops import checks
 from molegrad.ops.amp import without_autocast
 from molegrad.ops.float8 import dequantize_rows
+from molegrad.ops.linear import check_linear, gradients_of_input_and_bias, setup
 
 
 class _Waiting(NamedTuple):
@@ -148,25 +148,25 @@ def _accumulate(layers: list[_Waiting]) -> None:
 
 
 class _GroupedLinear(torch.autograd.Function):
-    """`linear_factored` with method "tangent" for layers of a group."""
+    """`linear_lowrank` with method "tangent" and factors for layers of a group."""
 
     @staticmethod
     def forward(x, weight, bias, data, scale, basis_u, basis_v, group):
         return F.linear(x, weight, bias)
 
-    setup_context = staticmethod(linear_setup)
+    setup_context = staticmethod(setup)
 
     @staticmethod
     @once_differentiable
     @without_autocast
     def backward(ctx, grad: Tensor):
-        basis_u, basis_v, group = ctx.rest
+        basis_u, basis_v, group = ctx.own
         weight, a, *scale = ctx.saved_tensors  # once: activation checkpointing insists on it
-        grad_x, grad_bias = _grad_x_and_bias(ctx, grad, weight)
+        grad_x, grad_bias = gradients_of_input_and_bias(ctx, grad, weight)
         grad_u = grad_v = None
         if ctx.needs_input_grad[5] or ctx.needs_input_grad[6]:
-            a = _tokens(dequantize_rows(a, scale[0], grad.dtype) if scale else a)
-            b = _tokens(grad)
+            a = checks.flat(dequantize_rows(a, scale[0], grad.dtype) if scale else a)
+            b = checks.flat(grad)
             nodes = (node for node, _ in ctx.next_functions[-2:])  # of the last two tensors given
             if all(map(_may_wait, nodes, (basis_u, basis_v))):
                 group.add(basis_u, basis_v, a, b)
@@ -198,7 +198,7 @@ def grouped_linear(
     basis_u: Tensor,
     basis_v: Tensor,
 ) -> Tensor:
-    """x (…, n) to (…, m) as `linear_factored` with method "tangent"; its sketch waits in `group`.
+    """x (…, n) to (…, m) as `linear_lowrank` with method "tangent" and factors; its sketch waits in `group`.
 
     Raises:
         RuntimeError: torch.compile, several processes, or arguments that do not fit.
@@ -207,13 +207,14 @@ def grouped_linear(
         _refuse_compiled()
     _refuse_processes()
     device, autocast = x.device.type, contextlib.nullcontext()
-    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):  # as ops.py has it
+    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):  # as the ops have it
         dtype, autocast = torch.get_autocast_dtype(device), torch.autocast(device, enabled=False)
         x, weight, bias = (
             t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, weight, bias)
         )
-    checks.linear("linear_factored", x, weight, bias, data, scale)
-    checks.linear_bases("linear_factored", weight, basis_u, basis_v, basis_v.shape[1])
+    check_linear("linear_lowrank", x, weight, bias, data, scale)
+    for name, basis, rows in (("basis_u", basis_u, 0), ("basis_v", basis_v, 1)):
+        checks.basis("linear_lowrank", name, basis, weight.shape[rows])
     with autocast:
         return _GroupedLinear.apply(x, weight, bias, data, scale, basis_u, basis_v, group)
 
