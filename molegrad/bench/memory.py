@@ -3,15 +3,9 @@
     python -m scripts.bench_memory --device=cpu --json
     python -m scripts.bench_memory --device=cuda --cap-gib=32 --json
 
-<<<<<<< HEAD
 Every method, named as for bench_step, trains at every length, alone, with one sequence, and its
 peak is measured over all of it, from the making of the model to the end of the second step
-(`molegrad.monitor.memory`); beside it stands what `molegrad.memory.simulate` predicts.
-=======
-Every variant trains at every length, alone, and its peak is measured over all of it, from the
-making of the model to the end of the second step (`molegrad.monitor.memory`); beside it stands what
-`molegrad.plan.simulate` predicts.
->>>>>>> core
+(`molegrad.monitor.peak`); beside it stands what `molegrad.memory.simulate` predicts.
 
 Slopes are those of the peaks of a forward and a backward pass, which are measured apart (an
 optimizer's step, whose work does not depend on the sequence, would hide them where it needs more):
@@ -53,17 +47,11 @@ from molegrad.gpt.train import flags
 from molegrad.gpt.train.base import model_config
 from molegrad.gpt.train.flags import flag
 from molegrad.gpt.train.hardware import device_name
-<<<<<<< HEAD
 from molegrad.lab.methods import Method, parse_methods
 from molegrad.memory.plan import GIB
 from molegrad.memory.simulate import PER_TOKEN, simulate
 from molegrad.memory.table import table
 from molegrad.monitor.memory import peak_bytes
-=======
-from molegrad.lab.timing import median_interval
-from molegrad.monitor.memory import peak_bytes
-from molegrad.plan.memory import GIB
->>>>>>> core
 
 MIB = 2**20
 CHUNKS = "balanced:sequence_chunk={}:sequence_parts=all"

@@ -10,83 +10,8 @@ U (m, k) and V (n, k) are orthonormal bases, Y = GV (m, k) and W = GᵀU (n, k) 
 from __future__ import annotations
 
 import torch
-<<<<<<< HEAD
-from molegrad.estimators.sketches import trust_factor
 from torch import Tensor
 
-
-class Estimate(NamedTuple):
-    """Ĝ as a matrix, with what training knows of ‖G‖² and ‖Ĝ‖² (0-dim, float64; nan: nothing)."""
-
-    matrix: Tensor  # Ĝ (m, n), trust factor included
-    rank: int  # that Ĝ of a single backward pass may have; 0 where it has full rank
-    norm_sq: Tensor  # the free estimate of ‖G‖²
-    captured_sq: Tensor  # ‖Ĝ‖² without trust factor
-
-
-# The estimate as a matrix
-
-
-def since(
-    now: tuple[Tensor, ...], before: tuple[Tensor, ...] | None, dtype: torch.dtype
-) -> tuple[Tensor, ...]:
-    """What has been added to sketches (Y, W), or to any tensors, since `before`; None: zeros."""
-    now = tuple(x.to(dtype) for x in now)
-    if before is None:
-        return now
-    return tuple(x - old.to(dtype) for x, old in zip(now, before, strict=True))
-
-
-def added_matrix(
-    now: tuple[Tensor, ...], before: tuple[Tensor, ...] | None, dtype: torch.dtype
-) -> Tensor:
-    """(m, n): what has been added since `before` to weight.grad, (gradient,), or to a momentum,
-    (momentum,) or (int8 momentum, its scale)."""
-
-    def whole(value: tuple[Tensor, ...]) -> Tensor:
-        matrix, *scale = value
-        return matrix.to(dtype) * scale[0].to(dtype) if scale else matrix.to(dtype)
-
-    return whole(now) if before is None else whole(now) - whole(before)
-
-
-def measured(matrix: Tensor, rank: int, norm_sq: Tensor | None, trust_max: float = 0.0) -> Estimate:
-    """The `Estimate` of sketches that stand for `matrix` (m, n), which has no trust factor yet.
-
-    Args:
-        norm_sq: the free estimate of ‖G‖²; None where there are no probes.
-        trust_max: limit of the trust factor; 0 for none.
-    """
-    captured_sq = matrix.double().square().sum()
-    if norm_sq is None:
-        return Estimate(matrix, rank, torch.full_like(captured_sq, math.nan), captured_sq)
-    norm_sq = norm_sq.double()
-    if trust_max > 0:
-        matrix = matrix * trust_factor(norm_sq, captured_sq, trust_max).to(matrix.dtype)
-    return Estimate(matrix, rank, norm_sq, captured_sq)
-
-
-# The energy of leading directions
-
-
-def one_sided_energies(w: Tensor) -> Tensor:
-    """(k,): ‖U_j U_jᵀ G‖² for the first j = 1, …, k columns of U, from W (n, k)."""
-    return w.square().sum(0).cumsum(0)
-
-
-def tangent_energies(u: Tensor, y: Tensor, w: Tensor) -> Tensor:
-    """(k,): the energy of the projection of G on the tangent space at the first j = 1, …, k columns
-    of U and V, ‖G V_j‖² + ‖Gᵀ U_j‖² − ‖U_jᵀ G V_j‖²; from U, Y (m, k) and W (n, k)."""
-    both = (u.mT @ y).square().cumsum(0).cumsum(1).diagonal()
-    return (y.square().sum(0) + w.square().sum(0)).cumsum(0) - both
-
-
-# Singular values: small matrices of stacked layers on the device, effective ranks on the host
-
-=======
-from torch import Tensor
-
->>>>>>> core
 
 def gram(x: Tensor) -> Tensor:
     """xᵀx (layers, k, k) in float64, so that its eigenvalues give the small singular values too.

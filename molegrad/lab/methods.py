@@ -19,10 +19,6 @@ import typing
 from dataclasses import dataclass, field
 
 from molegrad.config import PRESETS
-<<<<<<< HEAD
-=======
-from molegrad.estimators.lowrank_options import DEFAULT_RANK
->>>>>>> core
 from molegrad.gpt.train.config import BaseTrainConfig
 from molegrad.gpt.train.flags import PREFIX, fields_as_flags
 from molegrad.lab.peers import OPTIONS, PEERS, Peer

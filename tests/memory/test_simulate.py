@@ -11,16 +11,11 @@ from molegrad.gpt.model.gpt import GPT
 from molegrad.gpt.train import setup
 from molegrad.gpt.train.base import model_config
 from molegrad.gpt.train.config import BaseTrainConfig, compute_dtype, resolve
-<<<<<<< HEAD:tests/memory/test_simulate.py
 from molegrad.gpt.train.flags import PREFIX, make
 from molegrad.memory import cuda as memory_cuda
 from molegrad.memory import simulate as memory_sim
 from molegrad.memory.simulate import PARTS, simulate
 from molegrad.monitor.peak import peak_bytes
-=======
-from molegrad.gpt.train.flags import PREFIX
-from molegrad.monitor.memory import peak_bytes
->>>>>>> monitor:tests/plan/test_memory.py
 from molegrad.optim import muon
 from molegrad.optim.clip import clip_grad_norm_
 

@@ -17,11 +17,7 @@ As |z| <= c, exp(z) cannot overflow for c <= 80 and no maximum is subtracted.
 import torch
 from torch import Tensor, nn
 
-<<<<<<< HEAD
-from molegrad.chunked import chunked_gradient
-=======
 from molegrad.chunked import LayerGradient
->>>>>>> core
 from molegrad.linear import MoleLinear
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -93,21 +89,10 @@ def linear_cross_entropy(
     if sketched is not None:
         parameters = (layer.basis_u, layer.basis_v)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-<<<<<<< HEAD
-            layer.steps.expect(layer)
+            layer.steps.expect(layer, flat.device.type)
     losses = _LinearCrossEntropy.apply(
         sketched, weight.detach(), wanted, scale, options, flat, *parameters
     )
-=======
-            layer.steps.expect(layer, device)
-        losses = _LowRankHead.apply(
-            flat, layer.basis_u, layer.basis_v, layer, wanted, scale, cap, chunk, dtype, reduction
-        )
-    else:
-        losses = _LinearCrossEntropy.apply(
-            flat, weight, wanted, scale, cap, chunk, dtype, reduction
-        )
->>>>>>> core
     return losses.reshape(targets.shape) if reduction == "none" else losses
 
 
@@ -177,58 +162,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-<<<<<<< HEAD
         *_, each = ctx.options
         if each:
             weight, targets, scale, hidden = ctx.saved_tensors
             needed, scale = ctx.needs_input_grad[5:], scale * grad
             _, found = _all_chunks(ctx.layer, weight, targets, scale, ctx.options, hidden, needed)
-=======
-        cap, chunk, dtype, reduction = ctx.options
-        if reduction == "none":
-            hidden, weight, targets, scale = ctx.saved_tensors
-            need_h, need_w = ctx.needs_input_grad[:2]
-            grad_w = torch.zeros_like(weight) if need_w else None
-            _, grad_h = _all_chunks(
-                hidden, weight, targets, scale * grad, cap, chunk, dtype, need_h, _into(grad_w, cap)
-            )
-        else:
-            grad_h, grad_w = ctx.saved_tensors
-            grad_h = None if grad_h is None else grad_h * grad.to(grad_h.dtype)
-            grad_w = None if grad_w is None else grad_w * grad.to(grad_w.dtype)
-        return grad_h, grad_w, None, None, None, None, None, None
-
-
-class _LowRankHead(torch.autograd.Function):
-    """The same where the head's weight gets sketches, as the gradients of its bases."""
-
-    @staticmethod
-    def forward(ctx, hidden, basis_u, basis_v, layer, targets, scale, cap, chunk, dtype, reduction):
-        now = reduction != "none" and any(ctx.needs_input_grad[:3])
-        sketches = LayerGradient(layer)
-        loss, grad_h = _all_chunks(
-            hidden, layer.weight, targets, scale, cap, chunk, dtype,
-            now and ctx.needs_input_grad[0], _told(sketches, cap) if now else None,
-        )  # fmt: skip
-        ctx.options = (layer, cap, chunk, dtype, reduction)
-        if reduction == "none":
-            ctx.save_for_backward(hidden, layer.weight, targets, scale)
-            return loss
-        ctx.save_for_backward(grad_h, *sketches.finish()[1:])
-        return loss.sum()
-
-    @staticmethod
-    def backward(ctx, grad):
-        layer, cap, chunk, dtype, reduction = ctx.options
-        if reduction == "none":
-            hidden, weight, targets, scale = ctx.saved_tensors
-            sketches = LayerGradient(layer)
-            _, grad_h = _all_chunks(
-                hidden, weight, targets, scale * grad, cap, chunk, dtype,
-                ctx.needs_input_grad[0], _told(sketches, cap),
-            )  # fmt: skip
-            found = (grad_h, *sketches.finish()[1:])
->>>>>>> core
         else:
             found = (g if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors)
         return None, None, None, None, None, *found
@@ -251,24 +189,17 @@ class _Matrix:
         return (self.total,)
 
 
-<<<<<<< HEAD
 class _Sketches:
     """Its sketches, as the gradients of a converted head's bases."""
 
     def __init__(self, layer: MoleLinear, cap: float) -> None:
-        self.gradient, self.factor = chunked_gradient(layer), cap or 1.0
+        self.gradient, self.factor = LayerGradient(layer), cap or 1.0
 
     def add(self, h: Tensor, dx: Tensor) -> None:
         self.gradient.add(h * self.factor, dx)
 
     def finish(self) -> tuple[Tensor, ...]:
         return self.gradient.finish()
-=======
-def _told(sketches: LayerGradient, cap: float):
-    """(h / cap, dx) of a chunk, given to sketches."""
-    factor = cap if cap > 0 else 1.0
-    return lambda h, dx: sketches.add(h * factor, dx)
->>>>>>> core
 
 
 def _all_chunks(layer, weight, targets, scale, options, hidden, needed):

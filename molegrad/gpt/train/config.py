@@ -270,30 +270,6 @@ def resolve(config, device: torch.device, world_size: int = 1):
             streaming flags do not go with accumulation or with several processes.
     """
     gpu = device.type == "cuda"
-<<<<<<< HEAD
-=======
-    values = {"device_type": device.type}
-    if config.dtype == "auto":
-        values["dtype"] = "bfloat16" if gpu else "float32"
-    if config.weight_dtype == "auto":
-        values["weight_dtype"] = "float32"
-    streaming = config.streaming_config()
-    grouped = streaming is not None and streaming.group_mib > 0
-    if grouped and world_size > 1:
-        raise ValueError(
-            f"streaming_group_mib={streaming.group_mib} is not for data parallelism, got "
-            f"{world_size} processes: leave it at 0"
-        )
-    if config.compile is None:
-        values["compile"] = gpu and not grouped and not config.offload
-    if streaming is not None:
-        values["streaming_method"] = streaming.method
-        values["streaming_rank_k"] = streaming.rank_k
-    if config.matrix_lr == 0:
-        factored = streaming is not None and streaming.gradient_mode == "factors"
-        doubled = factored and config.optimizer == "adamw"
-        values["matrix_lr"] = MATRIX_LR[config.optimizer] * (2 if doubled else 1)
->>>>>>> core
     length = config.max_seq_len or (2048 if gpu else 256)
     rows = config.device_batch_size or (32 if gpu else 16)
     micro = length * rows * world_size
@@ -305,15 +281,7 @@ def resolve(config, device: torch.device, world_size: int = 1):
             f"{rows} x {length} x {world_size} = {micro} tokens: take "
             f"{f'{below} or ' if below else ''}{above}, or another device_batch_size"
         )
-<<<<<<< HEAD
     if config.grouped and world_size > 1:
-=======
-    if (
-        streaming is not None
-        and (streaming.gradient_mode, streaming.method) == ("factors", "power")
-        and (total > micro or world_size > 1)
-    ):
->>>>>>> core
         raise ValueError(
             f"streaming_group_mib is not for data parallelism, got {world_size} processes: leave "
             "it at 0"

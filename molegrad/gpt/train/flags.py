@@ -30,17 +30,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-<<<<<<< HEAD
 PREFIX = "streaming_"  # of the flags of estimators
-=======
-from molegrad.config import MoleGradConfig, preset_fields
-from molegrad.estimators import methods
-from molegrad.monitor.health import DEFAULT_ACTIONS, KINDS
-from molegrad.monitor.health_rules import HealthThresholds
-
-PREFIX = "streaming_"
-HEALTH_PREFIX = "health_"
->>>>>>> core
 TRACEBACK = "MOLEGRAD_TRACEBACK"  # 1 in the environment: errors of commands come with a traceback
 _BOOLEANS = {
     **dict.fromkeys(("true", "1", "yes", "on"), True),
@@ -252,59 +242,12 @@ def _members(hint) -> tuple:
     return tuple(str if typing.get_origin(member) is tuple else member for member in members)
 
 
-<<<<<<< HEAD
 def _choices(members: tuple) -> list:
     return [
         c for m in members if typing.get_origin(m) is typing.Literal for c in typing.get_args(m)
-=======
-def _gathered(self, source_class, prefix: str):
-    """The instance of `source_class` that the flags of `prefixed_fields` describe."""
-    names = [source.name for source in dataclasses.fields(source_class)]
-    return source_class(**{name: getattr(self, prefix + name) for name in names})
-
-
-def _streaming_entries() -> list[tuple[str, object, dataclasses.Field]]:
-    """Flags of MoleGradConfig's own fields and of the estimators' options, side by side."""
-    method = (PREFIX + "method", str | None, flag(None, "estimator: " + ", ".join(methods())))
-    entries = {method[0]: method}
-    for kind in (MoleGradConfig, *(kind for kind, _ in methods().values())):
-        for entry in prefixed_fields(kind, PREFIX):
-            entries.setdefault(entry[0], entry)
-    del entries[PREFIX + "estimator"]
-    return list(entries.values())
-
-
-def _streaming_config(self) -> MoleGradConfig | None:
-    """The `MoleGradConfig` these flags describe, or None where `enable_streaming` is False."""
-    if not self.enable_streaming:
-        return None
-    method = self.streaming_method or "power"
-    kind = methods().get(method, (MoleGradConfig,))[0]
-    own = {f.name for f in (*dataclasses.fields(MoleGradConfig), *dataclasses.fields(kind))}
-    given = {
-        name.removeprefix(PREFIX): getattr(self, name)
-        for name, _, field in _streaming_entries()
-        if name.removeprefix(PREFIX) in own or getattr(self, name) != field.default
-    }
-    return MoleGradConfig.of(**{**given, "method": method})
-
-
-def _validate_streaming(self) -> None:
-    """Wrong streaming values are found where the flags are parsed, not where layers are made."""
-    self.streaming_config()
-    if self.enable_streaming:
-        return
-    values = {field.name: getattr(self, PREFIX + field.name) for field in _resettable()}
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}  # of JSON
-    idle = [
-        f"{PREFIX}{field.name}={values[field.name]!r}"
-        for field in _resettable()
-        if values[field.name] != field.default
->>>>>>> core
     ]
 
 
-<<<<<<< HEAD
 def _read(members: tuple, text: str):
     """`text` as a value of the first of the types that it fits."""
     choices = _choices(members)
@@ -322,16 +265,6 @@ def _read(members: tuple, text: str):
                 continue
     wanted = choices or [getattr(m, "__name__", str(m)) for m in members if m is not type(None)]
     raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(map(str, wanted))}")
-=======
-def _resettable() -> list[dataclasses.Field]:
-    """Fields of `MoleGradConfig` without meaning where streaming is off: all but the seed, which
-    runs that are to be compared share."""
-    fields = []
-    for name, _, field in _streaming_entries():
-        field.name = name.removeprefix(PREFIX)
-        fields.append(field)
-    return [field for field in fields if field.name != "seed"]
->>>>>>> core
 
 
 def _dashed(word: str) -> str:
@@ -340,7 +273,6 @@ def _dashed(word: str) -> str:
     return name.replace("_", "-") + equals + value if word.startswith("--") else word
 
 
-<<<<<<< HEAD
 def _refuse_unknown(words: list[str], known: list[Flag], groups: list[Group]) -> None:
     """ValueError where a flag is unknown, which names its nearest kin or its present name."""
     names = {entry.name.replace("_", "-") for entry in known} | {"help"}
@@ -355,65 +287,6 @@ def _refuse_unknown(words: list[str], known: list[Flag], groups: list[Group]) ->
             near = [renamed[old]] if renamed[old] else []
         hint = f" Perhaps you meant {' or '.join('--' + n for n in near)}." if near else ""
         raise ValueError(f"unknown flag --{old if old in renamed else name}.{hint}")
-=======
-StreamingFields = dataclasses.make_dataclass(
-    "StreamingFields",
-    [
-        (
-            "enable_streaming",
-            bool,
-            dataclasses.field(
-                default=False,
-                metadata={"help": "estimated weight gradients (MoleGrad) in the target layers"},
-            ),
-        ),
-        *_streaming_entries(),
-    ],
-    frozen=True,
-    namespace={
-        "__doc__": "Base class: `--enable_streaming` and the `--streaming_<field>` flags.",
-        "__module__": __name__,
-        "streaming_config": _streaming_config,
-        "dense": _dense,
-        "__post_init__": _validate_streaming,
-    },
-)
-
-
-def _health_thresholds(self) -> HealthThresholds:
-    """The thresholds of the health checks that these flags describe."""
-    return _gathered(self, HealthThresholds, HEALTH_PREFIX)
-
-
-HealthFields = dataclasses.make_dataclass(
-    "HealthFields",
-    [
-        (
-            "health",
-            str,
-            flag(
-                "default",
-                "what a health finding leads to: off, warn, reset (the layer's bases) or raise, "
-                f"for all of {', '.join(KINDS)} or single ones (frozen=reset,nan=raise); default "
-                f"is {','.join(f'{kind}={action}' for kind, action in DEFAULT_ACTIONS.items())}",
-            ),
-        ),
-        *prefixed_fields(HealthThresholds, HEALTH_PREFIX),
-    ],
-    frozen=True,
-    namespace={
-        "__doc__": "Base class: `--health` and the `--health_<threshold>` flags.",
-        "__module__": __name__,
-        "health_thresholds": _health_thresholds,
-    },
-)
-
-
-def _unchecked(config_class: type) -> type:
-    """The dataclass without its checks: tyro would break their messages into a box."""
-    body = {"__post_init__": lambda self: None, "__module__": config_class.__module__}
-    return type(config_class.__name__, (config_class,), {**body, "__doc__": config_class.__doc__})
->>>>>>> core
 
 
 def _check_machine(config) -> None:

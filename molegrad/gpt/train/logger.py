@@ -22,10 +22,6 @@ import os
 import shlex
 from pathlib import Path
 
-<<<<<<< HEAD
-=======
-from molegrad.gpt.train import dashboards as boards
->>>>>>> core
 from molegrad.monitor.instruments import line_of, read_records
 
 METRICS = "metrics.jsonl"
@@ -104,11 +100,7 @@ class RunLogger:
 
 
 def read_metrics(folder: Path) -> list[dict]:
-<<<<<<< HEAD
     """All records of a run; see `molegrad.monitor.instruments.read_records`."""
-=======
-    """All records of a run; see `molegrad.monitor.instruments`."""
->>>>>>> core
     return read_records(Path(folder) / METRICS)
 
 

@@ -21,12 +21,9 @@ conversation among others moves a little as well.
 import torch
 from torch import Tensor, nn
 
-<<<<<<< HEAD
 from molegrad import MoleGradConfig, MoleLinear
 from molegrad.gpt.data.tokenizer import Tokenizer
 from molegrad.gpt.model.gpt import GPT
-=======
->>>>>>> core
 from molegrad.gpt.train.checkpoint import Checkpoint
 from molegrad.gpt.train.setup import BatchSizes
 
@@ -133,7 +130,6 @@ def check_batches(
         return micro_done, ""
     back = f"resume with --device-batch-size={old}"
     change = f"{saved.folder} was saved with device_batch_size={old}, this run has {new}"
-<<<<<<< HEAD
     unbiased = streaming is not None and streaming.estimator.unbiased
     if streaming is not None and not unbiased and streaming.gradient_mode == "grad":
         raise ValueError(
@@ -141,22 +137,6 @@ def check_batches(
             "backward pass and each estimate has its rank alone, so other micro-batches are "
             f"another method, not only another order of sums; {back}"
         )
-=======
-    streaming = config.streaming_config()
-    sampled = streaming is not None and streaming.estimator.unbiased
-    if streaming is not None and not sampled:
-        if streaming.gradient_mode == "grad":
-            raise ValueError(
-                f"{change}: with method={streaming.method!r} in dense mode the bases turn with "
-                "every backward pass and each estimate has its rank alone, so other micro-batches "
-                f"are another method, not only another order of sums; {back}"
-            )
-        if streaming.method == "power":
-            raise ValueError(
-                f"{change}: method='power' in factored mode is not linear in the gradient and "
-                f"takes one micro-batch a step; {back}"
-            )
->>>>>>> core
     if micro_done * old % new:
         raise ValueError(
             f"{change}; it is of the middle of a step, with {micro_done * old} sequences done on "

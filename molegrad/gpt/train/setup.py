@@ -252,13 +252,7 @@ def equip(model: GPT, config) -> ConversionPlan | None:
 
 
 def _head_config(config) -> MoleGradConfig:
-<<<<<<< HEAD
     return MoleGradConfig.of(
-=======
-    return MoleGradConfig(
-        rank_k=config.head_rank,
-        gradient_mode="factors",
->>>>>>> core
         method="tangent",
         rank_k=config.head_rank,
         gradient_mode="factors",
