@@ -215,8 +215,13 @@ class Estimator(Options):
         return dict(values)
 
     def remedy(self, kind: str, state: State) -> str:
-        """What a user can change where a health check of `kind` (`molegrad.monitor.health`) finds
-        something; "" where nothing of the estimator helps."""
+        """What a user can change where a health check (`molegrad.monitor.rules`) finds something;
+        "" where no option helps.
+
+        Args:
+            kind: "degenerate" (a basis with more directions than the gradient, or too much
+                sampling noise), "low energy", "frozen" or "orthogonality".
+        """
         return ""
 
     def bases(self, state: State) -> list[Tensor]:

@@ -182,19 +182,39 @@ class LowRank(LowRankOptions, Estimator):
         return joined
 
     def metrics(self, values: dict[str, float]) -> dict[str, float]:
-        """The values of `STATS`, and energy_capture = ‖Ĝ‖ / ‖G‖ (Ĝ before trust scaling), the norms
+        """The values of `STATS` but the norms, and energy_capture = ‖Ĝ‖ / ‖G‖ (Ĝ before trust scaling), the norms
         themselves, and gradient_norm_compression_ratio = energy_capture times trust factor."""
         captured, total = values["captured_norm_sq"], values["gradient_norm_sq"]
         measured = self.probes > 0 and total > 0
         capture = min(math.sqrt(captured / total), 1.0) if measured else math.nan
+        own = ("trust_factor", "condition_number", "subspace_drift", "orth_status")
         return {
-            **values,
+            **{name: values[name] for name in own},
             "energy_capture": capture,
             "gradient_norm_compression_ratio": capture * values["trust_factor"],
             "trust_scaling_factor": values["trust_factor"],
             "gradient_norm": math.sqrt(total) if measured else math.nan,
             "estimate_norm": math.sqrt(captured) if captured >= 0 else math.nan,
         }
+
+    def remedy(self, kind: str, state: State) -> str:
+        no_rank = "or take --streaming_method=sampled, which has no rank"
+        frozen = (
+            "the exploration does not reach it: see whether its gradients are finite "
+            "(--grad-clip=1, --streaming_gradient_mode=grad) and whether an optimizer steps it"
+            if self.explored(state)
+            else f"lower --streaming_warm_start_decay (here {self.warm_start_decay:g}: nothing is "
+            "explored), e.g. 0.95"
+        )
+        return {
+            "degenerate": "lower --streaming_rank_k, give batches with more different tokens, "
+            + no_rank,
+            "low energy": "raise --streaming_rank_k, lower --streaming_warm_start_decay so that "
+            f"more directions are explored, {no_rank}",
+            "frozen": frozen,
+            "orthogonality": f"lower --streaming_cond_max (here {self.cond_max:g}) so that the "
+            "Householder fallback takes over earlier, or lower --streaming_rank_k",
+        }.get(kind, "")
 
     def accumulated(self, state: State) -> tuple[Tensor, ...] | None:
         if state.mode != "factors":

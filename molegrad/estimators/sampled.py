@@ -103,6 +103,14 @@ class Sampled(FullRank):
     def setting(self, name: str) -> float:
         return self.fraction_of(name)
 
+    def remedy(self, kind: str, state: State) -> str:
+        if kind != "degenerate":
+            return ""
+        return (
+            f"raise --streaming_sampling_fraction (here {state.setting:g}), for this layer alone "
+            "with --streaming_sampling_overrides"
+        )
+
     def arguments(self, state: State) -> tuple:
         own = (state.tensors["stats"], state.setting, self.sampling_block, state.seed)
         return (*super().arguments(state), *own)

@@ -5,13 +5,12 @@ from molegrad.monitor.health import (
     Health,
     HealthError,
     HealthThresholds,
-    device_checks,
     parse_actions,
     reset_layer,
 )
 from molegrad.monitor.instruments import Instruments
 from molegrad.monitor.memory import memory_bytes, saved_bytes
-from molegrad.monitor.metrics import LayerMetrics, aggregate, layer_metrics
+from molegrad.monitor.metrics import LayerMetrics, aggregate, device_checks, layer_metrics
 from molegrad.monitor.phases import PhaseTimer
 from molegrad.monitor.shadow import Shadow
 

@@ -28,8 +28,8 @@ import torch
 from torch import Tensor, nn
 
 from molegrad.linear import MoleLinear
-from molegrad.monitor.health import Health, device_checks
-from molegrad.monitor.metrics import LayerMetrics, aggregate
+from molegrad.monitor.health import Health
+from molegrad.monitor.metrics import LayerMetrics, aggregate, device_checks
 from molegrad.monitor.phases import PhaseTimer
 from molegrad.monitor.shadow import Shadow
 

@@ -23,6 +23,15 @@ from torch.profiler import ProfilerActivity, profile
 
 from molegrad.linear import MoleLinear
 
+# Names of the tensors that a layer has with gradient_mode "momentum".
+MOMENTUM = ("momentum", "momentum_scale")
+
+
+def working_matrices(layer: MoleLinear) -> list[Tensor]:
+    """The matrices that the layer's estimator works with: bases, where it has any."""
+    tensors = layer.state.tensors
+    return [t for key, t in tensors.items() if t.dim() == 2 and key not in MOMENTUM]
+
 
 def memory_bytes(
     model: nn.Module, optimizers: Iterable[torch.optim.Optimizer] = ()
@@ -42,11 +51,10 @@ def memory_bytes(
     bases, momenta, own = set(), set(), set()
     for layer in model.modules():
         if isinstance(layer, MoleLinear):
-            bases.update((layer.basis_u, layer.basis_v))
-            if layer.momentum is not None:  # the gradient never exists beside it
-                momenta.add(layer.momentum)
-                if layer.momentum_scale is not None:
-                    momenta.add(layer.momentum_scale)
+            bases.update(working_matrices(layer))
+            if layer.config.gradient_mode == "momentum":  # the gradient never exists beside it
+                tensors = layer.state.tensors
+                momenta.update(tensors[key] for key in MOMENTUM if key in tensors)
                 own.add(layer.weight)
     parameters = set(model.parameters())
     weights = [p for p in parameters if p not in bases | momenta]
@@ -58,23 +66,23 @@ def memory_bytes(
             gradients += optimizer.gradient_bytes() if held else 0
     for p in parameters - own:
         if p.grad is not None:
-            gradients += _bytes(p.grad)
+            gradients += bytes_of(p.grad)
         elif p.requires_grad:
-            gradients += _bytes(p)
+            gradients += bytes_of(p)
     seen = {t.untyped_storage().data_ptr() for t in (*weights, *bases, *momenta)}
     state = [
         tensor
         for optimizer in optimizers
         for key, entries in optimizer.state.items()
         if not isinstance(key, Tensor) or key in parameters
-        for tensor in _tensors(entries)
+        for tensor in plain_tensors(entries)
         if tensor.untyped_storage().data_ptr() not in seen
     ]
     return {
-        "weights": sum(map(_bytes, weights)),
-        "bases": sum(map(_bytes, bases)),
+        "weights": sum(map(bytes_of, weights)),
+        "bases": sum(map(bytes_of, bases)),
         "gradients": gradients,
-        "optimizer_state": sum(map(_bytes, state)) + sum(map(_bytes, momenta)),
+        "optimizer_state": sum(map(bytes_of, state)) + sum(map(bytes_of, momenta)),
     }
 
 
@@ -95,8 +103,8 @@ def saved_bytes(modules: Iterable[nn.Module], forward: Callable[[], object]) -> 
 
     def enter(module: nn.Module, inputs: tuple) -> None:
         own = [*module.parameters(), *module.buffers()]
-        excluded = {_address(t) for own_tensor in own for t in _parts(own_tensor)}
-        given = {_address(t) for x in inputs if isinstance(x, Tensor) for t in _parts(x)}
+        excluded = {address_of(t) for own_tensor in own for t in _parts(own_tensor)}
+        given = {address_of(t) for x in inputs if isinstance(x, Tensor) for t in _parts(x)}
         casts = {tuple(p.shape) for p in own if p.dim() == 2}
         casts |= {(n, m) for m, n in casts}
         dtypes = {p.dtype for p in own if p.is_floating_point()}
@@ -110,7 +118,7 @@ def saved_bytes(modules: Iterable[nn.Module], forward: Callable[[], object]) -> 
                 and tuple(tensor.shape) in casts
             )
             for part in _parts(tensor):
-                address = _address(part)
+                address = address_of(part)
                 if address not in excluded and not (cast and address not in given):
                     kept[address] = part.untyped_storage()
             return tensor
@@ -216,21 +224,21 @@ def _parts(tensor: Tensor) -> Iterator[Tensor]:
         yield tensor
 
 
-def _tensors(value) -> Iterator[Tensor]:
+def plain_tensors(value) -> Iterator[Tensor]:
     """All plain tensors in nested dictionaries, lists and tuples."""
     if isinstance(value, Tensor):
         yield from _parts(value)
     elif isinstance(value, dict):
         for item in value.values():
-            yield from _tensors(item)
+            yield from plain_tensors(item)
     elif isinstance(value, (list, tuple)):
         for item in value:
-            yield from _tensors(item)
+            yield from plain_tensors(item)
 
 
-def _address(tensor: Tensor) -> int:
+def address_of(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def _bytes(tensor: Tensor) -> int:
+def bytes_of(tensor: Tensor) -> int:
     return sum(part.numel() * part.element_size() for part in _parts(tensor))

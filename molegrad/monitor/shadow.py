@@ -18,7 +18,7 @@ training with and without shadow layers gives the same bits.
 
 Costs at a due step: a forward pass and most of a backward pass without weight gradients; a product
 BᵀA and two eigenvalue problems of the smaller side's size for each chosen layer; and until
-`compare`, G and what Ĝ is told from, and during `observe` A and B, of the chosen layers alone.
+`compare`, G and what Ĝ is found from, and during `observe` A and B, of the chosen layers alone.
 """
 
 from __future__ import annotations
@@ -30,21 +30,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from molegrad.estimators.lowrank_sums import STATS
-from molegrad.config import MoleGradConfig
+from molegrad.estimators import Estimate
 from molegrad.linear import MoleLinear
-from molegrad.monitor.estimates import (
-    Estimate,
-    accumulated,
-    compare,
-    estimate_of,
-    sketches_add_up,
-)
 from molegrad.monitor.extra_pass import Call, output_gradients
-from molegrad.targets import layer_role, matches
 from molegrad.ops.amp import exact_products
 from molegrad.ops.checks import TOKEN_CHUNK, acc_dtype
-from molegrad.targets import GROUPS as TARGET_GROUPS
+from molegrad.targets import layer_role, normalized_targets, not_targeted
 
 SHADOW_METRICS = (
     "energy_capture",
@@ -68,8 +59,8 @@ class Shadow:
     Args:
         model: the bare model, neither compiled nor data-parallel.
         layers: "auto" (see `choose_layers`), "all", or what `MoleGradConfig.target_layers` takes.
-        optimizers: those that hold the bases of layers in factored mode, for their trust_max; the
-            layers' configuration decides where none does.
+        optimizers: those that hold the sketches of layers with gradient_mode "factors", for their
+            trust_max; the estimator's options decide where none does.
         spectrum: how many leading singular values of G and of Ĝ `records` gives; 0 for none.
 
     Raises:
@@ -100,17 +91,16 @@ class Shadow:
         """A due step starts: sums at zero, a copy of what the backward passes will add to.
 
         Raises:
-            ValueError: a layer of method "power" in factored mode has gradients already, to which
-                nothing can be added.
+            ValueError: a layer whose sketches do not add up has some already.
         """
         sums = {}
         for name, layer in self.layers.items():
             _require_plain(name, layer)
-            before = accumulated(layer)
-            if before is not None and not sketches_add_up(layer):
+            before = layer.config.estimator.accumulated(layer.state)
+            if before is not None and not _adds_up(layer):
                 raise ValueError(
-                    f"layer {name}: method='power' in factored mode is not linear in the gradient, "
-                    "and there are gradients before the step's first backward pass: call "
+                    f"layer {name}: estimates of method={layer.config.method!r} do not add up, and "
+                    "there are gradients before the step's first backward pass: call "
                     "zero_grad(set_to_none=True) before Shadow.begin()"
                 )
             sums[name] = _Sums(layer, before)
@@ -149,7 +139,7 @@ class Shadow:
 
         Raises:
             RuntimeError: `begin` or `observe` was not called, no chosen layer has a gradient, or a
-                layer of method "power" in factored mode was called more than once.
+                layer whose sketches do not add up was called more than once.
         """
         sums = self._begun("compare")
         if not any(entry.calls for entry in sums.values()):
@@ -175,18 +165,17 @@ class Shadow:
         - cosine: ⟨G, Ĝ⟩ / (‖G‖ ‖Ĝ‖); 0 where Ĝ is zero
         - norm_ratio: ‖Ĝ‖ / ‖G‖, trust factor included; relative_error: ‖Ĝ − G‖ / ‖G‖
         - best_energy: √(s₁² + … + s_r²) / ‖G‖, s the singular values of G: what the best matrix of
-          rank r captures. r is the rank that Ĝ may have: k (power) or 2k (tangent), in dense mode
-          times the number of backward passes (and processes), as bases move with each. nan for
-          methods "sampled" and "projected", whose estimates have full rank
+          rank r captures. r is the rank that Ĝ may have: k (power) or 2k (tangent), in mode "grad"
+          times the number of backward passes (and processes), as bases move with each. nan where
+          the estimate has full rank
         - norm_estimate_error: the free estimate of ‖G‖ (probes) relative to the truth, minus 1
-        - energy_estimate_error: the free energy_capture minus the one by the true ‖G‖. For methods
-          "sampled" and "projected": the sampling_noise that the step claimed minus
-          ‖Ĝ − G‖² / Σ_t ‖a_t‖² ‖b_t‖², which is one draw of it, and has what the rounding of inputs
-          and momentum adds
+        - energy_estimate_error: the free energy_capture minus the one by the true ‖G‖. For unbiased
+          estimates: the sampling_noise that the step claimed minus ‖Ĝ − G‖² / Σ_t ‖a_t‖² ‖b_t‖²,
+          which is one draw of it, and has what the rounding of inputs and momentum adds
         - effective_rank: exp(−Σ pᵢ log pᵢ), pᵢ = sᵢ / Σ s (Roy, Vetterli 2007), of G
 
-        In dense mode the free estimates are those of the last micro-batch, compared with its own G;
-        they are nan where a layer is called more than once in it.
+        In mode "grad" the free estimates are those of the last micro-batch, compared with its own
+        G; they are nan where a layer is called more than once in it.
         """
         return {row.name: dict(zip(SHADOW_METRICS, v, strict=False)) for row, v in self._read()}
 
@@ -213,8 +202,8 @@ class Shadow:
         if self._values is None and self._rows:
             device = self._rows[0].values.device
             parts = [row.values.to(device) for row in self._rows]
-            flat = iter(torch.cat(parts).tolist())  # the one transfer
-            self._values = [[next(flat) for _ in range(len(part))] for part in parts]
+            flat = torch.cat(parts).cpu()  # the one transfer
+            self._values = [part.tolist() for part in flat.split([len(part) for part in parts])]
         return list(zip(self._rows, self._values or [], strict=True))
 
     def _exact(self):
@@ -227,17 +216,19 @@ class Shadow:
         if world > 1:
             for tensor in (sums.gradient, sums.claimed, sums.total_pairs):
                 _average(tensor, world)
-        if sums.calls > 1 and not sketches_add_up(layer):
+        if sums.calls > 1 and not _adds_up(layer):
             raise RuntimeError(
-                f"layer {name}: method='power' in factored mode is not linear in the gradient, so "
-                f"that {sums.calls} calls in one step have no estimate: use method='tangent'"
+                f"layer {name}: estimates of method={layer.config.method!r} do not add up, so that "
+                f"{sums.calls} calls in one step have none: use method='tangent'"
             )
-        est = estimate_of(layer, sums.before, self._trust_max(layer))
-        if est is None:
+        estimator, state = layer.config.estimator, layer.state
+        now = estimator.accumulated(state)
+        if now is None:
             return None
+        est = estimator.matrix(state, now, sums.before, self._trust_max(layer))
         if mode == "momentum" and world > 1:  # as Muon will at its step
             _average(est.matrix, world)
-        passes = 1 if mode == "factored" else sums.calls * world
+        passes = 1 if mode == "factors" else sums.calls * world
         rank = min(est.rank * passes, *layer.weight.shape)
         metrics, *spectra = compare(sums.gradient, est.matrix, rank, self.spectrum)
         metrics |= _free_errors(sums, est, world)
@@ -245,22 +236,67 @@ class Shadow:
         return _Row(name, rank, torch.cat([values, *spectra]))
 
     def _trust_max(self, layer: MoleLinear) -> float:
-        """What limits the trust factor of a layer in factored mode; 0 where there is none."""
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                if "trust_max" in group and any(p is layer.basis_v for p in group["params"]):
-                    return group["trust_max"]
-        return layer.config.trust_max if layer.config.trust_scaling else 0.0
+        """What limits the trust factor where an optimizer applies it; 0 where there is none."""
+        if not layer.sketches:
+            return 0.0
+        options = layer.config.estimator.optimizer_options(layer.config.seed)
+        for group in (group for o in self.optimizers for group in o.param_groups):
+            if any(p is layer.stepped for p in group["params"]):
+                options = group
+        return options.get("trust_max", 0.0)
+
+
+def compare(
+    gradient: Tensor, estimate: Tensor, rank: int, spectrum: int = 0
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """How Ĝ (m, n) relates to G (m, n): metrics of `Shadow.read` (0-dim, float64; nan for G = 0 and
+    where one is not finite), and the leading `spectrum` singular values of both.
+
+    No Ĝ of rank r has a larger cosine than best_energy (Eckart, Young 1936), nan for r = 0.
+    """
+    g, e = gradient.double(), estimate.double()
+    g_norm, e_norm = torch.linalg.vector_norm(g), torch.linalg.vector_norm(e)
+    inner = ((g * e).sum() / (g_norm * e_norm)).clamp(-1.0, 1.0)
+    cosine = torch.where((e_norm == 0) & (g_norm > 0), 0.0, inner)
+    s = singular_values(g)
+    energies = (s / torch.linalg.vector_norm(s)).square().cumsum(0).sqrt()
+    nonzero = torch.where(g_norm > 0, g_norm, math.nan)
+    metrics = {
+        "energy_capture": cosine.clamp(min=0.0),
+        "cosine": cosine,
+        "norm_ratio": e_norm / nonzero,
+        "best_energy": energies[min(rank, len(s)) - 1] if rank else inner.new_full((), math.nan),
+        "relative_error": torch.linalg.vector_norm(e - g) / nonzero,
+        "effective_rank": torch.special.entr(s / s.sum()).sum().exp(),
+    }
+    return metrics, s[:spectrum], singular_values(e)[:spectrum] if spectrum else s[:0]
+
+
+def singular_values(x: Tensor) -> Tensor:
+    """(min(m, n),) float64 of x (m, n), the largest first; nan where x is not finite.
+
+    From the eigenvalues of the smaller Gram matrix, which is many times faster than svdvals. What
+    is below 1e-8 of the largest is lost: in a gradient that was summed in float32 it is noise.
+    """
+    x = x.double()
+    finite = x.isfinite().all()
+    x = torch.where(finite, x, 0.0)
+    scale = x.abs().amax()
+    scale = torch.where(scale > 0, scale, 1.0)
+    x = x / scale
+    gram = x @ x.mT if x.shape[0] <= x.shape[1] else x.mT @ x
+    values = torch.linalg.eigvalsh(gram).clamp_min(0.0).sqrt().flip(0) * scale
+    return torch.where(finite, values, math.nan)
 
 
 def choose_layers(model: nn.Module, layers: str | Sequence[str] = "auto") -> dict[str, MoleLinear]:
     """The converted layers of `model` that are trained and chosen, by name, in the model's order.
 
-    "auto" takes of each role (`molegrad.targets.layer_role`: feed-forward, attention, ...) one layer
-    in the first, the middle and the last block that has it: the largest, of equal ones the first.
-    A block is what a name says up to its first number (`h.3` of `h.3.mlp.c_fc`); a layer without
-    a number is a block of its own. An output head is never chosen: its gradient is made with its
-    loss, a chunk of tokens at a time, where no call of the layer can be seen.
+    "auto" takes of each role (`molegrad.targets.layer_role`: feed-forward, attention, ...) one
+    layer in the first, the middle and the last block that has it: the largest, of equal ones the
+    first. A block is what a name says up to its first number (`h.3` of `h.3.mlp.c_fc`); a layer
+    without a number is a block of its own. An output head is never chosen: its gradient is made
+    with its loss, a chunk of tokens at a time, where no call of the layer can be seen.
 
     Raises:
         ValueError, TypeError: see `Shadow`.
@@ -277,27 +313,19 @@ def choose_layers(model: nn.Module, layers: str | Sequence[str] = "auto") -> dic
         )
     if layers == "auto":
         chosen = _first_middle_last(trained)
-    else:
-        try:
-            targets = MoleGradConfig(target_layers=layers).target_layers
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"shadow layers: {error}") from None
-        chosen = set()
-        for target in [targets] if isinstance(targets, str) else targets:
-            found = {name for name in trained if _is_target(target, name)}
-            if not found:
-                raise ValueError(
-                    f"shadow layers: {target!r} matches no converted, trained layer of this model; "
-                    f"there are {', '.join(trained)}"
-                )
-            chosen |= found
-    return {name: layer for name, layer in trained.items() if name in chosen}
-
-
-def _is_target(target: str, name: str) -> bool:
-    if target in TARGET_GROUPS:
-        return target == "all" or layer_role(name) == target.removesuffix("_only")
-    return matches(target, name)
+        return {name: layer for name, layer in trained.items() if name in chosen}
+    try:
+        targets = normalized_targets(layers)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"shadow layers: {error}") from None
+    for target in [targets] if isinstance(targets, str) else [(t,) for t in targets]:
+        if all(not_targeted(name, target) for name in trained):
+            named = target if isinstance(target, str) else target[0]
+            raise ValueError(
+                f"shadow layers: {named!r} matches no converted, trained layer of this model; "
+                f"there are {', '.join(trained)}"
+            )
+    return {name: layer for name, layer in trained.items() if not not_targeted(name, targets)}
 
 
 def _first_middle_last(layers: dict[str, MoleLinear]) -> set[str]:
@@ -326,13 +354,13 @@ class _Sums:
     """What a due step gathers of one layer."""
 
     def __init__(self, layer: MoleLinear, before: tuple[Tensor, ...] | None) -> None:
-        c, dtype = layer.config, acc_dtype(layer.weight.dtype)
+        dtype = acc_dtype(layer.weight.dtype)
         self.layer = layer
         self.before = None if before is None else tuple(t.detach().clone() for t in before)
         self.gradient = torch.zeros_like(layer.weight, dtype=dtype, requires_grad=False)
         self.calls = self.last_calls = 0  # of the step, of the last micro-batch
         # G of the last micro-batch alone, where the layer's statistics are about that one.
-        own = c.gradient_mode == "grad" and c.probes > 0
+        own = layer.config.gradient_mode == "grad" and not layer.config.estimator.unbiased
         self.own = torch.zeros_like(self.gradient) if own else None
         # Σ_t ‖a_t‖² ‖b_t‖² of the last micro-batch and of the step, and the sampling noise that
         # the backward passes claim.
@@ -366,10 +394,9 @@ class _Sums:
     def claim(self) -> None:
         """Take up what the last backward pass said of its sampling noise."""
         if self.last_calls:
-            values = dict(zip(self.layer.config.estimator.STATS, self.layer.stats, strict=True))
-            noise = values["sampling_noise"].double()
             # Of several calls only the last one's is known.
-            self.claimed += noise * self.pairs if self.last_calls == 1 else math.nan
+            noise = _sampling_noise(self.layer) if self.last_calls == 1 else math.nan
+            self.claimed += noise * self.pairs
             self.total_pairs += self.pairs
 
 
@@ -387,6 +414,20 @@ def _free_errors(sums: _Sums, est: Estimate, world: int) -> dict[str, Tensor]:
         error_sq = (est.matrix - sums.gradient).double().square().sum() * world
         energy_error = (sums.claimed - error_sq) / sums.total_pairs
     return {"norm_estimate_error": norm / truth - 1, "energy_estimate_error": energy_error}
+
+
+def _sampling_noise(layer: MoleLinear) -> Tensor | float:
+    """What the last backward pass said of its sampling noise; nan where nothing does."""
+    estimator, key = layer.config.estimator, "sampling_noise"
+    if key in estimator.STATS:
+        return estimator.stats(layer.state)[estimator.STATS.index(key)].double()
+    return estimator.metrics({}).get(key, math.nan) if not estimator.STATS else math.nan
+
+
+def _adds_up(layer: MoleLinear) -> bool:
+    """Whether the estimates of several backward passes add up where they are accumulated: as
+    matrices they do."""
+    return layer.config.estimator.adds_up or not layer.sketches
 
 
 def _processes() -> int:

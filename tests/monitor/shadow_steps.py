@@ -18,12 +18,13 @@ LOW_RANK = [
     for method in ("tangent", "power")
     for probes in (0, 6)
 ]
+_SAMPLED = {"gradient_mode": "momentum", "method": "sampled", "sampling_fraction": 0.3}
 SAMPLED = [
-    {"gradient_mode": "grad", "sampling_fraction": 0.3},
-    {"gradient_mode": "momentum", "sampling_fraction": 0.3},
-    {"gradient_mode": "momentum", "sampling_fraction": 0.3, "momentum_dtype": "bfloat16"},
-    {"gradient_mode": "momentum", "sampling_fraction": 0.3, "momentum_dtype": "int8"},
-    {"gradient_mode": "momentum", "sampling_fraction": 0.3, "saved_inputs": "fp8"},
+    {**_SAMPLED, "gradient_mode": "grad"},
+    _SAMPLED,
+    {**_SAMPLED, "momentum_dtype": "bfloat16"},
+    {**_SAMPLED, "momentum_dtype": "int8"},
+    {**_SAMPLED, "saved_inputs": "fp8"},
 ]
 EVERY = LOW_RANK + SAMPLED
 

@@ -7,8 +7,7 @@ from torch import nn
 
 from molegrad import MoleGradConfig, convert
 from molegrad.monitor import Health, HealthError, Instruments
-from molegrad.monitor.instruments import HEALTH_RECORDS, SHADOW_RECORDS
-from molegrad.monitor.instruments import read_records
+from molegrad.monitor.instruments import HEALTH_RECORDS, SHADOW_RECORDS, read_records
 
 
 class Shadow:

@@ -2,9 +2,11 @@ import pytest
 import torch
 from torch import nn
 
-from molegrad import MoleGradConfig, convert
 from molegrad.monitor import memory_bytes, saved_bytes
+from molegrad.monitor.memory import peak_bytes
 from tests.monitor.test_metrics import trained
+
+SIZE = 4 * 250_000
 
 
 def test_memory_is_counted_on_the_tensors():
@@ -68,10 +70,6 @@ def test_an_optimizer_may_say_what_gradients_it_holds():
     assert memory_bytes(model[1], [optimizer])["optimizer_state"] == 4
 
 
-def linear_layers(model):
-    return [module for module in model.modules() if isinstance(module, nn.Linear)]
-
-
 def test_what_layers_save_counts_once_per_storage():
     class Two(nn.Module):
         def __init__(self):
@@ -83,30 +81,13 @@ def test_what_layers_save_counts_once_per_storage():
             return self.a(x) + self.b(x) + self.c(x[:, :2])
 
     model, x = Two(), torch.randn(5, 8)
-    assert saved_bytes(linear_layers(model), lambda: model(x)) == 4 * 5 * 8
+    assert saved_bytes([model.a, model.b, model.c], lambda: model(x)) == 4 * 5 * 8
     assert saved_bytes([model.c], lambda: model(x)) == 4 * 5 * 8
     assert saved_bytes([model.c], lambda: model(x.clone()[:2])) == 4 * 5 * 8
     assert saved_bytes([model], lambda: torch.relu(model(x))) == 4 * 5 * 8  # relu is outside
     with torch.no_grad():
-        assert saved_bytes(linear_layers(model), lambda: model(x)) == 0
+        assert saved_bytes([model.a, model.b, model.c], lambda: model(x)) == 0
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-
-
-def test_a_whole_module_counts_what_is_between_its_layers():
-    model, x = nn.Sequential(nn.Linear(8, 16), nn.Sigmoid(), nn.Linear(16, 2)), torch.randn(5, 8)
-    layers = saved_bytes(linear_layers(model), lambda: model(x))
-    assert layers == 4 * 5 * (8 + 16)
-    assert saved_bytes([model], lambda: model(x)) == layers  # sigmoid keeps what is kept already
-    model[1] = nn.SiLU()  # keeps its own input besides
-    assert saved_bytes([model], lambda: model(x)) == layers + 4 * 5 * 16
-
-
-@pytest.mark.parametrize("mode", ["grad", "factors"])
-def test_converted_layers_are_measured_too(mode):
-    config = MoleGradConfig.of(rank_k=2, target_layers="all", gradient_mode=mode)
-    model = convert(nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 16)), config)
-    x = torch.randn(7, 16)
-    assert saved_bytes(linear_layers(model), lambda: model(x)) == 4 * 7 * (16 + 24)
 
 
 def test_autocast_copies_of_inputs_count_and_those_of_weights_do_not():
@@ -131,3 +112,69 @@ def test_a_failing_forward_pass_leaves_nothing_behind():
     w = torch.ones(2, requires_grad=True)
     (w * w).sum().backward()  # the hooks on saved tensors are gone
     assert torch.equal(w.grad, torch.full((2,), 2.0))
+
+
+def block() -> torch.Tensor:
+    return torch.empty(250_000)
+
+
+@pytest.fixture
+def before() -> int:
+    """Bytes of what is alive in this process anyway."""
+    return peak_bytes(lambda: None)
+
+
+def test_tensors_that_are_alive_together_add_up(before):
+    def two_at_a_time():
+        a, b = block(), block()
+        del a
+        c = block()
+        c.add_(b)  # in place: nothing new
+
+    assert peak_bytes(two_at_a_time) - before == pytest.approx(2 * SIZE, rel=1e-3)
+
+    def three():
+        return [block() for _ in range(3)]
+
+    assert peak_bytes(three) - before == pytest.approx(3 * SIZE, rel=1e-3)
+
+
+def test_memory_that_kernels_take_for_themselves_counts(before):
+    x = block()
+
+    def sort():  # its values and indices are 3 SIZE
+        x.view(500, 500).t().sort(dim=0)
+
+    assert peak_bytes(sort) - before > 3.5 * SIZE
+
+
+def test_what_was_there_before_counts_until_it_is_freed(before):
+    held = [block()]
+    assert peak_bytes(lambda: None) - before == SIZE
+
+    def free_and_take():
+        held.clear()
+        block()
+
+    assert peak_bytes(free_and_take) - before == pytest.approx(SIZE, rel=1e-3)
+    held.append(block())
+
+    def take_and_free():
+        kept = block()
+        held.clear()
+        return kept
+
+    assert peak_bytes(take_and_free) - before == pytest.approx(2 * SIZE, rel=1e-3)
+
+
+def test_other_devices_are_refused():
+    with pytest.raises(ValueError, match="cpu and cuda, got device meta"):
+        peak_bytes(lambda: None, "meta")
+
+
+def test_cuda_asks_the_allocator(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda d: calls.append("reset"))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda d: calls.append("read") or 7)
+    assert peak_bytes(lambda: calls.append("run"), "cuda") == 7
+    assert calls == ["reset", "run", "read"]

@@ -10,7 +10,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from molegrad import MoleGradConfig, MoleLinear, convert, ignored_by_ddp
-from molegrad.estimators.lowrank_sums import STATS
 from molegrad.monitor.shadow import SHADOW_METRICS, Shadow, choose_layers
 from molegrad.ops.power import hutch_norm_sq
 from tests.models import TinyGPT
@@ -38,16 +37,20 @@ def estimate_by_hand(layer: MoleLinear, before) -> torch.Tensor:
     k = layer.rank
     u, v = layer.basis_u.detach()[:, :k], layer.basis_v.detach()[:, :k]
     y, w = layer.basis_u.grad[:, :k], layer.basis_v.grad[:, :k]
-    if layer.config.method == "power":
+    if layer.config.estimator.one_sided:
         return y @ w.mT
     return u @ w.mT + (torch.eye(len(u), dtype=u.dtype) - u @ u.mT) @ y @ v.mT
 
 
 def momentum_of(layer: MoleLinear) -> torch.Tensor | None:
-    if layer.momentum is None:
+    if "momentum" not in layer.state.tensors:
         return None
     value = layer.momentum.detach().double()
-    return value if layer.momentum_scale is None else value * layer.momentum_scale.detach().double()
+    return (
+        value
+        if "momentum_scale" not in layer.state.tensors
+        else value * layer.momentum_scale.detach().double()
+    )
 
 
 @pytest.mark.parametrize("fields", EVERY, ids=label)
@@ -78,7 +81,7 @@ def test_numbers_are_those_of_the_definitions(fields):
         "relative_error": ((estimate - truth).norm() / norm).item(),
         "effective_rank": (-(probabilities * probabilities.log()).sum()).exp().item(),
     }
-    ranked = "method" in fields
+    ranked = fields["method"] != "sampled"
     if ranked:
         rank = 4 * (2 if fields["method"] == "tangent" else 1)
         rank *= len(batches) if fields["gradient_mode"] == "grad" else 1
@@ -152,7 +155,13 @@ def test_a_trust_factor_belongs_to_the_estimate_and_not_to_its_energy(mode):
 
 def test_trust_max_is_the_optimizer_s():
     model, optimizers = build(
-        {"gradient_mode": "factors", "rank_k": 2, "probes": 6, "trust_scaling": True}
+        {
+            "gradient_mode": "factors",
+            "method": "tangent",
+            "rank_k": 2,
+            "probes": 6,
+            "trust_scaling": True,
+        }
     )
     shadow, stale = Shadow(model, LAYER, optimizers), Shadow(model, LAYER)
     for group in optimizers[0].param_groups:
@@ -170,7 +179,7 @@ def test_trust_max_is_the_optimizer_s():
 
 @pytest.mark.parametrize("mode", ["grad", "momentum"])
 def test_all_products_are_the_gradient_itself(mode):
-    model, optimizers = build({"gradient_mode": mode, "sampling_fraction": 1.0})
+    model, optimizers = build({"gradient_mode": mode, "method": "exact"})
     got = step(model, optimizers, [tokens(1), tokens(2)], Shadow(model, "all"))
     assert len(got) == 6
     for values in got.values():
@@ -182,13 +191,15 @@ def test_all_products_are_the_gradient_itself(mode):
 
 @pytest.mark.parametrize("mode", ["grad", "momentum"])
 def test_the_sampling_noise_claimed_is_the_noise_found(mode):
-    model, optimizers = build({"gradient_mode": mode, "sampling_fraction": 0.2, "sample_block": 1})
+    model, optimizers = build(
+        {"gradient_mode": mode, "method": "sampled", "sampling_fraction": 0.2, "sampling_block": 1}
+    )
     shadow, claimed, errors = Shadow(model, LAYER), [], []
     layer = model.get_submodule(LAYER)
     optimizers = [optimizers[1]]  # the layer's weight stays, so that draws are alike
     for _ in range(20):
         errors.append(step(model, optimizers, [tokens(1), tokens(2)], shadow)[LAYER])
-        claimed.append(layer.stats[STATS.index("sampling_noise")].item())
+        claimed.append(layer.stats[1].item())
         layer.weight.grad = None
     claim = sum(claimed) / len(claimed)
     mean = sum(e["energy_estimate_error"] for e in errors) / len(errors)
@@ -198,7 +209,7 @@ def test_the_sampling_noise_claimed_is_the_noise_found(mode):
 
 @pytest.mark.parametrize("mode", ["grad", "momentum"])
 def test_under_autocast_the_truth_is_of_the_rounded_inputs(mode):
-    model, optimizers = build({"gradient_mode": mode, "sampling_fraction": 1.0}, dtype=torch.float32)
+    model, optimizers = build({"gradient_mode": mode, "method": "exact"}, dtype=torch.float32)
     shadow = Shadow(model, "all")
     with torch.autocast("cpu", torch.bfloat16):
         got = step(model, optimizers, [tokens(1)], shadow)
@@ -223,7 +234,7 @@ def test_the_comparison_itself_knows_no_autocast():
 
 
 def test_no_number_is_made_up():
-    fields = {"gradient_mode": "grad", "rank_k": 4, "probes": 2}
+    fields = {"gradient_mode": "grad", "method": "tangent", "rank_k": 4, "probes": 2}
     model, _ = build(fields, dtype=torch.float32)
     shadow = Shadow(model, LAYER, spectrum=3)
     assert shadow.read() == {} and shadow.records() == []
@@ -244,7 +255,7 @@ def test_no_number_is_made_up():
 
 
 def test_which_layers_are_chosen():
-    model, _ = build({"gradient_mode": "grad", "rank_k": 4}, depth=5)
+    model, _ = build({"gradient_mode": "grad", "method": "tangent", "rank_k": 4}, depth=5)
     for block in (0, 2, 4):  # the largest of a role; of equal ones the first
         assert f"h.{block}.mlp.c_fc" in choose_layers(model)
         assert f"h.{block}.attn.c_q" in choose_layers(model)
@@ -266,12 +277,12 @@ def test_which_layers_are_chosen():
     with pytest.raises(ValueError, match="spectrum"):
         Shadow(model, spectrum=-1)
     flat = nn.Sequential(*(nn.Linear(16, 16) for _ in range(5)))
-    convert(flat, MoleGradConfig.of(sampling_fraction=0.5, target_layers=r".*"))
+    convert(flat, MoleGradConfig.of(method="sampled", sampling_fraction=0.5, target_layers=r".*"))
     assert list(choose_layers(flat)) == ["0", "2", "4"]
 
 
 def test_wrong_order_is_refused():
-    model, _ = build({"gradient_mode": "grad", "rank_k": 4})
+    model, _ = build({"gradient_mode": "grad", "method": "tangent", "rank_k": 4})
     shadow = Shadow(model, LAYER)
     with pytest.raises(RuntimeError, match=r"begin\(\)"):
         shadow.observe(lambda: loss_of(model, tokens(1)))
@@ -288,9 +299,9 @@ def test_wrong_order_is_refused():
 
 
 PARALLEL = [
-    {"gradient_mode": "grad", "sampling_fraction": 1.0},
-    {"gradient_mode": "momentum", "sampling_fraction": 1.0},
-    {"gradient_mode": "factors", "rank_k": 4, "probes": 4},
+    {"gradient_mode": "grad", "method": "exact"},
+    {"gradient_mode": "momentum", "method": "exact"},
+    {"gradient_mode": "factors", "method": "tangent", "rank_k": 4, "probes": 4},
 ]
 
 

@@ -66,14 +66,14 @@ def test_training_is_the_same_to_the_bit(fields):
 
 
 def test_dropout_is_that_of_the_pass_that_follows():
-    gpt, optimizers = build({"gradient_mode": "grad", "sampling_fraction": 1.0})
+    gpt, optimizers = build({"gradient_mode": "grad", "method": "exact"})
     model = WithDropoutAndNorm(gpt)
     got = step(model, optimizers, [tokens(1), tokens(2)], Shadow(model, LAYER))
     assert got["gpt." + LAYER]["relative_error"] < 1e-12
 
 
 def test_nothing_arises_and_hooks_go_when_the_loss_fails():
-    model, optimizers = build({"gradient_mode": "factors", "rank_k": 4})
+    model, optimizers = build({"gradient_mode": "factors", "method": "tangent", "rank_k": 4})
     shadow = Shadow(model, "all")
     fired = []
     for p in model.parameters():
@@ -105,7 +105,7 @@ def test_nothing_arises_and_hooks_go_when_the_loss_fails():
 
 
 def test_the_extra_pass_keeps_no_inputs_for_weight_gradients():
-    model, _ = build({"gradient_mode": "grad", "sampling_fraction": 1.0})
+    model, _ = build({"gradient_mode": "grad", "method": "exact"})
     inputs, saved = [], set()
     hooks = [
         m.register_forward_hook(lambda _, args, __: inputs.append(args[0]))
@@ -156,7 +156,13 @@ def test_compiled_graphs_stay_valid(fields):
 
 @pytest.mark.parametrize("mode", ["grad", "factors"])
 def test_adaptive_ranks_may_change_between_steps(mode):
-    fields = {"gradient_mode": mode, "rank_k": 4, "probes": 4, "energy_target": 0.95}
+    fields = {
+        "gradient_mode": mode,
+        "method": "tangent",
+        "rank_k": 4,
+        "probes": 4,
+        "energy_target": 0.95,
+    }
     model, optimizers = build({**fields, "rank_interval": 1, "rank_budget": 0, "rank_min": 2})
     layer = model.get_submodule(LAYER)
     controller = RankController(model, optimizers, layer.config)
@@ -211,7 +217,7 @@ class Awkward(nn.Module):
 @pytest.mark.parametrize("layers", ["all", "inplace", "twice", "last"])
 def test_layers_called_twice_or_from_checkpoints_or_changed_in_place(layers):
     torch.manual_seed(0)
-    config = MoleGradConfig.of(sampling_fraction=1.0, target_layers=r".*")
+    config = MoleGradConfig.of(method="exact", target_layers=r".*")
     model = convert(Awkward().double(), config)
     shadow, x = Shadow(model, layers), torch.randn(30, 24, dtype=F64)
     shadow.begin()
@@ -228,7 +234,7 @@ def test_layers_called_twice_or_from_checkpoints_or_changed_in_place(layers):
 
 
 def test_an_input_that_is_changed_in_place_is_refused():
-    model = nn.Sequential(MoleLinear(24, 24, config=MoleGradConfig.of(sampling_fraction=1.0)))
+    model = nn.Sequential(MoleLinear(24, 24, config=MoleGradConfig.of(method="exact")))
     shadow = Shadow(model)
     shadow.begin()
 

@@ -16,15 +16,14 @@ RATES = {"muon": 0.02, "adamw": 0.01, "adafactor": 0.05}
 
 
 def config(mode="factors", method="tangent", **fields) -> MoleGradConfig:
-    return MoleGradConfig.of(
-        **{"rank_k": 4, "target_layers": "all", "gradient_mode": mode, "method": method, **fields}
-    )
+    options = {"rank_k": 4, "target_layers": "all", "gradient_mode": mode, **fields}
+    return MoleGradConfig.of(method, **options)
 
 
 def factored_layer(dtype=F64, n=24, m=40, k=4, **fields) -> MoleLinear:
     """An (m, n) layer of rank k, also of ranks that no configuration allows."""
     layer = MoleLinear(n, m, bias=False, dtype=dtype, config=config(rank_k=2, **fields))
-    probes = layer.config.probes
+    probes = layer.config.estimator.probes
     for seed, basis in enumerate((layer.basis_u, layer.basis_v)):
         wide = orthonormal(basis.shape[0], k, seed, dtype)
         basis.data = torch.cat([wide, basis.detach()[:, basis.shape[1] - probes :]], dim=1)
@@ -45,7 +44,7 @@ def estimate(layer: MoleLinear) -> torch.Tensor:
     k = layer.rank
     u, v = layer.basis_u.detach()[:, :k], layer.basis_v.detach()[:, :k]
     y, w = layer.basis_u.grad[:, :k], layer.basis_v.grad[:, :k]
-    if layer.config.method == "power":
+    if layer.config.estimator.one_sided:
         return y @ w.mT  # its y is U itself
     return u @ w.mT + (y - u @ (u.mT @ y)) @ v.mT
 

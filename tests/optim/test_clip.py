@@ -1,17 +1,14 @@
 import pytest
 import torch
 
-from molegrad import MoleGradConfig, clip_grad_norm_
+from molegrad import clip_grad_norm_
 from tests.models import perceptron
 from tests.samples import tangent_truth
-from tests.test_linear import layer_estimate
+from tests.optim.common import config, estimate as layer_estimate
 
 
 def model_with_gradients(mode, method="tangent"):
-    config = MoleGradConfig.of(
-        rank_k=4, target_layers="all", gradient_mode=mode, method=method, probes=2
-    )
-    model = perceptron(config)
+    model = perceptron(config(mode, method, probes=2))
     model(torch.randn(30, 24)).square().sum().backward()
     return model
 
@@ -52,13 +49,3 @@ def test_small_gradients_stay_and_bad_ones_are_named():
     with pytest.raises(ValueError, match="max_norm must not be negative, got -1"):
         clip_grad_norm_(model, -1.0)
     assert clip_grad_norm_(torch.nn.Linear(2, 2), 1.0) == 0
-
-
-def test_reference_is_the_tangent_projection():
-    """The estimate the norm stands for is the one the reference builds."""
-    model = model_with_gradients("factors")
-    layer = model[0]
-    u, v = layer.basis_u.detach()[:, :4], layer.basis_v.detach()[:, :4]
-    y, w = layer.basis_u.grad[:, :4], layer.basis_v.grad[:, :4]
-    left, right = tangent_truth(u, v, y, w)
-    torch.testing.assert_close(left @ right.mT, u @ w.mT + (y - u @ (u.mT @ y)) @ v.mT)

@@ -17,14 +17,14 @@ each = pytest.mark.parametrize("name", list(ALL))
 
 @each
 @pytest.mark.parametrize("method", ["tangent", "power"])
-@pytest.mark.parametrize("mode", ["dense", "factored"])
+@pytest.mark.parametrize("mode", ["grad", "factors"])
 def test_it_trains(name, mode, method):
     losses = train(*make(name, mode, method), 60)
     assert losses[-1] < 0.7 * losses[0]
 
 
 def test_groups_cover_every_parameter_once():
-    for mode in ("dense", "factored"):
+    for mode in ("grad", "factors"):
         model, (muon, adam) = make("muon", mode)
         owned = [p for o in (muon, adam) for g in o.param_groups for p in g["params"]]
         assert len({id(p) for p in owned}) == len(owned)
@@ -56,7 +56,7 @@ def test_layers_of_different_ranks_share_a_group():
 
 
 @each
-@pytest.mark.parametrize("mode", ["dense", "factored"])
+@pytest.mark.parametrize("mode", ["grad", "factors"])
 def test_state_dict_resumes_bit_exactly_with_weights_only(name, mode):
     model, optimizers = make(name, mode)
     train(model, optimizers, 5)
@@ -93,13 +93,13 @@ def test_bfloat16_weights_keep_a_float32_state(name):
 
 
 def test_schedulers_and_groups():
-    model, (muon, _) = make("muon", "factored")
+    model, (muon, _) = make("muon", "factors")
     scheduler = torch.optim.lr_scheduler.LambdaLR(muon, lambda step: 0.5**step)
     train(model, (muon,), 1)
     scheduler.step()
     assert all(g["lr"] == 0.01 for g in muon.param_groups)
     muon.add_param_group({"params": [torch.nn.Parameter(torch.zeros(3, 4))], "lr": 0.5})
-    assert muon.param_groups[-1]["kind"] == "dense"
+    assert muon.param_groups[-1]["kind"] == "grad"
 
 
 @each
@@ -289,9 +289,9 @@ def test_statistics_of_a_factored_layer():
 
 
 @each
-@pytest.mark.parametrize("mode", ["dense", "factored"])
+@pytest.mark.parametrize("mode", ["grad", "factors"])
 def test_weight_decay_is_decoupled(name, mode):
-    layer = factored_layer() if mode == "factored" else torch.nn.Linear(24, 40, bias=False).double()
+    layer = factored_layer() if mode == "factors" else torch.nn.Linear(24, 40, bias=False).double()
     optimizer = ALL[name](matrix_param_groups(layer), lr=0.1, weight_decay=0.5)
     before = layer.weight.detach().clone()
     layer(torch.zeros(3, 24, dtype=F64)).sum().backward()
@@ -319,7 +319,7 @@ def matrix(*shape):
         (Muon, [{"params": [matrix()], "kind": "x"}], {}, "kind must be"),
         (
             Muon,
-            [{"params": [matrix()], "kind": "factored"}],
+            [{"params": [matrix()], "kind": "factors"}],
             {},
             "a factored group holds weight.* without probes",
         ),
@@ -331,7 +331,7 @@ def test_bad_options(cls, params, options, message):
 
 
 def test_perceptron_with_biases_splits():
-    model = perceptron(MoleGradConfig(rank_k=4, target_layers="all", gradient_mode="factored"))
+    model = perceptron(MoleGradConfig.of(rank_k=4, target_layers="all", gradient_mode="factors"))
     groups = matrix_param_groups(model)
     assert [p.dim() for p in other_params(model, groups)] == [1, 1]
 

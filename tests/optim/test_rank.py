@@ -10,10 +10,10 @@ from torch import nn
 from molegrad import (
     MoleGradConfig,
     MoleLinear,
-    bases,
     bases_state_dict,
     load_bases_state_dict,
 )
+from molegrad.estimators import bases
 from molegrad.monitor import layer_metrics
 from molegrad.optim import Muon, matrix_param_groups
 from molegrad.optim.rank import WINDOW, EnergyCurve, RankController
@@ -301,7 +301,7 @@ def test_fewer_tokens_than_directions(mode):
 
 def test_narrow_layers_have_every_rank_and_overrides_count_as_start():
     config = MoleGradConfig.of(
-        rank_k=4, rank_overrides="b=6", probes=4, energy_target=0.5, rank_min=1,
+        "tangent", rank_k=4, rank_overrides="b=6", probes=4, energy_target=0.5, rank_min=1,
         min_layer_utilization=0.0,
     )  # fmt: skip
     model = nn.ModuleDict({n: MoleLinear(24, 40, config=config, name=n) for n in "ab"})

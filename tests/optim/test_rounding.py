@@ -23,8 +23,8 @@ def layer(kind: str, dtype=BF16) -> torch.nn.Linear:
     if kind == "grad":
         made = torch.nn.Linear(N, M, bias=False)
     elif kind == "momentum":
-        fields = {"method": "sampled", "sampling_fraction": 1.0, "gradient_mode": "momentum"}
-        made = MoleLinear(N, M, bias=False, config=MoleGradConfig.of(**fields))
+        exact = MoleGradConfig.of("exact", gradient_mode="momentum")
+        made = MoleLinear(N, M, bias=False, config=exact)
     else:
         made = MoleLinear(N, M, bias=False, config=config(warm_start_decay=1.0))
     with torch.no_grad():

@@ -1,7 +1,8 @@
 """The rules of the health checks: when a reading of a layer is bad, why, and what helps.
 
 `RULES[kind](layer, values, history, thresholds)`, on numbers that the host has, is a `Problem`, or
-None where the reading is well or does not tell. What becomes of it is `molegrad.monitor.health`'s.
+None where the reading is well or does not say. What is done about it is a matter of
+`molegrad.monitor.health`; what a user may change, the estimator says (`Estimator.remedy`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from molegrad.estimators.lowrank_sums import explored_directions
 from molegrad.linear import MoleLinear
 from molegrad.ops.orth import NON_FINITE, RANK_DEFICIENT
 
@@ -24,78 +24,78 @@ _PARTS = {
     "state_nonfinite": "its momentum or the optimizer's state",
     "weight_nonfinite": "its weight",
 }
+_LIMITS = {  # least and largest value of each threshold
+    "patience": (1, math.inf),
+    "window": (LEAST_READINGS, math.inf),
+    "explode_factor": (1, math.inf),
+    "min_energy": (0, 1),
+    "max_condition": (1, math.inf),
+    "max_sampling_noise": (0, math.inf),
+    "frozen_drift": (0, 1),
+    "max_orthogonality_error": (0, math.inf),
+}
 
 
-def _limit(default: Any, help: str) -> Any:
-    return dataclasses.field(default=default, metadata={"help": help})
+def _threshold(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True)
 class HealthThresholds:
     """From where on a reading is bad. The defaults lie far from what healthy small runs showed.
 
-    Those (width 64, rank 8, every mode, Muon, AdamW and SGD) had norms of up to 14 times their
-    median, condition numbers up to 1e4, energy_capture down to 0.48, and without exploration a
-    drift down to 7e-4 at a step.
+    Those (width 64, rank 8, every mode, Muon and AdamW) had norms of up to 14 times their median,
+    condition numbers up to 1e4, energy_capture down to 0.48, and without exploration a drift down
+    to 7e-4 at a step.
 
     Raises:
         ValueError: a value is out of range.
     """
 
-    patience: int = _limit(
-        3, "consecutive bad readings after which a layer counts as degenerate or frozen"
+    patience: int = _threshold(
+        3, "bad readings in a row after which a layer counts as degenerate or frozen"
     )
-    window: int = _limit(32, "readings whose median a norm is compared with")
-    explode_factor: float = _limit(
+    window: int = _threshold(32, "readings whose median a norm is compared with")
+    explode_factor: float = _threshold(
         100.0, "the norm of gradient, estimate or momentum explodes above this times its median"
     )
-    min_energy: float = _limit(
+    min_energy: float = _threshold(
         0.05, "energy_capture below which a subspace is degenerate: it holds next to nothing"
     )
-    max_condition: float = _limit(
+    max_condition: float = _threshold(
         1e6,
         "condition number of the kept modes above which a subspace is degenerate; float32 tells "
         "modes apart up to about 2e6",
     )
-    max_sampling_noise: float = _limit(
+    max_sampling_noise: float = _threshold(
         10.0,
         "sampling_noise above which a sampled gradient is degenerate: 10 is the noise of the exact "
         "gradient of a batch 11 times smaller",
     )
-    frozen_drift: float = _limit(
+    frozen_drift: float = _threshold(
         1e-5,
         "subspace_drift below which a subspace is frozen; where exploration replaces directions, "
         "half of the drift that this alone makes, if that is more",
     )
-    max_orthogonality_error: float = _limit(
+    max_orthogonality_error: float = _threshold(
         1e-3, "orthogonality_error above which a basis has lost its orthogonality"
     )
 
     def __post_init__(self) -> None:
-        for name, least in (("patience", 1), ("window", LEAST_READINGS)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-        for name, low, high in (
-            ("explode_factor", 1.0, math.inf),
-            ("min_energy", 0.0, 1.0),
-            ("max_condition", 1.0, math.inf),
-            ("max_sampling_noise", 0.0, math.inf),
-            ("frozen_drift", 0.0, 1.0),
-            ("max_orthogonality_error", 0.0, math.inf),
-        ):
-            if not low <= getattr(self, name) <= high:
-                raise ValueError(
-                    f"{name} must lie between {low:g} and {high:g}, got {getattr(self, name)}"
-                )
+        for each in dataclasses.fields(self):
+            value, (low, high) = getattr(self, each.name), _LIMITS[each.name]
+            if isinstance(each.default, int) and type(value) is not int:
+                raise ValueError(f"{each.name} must be an integer, got {value!r}")
+            if not low <= value <= high:
+                raise ValueError(f"{each.name} must lie between {low:g} and {high:g}, got {value}")
 
 
 @dataclass
 class History:
-    """What earlier readings of a layer tell."""
+    """What earlier readings of a layer say."""
 
     norms: dict[str, list[float]] = field(default_factory=dict)
-    counts: dict[str, int] = field(default_factory=dict)  # bad readings in turn, by kind
+    counts: dict[str, int] = field(default_factory=dict)  # bad readings in a row, by kind
     since: dict[str, int] = field(default_factory=dict)  # step of the first finding, until it ends
     nonzero: bool = False  # whether there has been a gradient
 
@@ -120,7 +120,7 @@ class Problem:
 
 
 def strength(values: Mapping[str, float]) -> float:
-    """The norm of the gradient as far as it is known: nan where nothing tells."""
+    """The norm of the gradient as far as it is known: nan where nothing says."""
     known = (values.get(key, math.nan) for key in NORMS)
     return next((value for value in known if not math.isnan(value)), math.nan)
 
@@ -134,15 +134,12 @@ def nan(layer: MoleLinear, values, history, limits) -> Problem | None:
     if not found:
         return None
     where = [_PARTS.get(key, f"{key}={value:g}") for key, value in found.items()]
+    what = f"NaN or Inf in {', '.join(where)}"
     if "weight_nonfinite" in found:
-        return Problem(
-            found,
-            f"NaN or Inf in {', '.join(where)}; no reset mends a weight",
-            f"go on from the last checkpoint (--resume), {_smaller_steps(layer)}",
-            instead_of_reset="raise",
-        )
+        remedy = f"go on from the last checkpoint (--resume), {_smaller_steps(layer)}"
+        return Problem(found, f"{what}; no reset mends a weight", remedy, "raise")
     remedy = f"{_smaller_steps(layer)}, or go on from the last checkpoint (--resume)"
-    return Problem(found, f"NaN or Inf in {', '.join(where)}", remedy)
+    return Problem(found, what, remedy)
 
 
 def exploding(layer: MoleLinear, values, history: History, limits) -> Problem | None:
@@ -166,71 +163,48 @@ def exploding(layer: MoleLinear, values, history: History, limits) -> Problem | 
 def degenerate(layer: MoleLinear, values, history: History, limits) -> Problem | None:
     """Directions that no gradient stands behind. No gradient at all is a fault only where there has
     been one: behind a projection that starts at zero there is none at first."""
-    norm = strength(values)
-    sampled = layer.config.estimator.unbiased
-    nothing = values.get("sampled_share", math.nan) == 0 if sampled else norm == 0
+    norm, unbiased = strength(values), layer.config.estimator.unbiased
+    nothing = values.get("sampled_share", math.nan) == 0 if unbiased else norm == 0
     if nothing and (history.nonzero or norm > 0):
-        key = "sampled_share" if sampled else "estimate_norm"
+        key = "sampled_share" if unbiased else "estimate_norm"
         return Problem(
             {key: 0.0, "last_norm": next((n[-1] for n in history.norms.values()), math.nan)},
             f"its gradient is zero ({key} 0) and has not always been",
             f"look for a layer that no input reaches any more, {_smaller_steps(layer)}, or go on "
             "from an earlier checkpoint (--resume-from-step)",
-            instead_of_reset="warn" if sampled else None,
+            instead_of_reset="warn" if unbiased else None,
         )
-    if sampled:
-        return _noisy(layer, values, limits)
-    if norm == 0:
+    if nothing:
         return None
-    status = values.get("orth_status", math.nan)
-    condition = values.get("condition_number", math.nan)
-    energy = values.get("energy_capture", math.nan)
+    status, condition, energy, noise = (
+        values.get(key, math.nan)
+        for key in ("orth_status", "condition_number", "energy_capture", "sampling_noise")
+    )
+    if noise > limits.max_sampling_noise:
+        share = values.get("sampled_share", math.nan)
+        return Problem(
+            {"sampling_noise": noise, "sampled_share": share},
+            f"sampling adds {noise:.3g} times the noise that the batch has (sampling_noise, limit "
+            f"{limits.max_sampling_noise:g}; share {share:.3g})",
+            _remedy(layer, "degenerate"),
+            instead_of_reset="warn",
+        )
     if status == RANK_DEFICIENT or condition > limits.max_condition:
         return Problem(
             {"orth_status": status, "condition_number": condition, "gradient_norm": norm},
             f"the gradient has fewer directions than the basis, which keeps {layer.rank} "
             f"(orth_status {status:g}, condition number {condition:.3g}, limit "
             f"{limits.max_condition:g})",
-            "lower --streaming_rank_k, give batches with more different tokens, or take "
-            "--streaming_method=sampled, which has no rank",
+            _remedy(layer, "degenerate"),
         )
     if energy < limits.min_energy:
         return Problem(
             {"energy_capture": energy, "gradient_norm": norm},
             f"its {layer.rank} directions hold a share of {energy:.3g} of the gradient's norm "
             f"{norm:.3g} (limit {limits.min_energy:g})",
-            "raise --streaming_rank_k, lower --streaming_warm_start_decay so that more directions "
-            "are explored, or take --streaming_method=sampled, which has no rank",
+            _remedy(layer, "low energy"),
         )
     return None
-
-
-def _noisy(layer: MoleLinear, values, limits) -> Problem | None:
-    noise = values.get("sampling_noise", math.nan)
-    if not noise > limits.max_sampling_noise:
-        return None
-    share = values.get("sampled_share", math.nan)
-    return Problem(
-        {"sampling_noise": noise, "sampled_share": share},
-        f"sampling adds {noise:.3g} times the noise that the batch has (sampling_noise, limit "
-        f"{limits.max_sampling_noise:g}; share {share:.3g})",
-        _larger_sample(layer),
-        instead_of_reset="warn",
-    )
-
-
-def _larger_sample(layer: MoleLinear) -> str:
-    c = layer.config
-    if c.method == "projected":
-        return (
-            f"lower --streaming_project_stride (here {c.project_stride}), or raise "
-            f"--streaming_rank_k (here {layer.rank}), for this layer alone with "
-            "--streaming_rank_overrides"
-        )
-    return (
-        f"raise --streaming_sample_share (here {layer.share:g}), for this layer alone with "
-        "--streaming_sample_overrides"
-    )
 
 
 def frozen(layer: MoleLinear, values, history, limits) -> Problem | None:
@@ -244,23 +218,15 @@ def frozen(layer: MoleLinear, values, history, limits) -> Problem | None:
     k, n, drift = layer.rank, layer.in_features, values.get("subspace_drift", math.nan)
     if k in (0, n) or strength(values) == 0:
         return None
-    decay = layer.config.warm_start_decay
-    explored = explored_directions(k, decay)
-    by_exploration = explored / k * (1 - k / n)
-    limit = max(limits.frozen_drift, by_exploration / 2)
+    explored = layer.config.estimator.explored(layer.state)
+    limit = max(limits.frozen_drift, explored / k * (1 - k / n) / 2)
     if not drift < limit:
         return None
-    remedy = (
-        "the exploration does not reach it: see whether its gradients are finite (--grad-clip=1, "
-        "--streaming_gradient_mode=dense) and whether an optimizer steps it"
-        if explored
-        else f"lower --streaming_warm_start_decay (here {decay:g}: nothing is explored), e.g. 0.95"
-    )
     return Problem(
         {"subspace_drift": drift, "limit": limit},
         f"its subspace turns by {drift:.3g} at a step (limit {limit:.3g}; {explored} of {k} "
         "directions are explored)",
-        remedy,
+        _remedy(layer, "frozen"),
     )
 
 
@@ -269,13 +235,11 @@ def orthogonality(layer: MoleLinear, values, history, limits) -> Problem | None:
     error = values.get("orthogonality_error", math.nan)
     if layer.rank == 0 or not error > limits.max_orthogonality_error:
         return None
-    cond_max = layer.config.cond_max
     return Problem(
         {"orthogonality_error": error},
         f"its basis has an orthogonality error of {error:.3g} (limit "
         f"{limits.max_orthogonality_error:g})",
-        f"lower --streaming_cond_max (here {cond_max:g}) so that the Householder fallback takes "
-        "over earlier, or lower --streaming_rank_k",
+        _remedy(layer, "orthogonality"),
     )
 
 
@@ -288,7 +252,12 @@ RULES = {
 }
 
 
+def _remedy(layer: MoleLinear, kind: str) -> str:
+    """The estimator's, or where it has none, smaller steps."""
+    return layer.config.estimator.remedy(kind, layer.state) or _smaller_steps(layer)
+
+
 def _smaller_steps(layer: MoleLinear) -> str:
-    """In momentum mode there is no gradient to clip."""
+    """With gradient_mode "momentum" there is no gradient to clip."""
     clip = "" if layer.config.gradient_mode == "momentum" else " and set --grad-clip=1"
     return f"lower --matrix-lr{clip}"
