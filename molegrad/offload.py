@@ -20,16 +20,15 @@ back on that stream while the block behind it is recomputed and differentiated:
 | the graph is freed | | the buffer goes back to the pool |
 
 The host waits for nothing: all waiting is between streams, by events. Both tensors on the device
-are allocated on the compute stream and freed after it has been told to wait for the copy, so that
+are allocated on the compute stream and freed after it waits for the copy, so that
 their memory can be used again at once, in the order of the program, however far the host runs
 ahead of the device. (`Tensor.record_stream` would put off the reuse until the host has seen the
 copy end, and let one x per block pile up.) The device holds two or three of the x at any time.
 
-On a CPU the same happens with plain copies. It saves nothing there and is meant for tests.
-
-Gradients are those of checkpointing alone, bit for bit. What works: several micro-batches, forward
-passes without a backward pass, retain_graph=True, shapes that differ from step to step, exceptions
-in either pass, several models with an object each.
+On a CPU the same happens with plain copies, for tests. Gradients are those of
+checkpointing alone, bit for bit. What works: several micro-batches, forward passes without a
+backward pass, retain_graph=True, shapes that differ from step to step, exceptions in either pass,
+several models with an object each.
 
 torch.compile: compile the blocks one by one (`block.compile()`) and leave the loop over them as it
 is. A graph cannot hold the loop, as streams and buffers are chosen while the program runs:
@@ -41,11 +40,20 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+
+REFUSAL = (
+    "offloading cannot be compiled into a graph: compile the blocks one by one (block.compile()) "
+    "and not the model around them, or leave offloading off"
+)
+CHANGED = (
+    "a block's input was changed in place, and the backward pass needs it as it was: write "
+    "x = x + y instead of x += y"
+)
 
 
 class HostOffload:
@@ -59,11 +67,11 @@ class HostOffload:
             them first, and copies would hardly be done before.
 
     Raises:
-        ValueError: `keep` is no number of blocks.
+        ValueError: `keep` is negative.
     """
 
     def __init__(self, keep: int = 1) -> None:
-        if isinstance(keep, bool) or not isinstance(keep, int) or keep < 0:
+        if keep < 0:
             raise ValueError(f"keep must be a number of blocks, 0 or more, got {keep!r}")
         self.keep = keep
         self._lanes: dict[torch.device, _Lane] = {}
@@ -71,9 +79,6 @@ class HostOffload:
 
     def __reduce__(self):
         return type(self), (self.keep,)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(keep={self.keep})"
 
     @property
     def host_bytes(self) -> int:
@@ -90,11 +95,6 @@ class HostOffload:
         """Host buffers that a graph needs: 0 after the backward pass."""
         return sum(lane.buffers - lane.unused for lane in self._lanes.values())
 
-    def clear(self) -> None:
-        """Let the unused host buffers go, after a run of other shapes say."""
-        for lane in self._lanes.values():
-            lane.clear()
-
     @contextlib.contextmanager
     def block(self, x: Tensor, left: int) -> Iterator[None]:
         """Around the call of one block, under checkpoint, with the argument x.
@@ -106,18 +106,14 @@ class HostOffload:
                 the device. As it falls within a forward pass, it tells where another begins.
 
         Raises:
-            TypeError, ValueError: `x` is no tensor on CUDA or CPU, `left` no number of blocks.
+            ValueError: `x` is on another device.
             RuntimeError: the block has changed x in place, the host has no memory to pin, or this
                 is being traced by torch.compile.
         """
         if torch.compiler.is_compiling():
             raise RuntimeError(REFUSAL)
-        if not isinstance(x, Tensor):
-            raise TypeError(f"x must be the tensor that the block is called with, got {type(x)}")
         if x.device.type not in ("cuda", "cpu"):
             raise ValueError(f"x is on {x.device}: there is offloading from cuda (and cpu) alone")
-        if isinstance(left, bool) or not isinstance(left, int) or left < 0:
-            raise ValueError(f"left must be the number of blocks still to come, got {left!r}")
         if not torch.is_grad_enabled() or x.numel() == 0:
             yield
             return
@@ -130,26 +126,14 @@ class HostOffload:
         if version is not None and x._version != version:
             raise RuntimeError(CHANGED)
 
-    def _lane(self, device: torch.device) -> _Lane:
-        if device not in self._lanes:
-            self._lanes[device] = _lane_of(device)
-        return self._lanes[device]
-
-    def _follow(self, saved: _Saved, left: int) -> weakref.ref[_Saved] | None:
-        """What was saved before it in the same forward pass."""
-        before, self._newest = self._newest, (weakref.ref(saved), left)
-        return before[0] if before is not None and left < before[1] else None
-
-
-REFUSAL = (
-    "offloading cannot be compiled into a graph: compile the blocks one by one (block.compile()) "
-    "and not the model around them, or leave offloading off"
-)
-
-CHANGED = (
-    "a block's input was changed in place, and the backward pass needs it as it was: write "
-    "x = x + y instead of x += y"
-)
+    def _save(self, x: Tensor, left: int) -> _Saved:
+        if x.device not in self._lanes:
+            self._lanes[x.device] = _lane_of(x.device)
+        saved = _Saved(self._lanes[x.device], x, stays=left < self.keep)
+        if self._newest is not None and left < self._newest[1]:  # of the same forward pass
+            saved.before = self._newest[0]
+        self._newest = weakref.ref(saved), left
+        return saved
 
 
 class _Call:
@@ -172,9 +156,7 @@ class _Call:
         if not same:
             return tensor
         if self.entry is None:  # else a second use of x: one copy serves both
-            stays = self.left < self.owner.keep
-            self.entry = _Saved(self.owner._lane(x.device), tensor, stays)
-            self.entry.before = self.owner._follow(self.entry, self.left)
+            self.entry = self.owner._save(tensor, self.left)
         return self.entry
 
     def end(self) -> int | None:
@@ -192,52 +174,51 @@ def _unpack(packed: Tensor | _Saved) -> Tensor:
 
 
 class _Saved:
-    """One x that a graph has saved: on the device (`here`), or in a buffer of the host."""
+    """One x that a graph has saved: on the device (`here`), or in a buffer of the host.
+
+    A copy is its destination, and a function that lets the compute stream wait for its end.
+    """
 
     def __init__(self, lane: _Lane, tensor: Tensor, stays: bool) -> None:
         self.lane = lane
         self.before: weakref.ref[_Saved] | None = None
         self.here: Tensor | None = tensor if stays else None
-        self.buffer: Tensor | None = None
-        self.leaving: _Copy | None = None  # to the host
-        self.coming: _Copy | None = None  # back, on its way or arrived, not taken yet
+        self.host: Tensor | None = None
+        self.leaving: Callable[[], None] | None = None  # the copy to the host
+        self.coming: tuple[Tensor, Callable[[], None]] | None = None  # the one back, not taken yet
         self.version = tensor._version
-        if stays:
-            return
-        # The same strides, so that what is computed from it is the same to the last bit.
-        self.layout = (tensor.shape, torch.empty_like(tensor, device="meta").stride())
-        self.dtype = tensor.dtype
-        self.buffer = lane.take(tensor.numel() * tensor.element_size())
-        self.leaving = lane.copy(self._on_host(), tensor)
-
-    def _on_host(self) -> Tensor:
-        size = self.layout[0].numel() * self.dtype.itemsize
-        return self.buffer[:size].view(self.dtype).as_strided(*self.layout)
+        if not stays:
+            # The same strides, so that what is computed from it is the same to the last bit.
+            self.layout = torch.empty_like(tensor, device="meta")
+            self.buffer = lane.take(self.layout.nbytes)
+            whole = self.buffer[: self.layout.nbytes].view(tensor.dtype)
+            self.host = whole.as_strided(self.layout.shape, self.layout.stride())
+            self.leaving = lane.copy(self.host, tensor)
 
     def leave(self) -> None:
         """The device's own x is free to go once the compute stream comes past this point."""
         if self.leaving is not None:
-            self.leaving.wait()
+            self.leaving()
             self.leaving = None
 
     def fetch(self) -> None:
         """Start the copy back, behind everything that the compute stream has been given."""
-        if self.here is None and self.coming is None:
+        if self.host is not None and self.coming is None:
+            shape, stride = self.layout.shape, self.layout.stride()
             device = self.lane.device
-            tensor = torch.empty_strided(*self.layout, dtype=self.dtype, device=device)
-            self.coming = self.lane.copy(tensor, self._on_host())
+            x = torch.empty_strided(shape, stride, dtype=self.layout.dtype, device=device)
+            self.coming = x, self.lane.copy(x, self.host)
 
     def take(self) -> Tensor:
         """x on the device for what the compute stream is given next. A second backward pass over
         a retained graph takes it again."""
-        tensor = self.here
-        if tensor is not None and tensor._version != self.version:
+        if self.here is not None and self.here._version != self.version:
             raise RuntimeError(CHANGED)
-        if tensor is None:
-            self.fetch()
-            copy, self.coming = self.coming, None
-            copy.wait()
-            tensor = copy.destination
+        self.fetch()
+        tensor = self.here
+        if self.coming is not None:
+            (tensor, wait), self.coming = self.coming, None
+            wait()
         before = None if self.before is None else self.before()
         if before is not None:
             before.fetch()
@@ -246,32 +227,11 @@ class _Saved:
     def __del__(self) -> None:
         # A copy may be under way to memory that is about to be free, if a backward pass was given
         # up: what uses that memory next has to wait.
-        for copy in (self.leaving, self.coming):
-            if copy is not None:
-                copy.wait()
-        if self.buffer is not None:
+        self.leave()
+        if self.coming is not None:
+            self.coming[1]()
+        if self.host is not None:
             self.lane.give(self.buffer)
-
-
-class _Copy:
-    """A copy that was made at once."""
-
-    def __init__(self, destination: Tensor) -> None:
-        self.destination = destination
-
-    def wait(self) -> None:
-        """Let the compute stream wait until it is done."""
-
-
-class _StreamCopy(_Copy):
-    """A copy on another stream than `compute`, done when `done` has come to pass."""
-
-    def __init__(self, destination: Tensor, compute, done) -> None:
-        super().__init__(destination)
-        self.compute, self.done = compute, done
-
-    def wait(self) -> None:
-        self.compute.wait_event(self.done)
 
 
 class _Lane:
@@ -302,7 +262,8 @@ class _Lane:
             if buffer.numel() >= size:
                 return self._free.pop(position)
         if self._free:
-            self._drop(self._free.pop())
+            self.buffers -= 1
+            self.bytes -= self._free.pop().numel()
         buffer = self._allocate(size)
         self.buffers += 1
         self.bytes += size
@@ -311,22 +272,13 @@ class _Lane:
     def give(self, buffer: Tensor) -> None:
         self._returned.append(buffer)
 
-    def clear(self) -> None:
-        for buffers in (self._free, self._returned):
-            while buffers:
-                self._drop(buffers.pop())
-
-    def _drop(self, buffer: Tensor) -> None:
-        self.buffers -= 1
-        self.bytes -= buffer.numel()
-
     def _allocate(self, size: int) -> Tensor:
         return torch.empty(size, dtype=torch.uint8)
 
-    def copy(self, destination: Tensor, source: Tensor) -> _Copy:
-        """Copy behind what the compute stream has been given; ends behind it too."""
+    def copy(self, destination: Tensor, source: Tensor) -> Callable[[], None]:
+        """Copy behind what the compute stream has been given; lets it wait for the end."""
         destination.copy_(source)
-        return _Copy(destination)
+        return lambda: None
 
 
 class _StreamLane(_Lane):
@@ -348,13 +300,13 @@ class _StreamLane(_Lane):
                 "of more blocks on the device, take shorter sequences, or leave offloading off"
             ) from error
 
-    def copy(self, destination: Tensor, source: Tensor) -> _Copy:
+    def copy(self, destination: Tensor, source: Tensor) -> Callable[[], None]:
         compute = self._cuda.current_stream(self.device)
         self._stream.wait_event(compute.record_event())
         with self._cuda.stream(self._stream):
             destination.copy_(source, non_blocking=True)
             done = self._stream.record_event()
-        return _StreamCopy(destination, compute, done)
+        return lambda: compute.wait_event(done)
 
 
 def _lane_of(device: torch.device) -> _Lane:

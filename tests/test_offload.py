@@ -60,33 +60,22 @@ def test_few_blocks_have_their_input_on_the_device_at_a_time():
     assert len(tensors) == 5 and all(memory.expired() for memory in tensors)
 
 
-def test_buffers_are_used_again():
-    model, data = Stack(), batch()
-    loss_of(model, data).backward()
-    held = {buffer.data_ptr() for lane in lanes(model) for buffer in lane._returned}
-    assert len(held) == 3
-    for _ in range(3):
-        loss_of(model, data).backward()
-    again = {buffer.data_ptr() for lane in lanes(model) for buffer in lane._returned + lane._free}
-    assert again == held and model.offload.buffers == 3
-
-
-def lanes(model):
-    return list(model.offload._lanes.values())
-
-
 def test_shapes_that_differ_from_step_to_step_share_buffers():
     model = Stack()
     for tokens in (5, 3, 9, 1, 9, 4):
+        before = held(model)
         data = batch(tokens=tokens)
         loss_of(model, data).backward()
         assert_same(gradients(model), plain(data))
         assert model.offload.buffers == 3 and model.offload.buffers_in_use == 0
     assert model.offload.host_bytes == 3 * 2 * 9 * WIDTH * 4
-    model.offload.clear()
-    assert model.offload.buffers == model.offload.host_bytes == 0
-    loss_of(model, data).backward()
-    assert_same(gradients(model), plain(data))
+    assert held(model) == before
+
+
+def held(model):
+    """Where the pool's buffers lie."""
+    lanes = model.offload._lanes.values()
+    return {buffer.data_ptr() for lane in lanes for buffer in lane._returned + lane._free}
 
 
 def test_a_buffer_that_fits_is_preferred_to_a_larger_one():
@@ -101,24 +90,19 @@ def test_a_buffer_that_fits_is_preferred_to_a_larger_one():
     assert other is not large and lane.buffers == 2 and lane.bytes == 150
 
 
-def test_several_micro_batches():
-    first, second = batch(seed=1), batch(seed=2)
-    wanted = [x + y for x, y in zip(plain(first), plain(second), strict=True)]
-    for order in ("one by one", "in order", "reversed"):
-        model, losses = Stack(), []
-        if order == "one by one":
-            for data in (first, second):
-                loss_of(model, data).backward()
-        else:
-            losses = [loss_of(model, data) for data in (first, second)]
-            assert model.offload.buffers_in_use == 6
-            for loss in losses if order == "in order" else losses[::-1]:
-                loss.backward()
-        found = gradients(model)
-        for x, y in zip(found, wanted, strict=True):
-            torch.testing.assert_close(x, y)
-        losses = loss = None
-        assert model.offload.buffers_in_use == 0 and model.alive() == []
+@pytest.mark.parametrize("order", [1, -1])
+def test_several_micro_batches(order):
+    parts = [batch(seed=1), batch(seed=2)]
+    wanted = [x + y for x, y in zip(*map(plain, parts), strict=True)]
+    model = Stack()
+    losses = [loss_of(model, data) for data in parts]
+    assert model.offload.buffers_in_use == 6
+    for loss in losses[::order]:
+        loss.backward()
+    for x, y in zip(gradients(model), wanted, strict=True):
+        torch.testing.assert_close(x, y)
+    del losses, loss
+    assert model.offload.buffers_in_use == 0 and model.alive() == []
 
 
 def test_a_forward_pass_without_a_backward_pass_leaves_nothing():
@@ -139,24 +123,13 @@ def stop(number):
         raise ArithmeticError("stopped on purpose")
 
 
-def test_an_exception_in_the_forward_pass():
+@pytest.mark.parametrize("when", ["forward", "backward"])
+def test_an_exception_leaves_nothing(when):
     model, data = Stack(), batch()
+    loss = loss_of(model, data) if when == "backward" else None
     model.blocks[2].before = stop
     with pytest.raises(ArithmeticError):
-        loss_of(model, data)
-    gc.collect()
-    assert model.offload.buffers_in_use == 0 and model.alive() == []
-    model.blocks[2].before = None
-    loss_of(model, data).backward()
-    assert_same(gradients(model), plain(data))
-
-
-def test_an_exception_in_the_backward_pass():
-    model, data = Stack(), batch()
-    loss = loss_of(model, data)
-    model.blocks[2].before = stop
-    with pytest.raises(ArithmeticError):
-        loss.backward()
+        (loss_of(model, data) if loss is None else loss).backward()
     del loss
     gc.collect()
     assert model.offload.buffers_in_use == 0 and model.alive() == []
@@ -189,24 +162,17 @@ def test_gradients_of_some_blocks_alone():
     assert model.offload.buffers_in_use == 0 and model.alive() == []
 
 
-def test_two_models_have_a_pool_each():
+@pytest.mark.parametrize("shared", [False, True])
+def test_two_models(shared):
     one, two, data = Stack(), Stack(depth=6), batch()
-    losses = [loss_of(one, data), loss_of(two, data)]
-    for loss in losses:
-        loss.backward()
-    assert_same(gradients(one), plain(data))
-    assert_same(gradients(two), plain(data, depth=6))
-    assert (one.offload.buffers, two.offload.buffers) == (3, 5)
-
-
-def test_two_models_may_share_one_all_the_same():
-    one, two, data = Stack(), Stack(depth=6), batch()
-    two.offload = one.offload
+    if shared:
+        two.offload = one.offload
     losses = [loss_of(two, data), loss_of(one, data)]
     for loss in losses:
         loss.backward()
     assert_same(gradients(one), plain(data))
     assert_same(gradients(two), plain(data, depth=6))
+    assert (one.offload.buffers, two.offload.buffers) == ((8, 8) if shared else (3, 5))
 
 
 @pytest.mark.parametrize(
@@ -230,7 +196,6 @@ def test_a_copied_model_has_an_empty_pool_of_its_own(duplicate):
     assert other.offload is not offload and other.offload.keep == 2
     assert other.offload.buffers == 0 and offload.buffers == 1
     assert_same(run(other), wanted)
-    assert repr(other.offload) == "HostOffload(keep=2)"
 
 
 class Cube(torch.autograd.Function):
@@ -295,15 +260,9 @@ def test_an_input_changed_in_place_is_an_error():
 
 
 def test_bad_values_are_named():
-    for keep in (-1, True, 0.5):
-        with pytest.raises(ValueError, match=f"keep must be a number of blocks.*{keep}"):
-            HostOffload(keep)
+    with pytest.raises(ValueError, match="keep must be a number of blocks.*-1"):
+        HostOffload(-1)
     offload, x = HostOffload(), torch.randn(3, requires_grad=True)
-    for left in (-1, True, None):
-        with pytest.raises(ValueError, match="left must be the number of blocks"):
-            offload.block(x, left).__enter__()
-    with pytest.raises(TypeError, match="x must be the tensor"):
-        offload.block([x], 0).__enter__()
     with pytest.raises(ValueError, match="x is on meta"):
         offload.block(x.to("meta"), 0).__enter__()
     with offload.block(x[:0], 3):  # nothing to save

@@ -330,7 +330,6 @@ def _birth_sites() -> dict[CodeType, object]:
     add(MLP, "feed-forward")
     add(loss_module, "logits")
     add(loss_module._LinearCrossEntropy, "logits")
-    add(loss_module._LowRankHead, "logits")
     # What a streamed part gives: q, k and v (B, T, H, D), or the stream (B, T, C).
     whole = lambda tensor: "stream" if tensor.dim() == 3 else "attention"  # noqa: E731
     sites[streaming._Stream.forward.__code__] = whole

@@ -15,16 +15,15 @@ In the terminal: /clear forgets the conversation, /quit leaves, Ctrl-C stops an 
 
 import codecs
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-from molegrad.gpt import runs as stages
+from molegrad.gpt import runs
 from molegrad.gpt.data.tokenizer import Tokenizer
 from molegrad.gpt.model import engine
-from molegrad.gpt.model.gpt import GPT
 from molegrad.gpt.train import flags
 from molegrad.gpt.train.flags import flag
 from molegrad.gpt.train.hardware import device_name, pick_device
@@ -64,37 +63,25 @@ class PromptTooLong(ValueError):
 
 
 class Chat:
-    """A conversation with a model.
+    """A conversation with an opened model, by the sampling settings of a ChatConfig.
 
-    Args:
-        fine_tuned: False makes every text a new start that the model continues.
-        temperature, top_k, seed, max_new_tokens: as the flags; top_k 0 is no limit. Answer i of a
-            conversation draws from seed + i, so a whole conversation repeats.
-        notice: called with a line that the user should see.
+    A base model takes every text as a new start. Answer i draws from seed + i, so that a whole
+    conversation repeats.
+
+    Attributes:
+        messages: the conversation, {"role", "content"} each.
+        forgotten: whether turns were dropped because the context was full.
     """
 
-    def __init__(
-        self,
-        model: GPT,
-        tokenizer: Tokenizer,
-        fine_tuned: bool = True,
-        temperature: float = 0.6,
-        top_k: int = 50,
-        seed: int = 42,
-        max_new_tokens: int = 256,
-        notice: Callable[[str], None] = print,
-    ):
-        self.model, self.tokenizer, self.fine_tuned = model, tokenizer, fine_tuned
-        self.temperature, self.top_k, self.seed = temperature, top_k, seed
-        self.max_new_tokens, self.notice = max_new_tokens, notice
-        self.messages: list[dict] = []
-        self._told_overflow = False
-        self._answers = 0
+    def __init__(self, opened: runs.OpenStage, config: ChatConfig):
+        self.model, self.tokenizer, self.config = opened.model, opened.tokenizer, config
+        self.fine_tuned = opened.stage == "sft"
+        self.clear()
 
     def clear(self) -> None:
         """Forget the conversation."""
-        self.messages.clear()
-        self._told_overflow = False
+        self.messages: list[dict] = []
+        self.forgotten = False
         self._answers = 0
 
     def reply(self, text: str) -> Iterator[str]:
@@ -106,16 +93,15 @@ class Chat:
         Raises:
             PromptTooLong: `text` alone does not fit; the conversation is as it was before.
         """
-        prompt = self._prompt(text)
-        stop = set(self.tokenizer.special_tokens.values())
+        c = self.config
         tokens = engine.generate(
             self.model,
-            prompt,
-            self.max_new_tokens,
-            self.temperature,
-            self.top_k or None,
-            self.seed + self._answers,
-            stop,
+            self._prompt(text),
+            c.max_new_tokens,
+            c.temperature,
+            c.top_k or None,
+            c.seed + self._answers,
+            self.tokenizer.special_tokens.values(),
         )
         self._answers += 1
         said = []
@@ -131,33 +117,23 @@ class Chat:
     def _prompt(self, text: str) -> list[int]:
         """The tokens to continue; the oldest turns are dropped where they do not fit."""
         context = self.model.config.max_seq_len
-        room = context - min(self.max_new_tokens, context // 4)
-        if not self.fine_tuned:
-            prompt = [self.tokenizer.bos, *self.tokenizer.encode(text)]
-            return self._fitting(prompt, room)
+        room = context - min(self.config.max_new_tokens, context // 4)
         kept = [*self.messages, {"role": "user", "content": text}]
-        prompt = self.tokenizer.render_for_completion({"messages": kept})
-        while len(prompt) > room and len(kept) > 1:
-            kept = kept[2:]
-            prompt = self.tokenizer.render_for_completion({"messages": kept})
-        self._fitting(prompt, room)
-        dropped = len(self.messages) + 1 - len(kept)
-        if dropped:
-            del self.messages[:dropped]
-            if not self._told_overflow:
-                self._told_overflow = True
-                self.notice(
-                    f"(the conversation no longer fits the context of {context} tokens: the "
-                    "oldest turns are forgotten from now on)"
+        while True:
+            if self.fine_tuned:
+                prompt = self.tokenizer.render_for_completion({"messages": kept})
+            else:
+                prompt = [self.tokenizer.bos, *self.tokenizer.encode(text)]
+            if len(prompt) <= room:
+                break
+            if len(kept) == 1:
+                raise PromptTooLong(
+                    f"this message has {len(prompt)} tokens; {room} fit the context of {context} "
+                    "beside an answer: shorten it"
                 )
-        return prompt
-
-    def _fitting(self, prompt: list[int], room: int) -> list[int]:
-        if len(prompt) > room:
-            raise PromptTooLong(
-                f"this message has {len(prompt)} tokens; {room} fit the context of "
-                f"{self.model.config.max_seq_len} beside an answer: shorten it"
-            )
+            kept = kept[2:]
+        self.forgotten = self.forgotten or len(kept) <= len(self.messages)
+        self.messages = kept[:-1]
         return prompt
 
 
@@ -178,94 +154,71 @@ def main(argv: list[str] | None = None) -> int:
     return chat_cli(flags.parse(ChatConfig, argv, prog="python -m scripts.chat_cli"))
 
 
-def chat_cli(
-    config: ChatConfig,
-    read: Callable[[str], str] = input,
-    write: Callable[[str], object] | None = None,
-) -> int:
-    """Chat until /quit or the end of the input; 0.
-
-    Args:
-        read: shows its argument and returns a line, or raises EOFError.
-        write: shows text as it is, without a line's end; standard output by default.
-    """
-    write = write or _write
+def chat_cli(config: ChatConfig) -> int:
+    """Chat on standard input and output until /quit or the end of the input: 0; or answer the one
+    prompt: 2 where it does not fit."""
     if config.threads:
         torch.set_num_threads(config.threads)
     device = pick_device(config.device_type)
     stage = config.stage
     if stage == "auto":
-        stage = stages.newest_stage(config.run, config.model_tag)
+        stage = runs.newest_stage(config.run, config.model_tag)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    opened = stages.open_stage(config.run, stage, config.model_tag, config.step, device, dtype)
-    fine_tuned = stage == "sft"
-    chat = Chat(
-        opened.model,
-        opened.tokenizer,
-        fine_tuned,
-        config.temperature,
-        config.top_k,
-        config.seed,
-        config.max_new_tokens,
-        notice=lambda line: write(line + "\n"),
-    )
-    note = "" if fine_tuned else _NOT_FINE_TUNED.format(run=config.run)
+    opened = runs.open_stage(config.run, stage, config.model_tag, config.step, device, dtype)
+    chat = Chat(opened, config)
+    if not config.prompt:
+        print(f"{opened.name} on {device_name(device)}. /clear forgets, /quit leaves.")
+    if not chat.fine_tuned:
+        print(
+            "This is a base model: it is not fine-tuned for conversation and continues your text "
+            f"instead of answering it. Fine-tune it with: python -m scripts.chat_sft "
+            f"--run={config.run}",
+            # Of one prompt standard output is the answer alone.
+            file=sys.stderr if config.prompt else sys.stdout,
+        )
     if config.prompt:
-        if note:
-            print(note, file=sys.stderr)  # standard output is the answer alone
-        return 0 if _answer(chat, config.prompt, write) else 2
-    write(f"{opened.name} on {device_name(device)}. /clear forgets, /quit leaves.\n")
-    if note:
-        write(note + "\n")
-    _converse(chat, read, write)
+        return 0 if _answer(chat, config.prompt) else 2
+    _converse(chat)
     return 0
 
 
-_NOT_FINE_TUNED = (
-    "This is a base model: it is not fine-tuned for conversation and continues your text instead "
-    "of answering it. Fine-tune it with: python -m scripts.chat_sft --run={run}"
-)
-
-
-def _converse(chat: Chat, read: Callable[[str], str], write: Callable[[str], object]) -> None:
+def _converse(chat: Chat) -> None:
     while True:
         try:
-            text = read("\nyou> ").strip()
+            text = input("\nyou> ").strip()
         except EOFError:
-            write("\n")
+            print()
             return
         except KeyboardInterrupt:
-            write("\n(/quit leaves)\n")
+            print("\n(/quit leaves)")
             continue
         if text == "/quit":
             return
         if text == "/clear":
             chat.clear()
-            write("(the conversation is forgotten)\n")
+            print("(the conversation is forgotten)")
         elif text.startswith("/"):
-            write(f"(there is no {text.split()[0]}; there are /clear and /quit)\n")
+            print(f"(there is no {text.split()[0]}; there are /clear and /quit)")
         elif text:
-            write("model> ")
-            _answer(chat, text, write)
+            _answer(chat, text, "model> ")
 
 
-def _answer(chat: Chat, text: str, write: Callable[[str], object]) -> bool:
+def _answer(chat: Chat, text: str, name: str = "") -> bool:
     """Stream one answer; whether there was one."""
+    before = chat.forgotten
     pieces = chat.reply(text)
+    print(name, end="", flush=True)
     try:
         for piece in pieces:
-            write(piece)
+            print(piece, end="", flush=True)
     except KeyboardInterrupt:
-        write(" (stopped)")
+        print(" (stopped)", end="")
     except PromptTooLong as error:
-        write(f"({error})\n")
+        print(f"({error})")
         return False
     finally:
         pieces.close()
-    write("\n")
+    print()
+    if chat.forgotten and not before:
+        print("(the context is full: the oldest turns are forgotten from now on)")
     return True
-
-
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()

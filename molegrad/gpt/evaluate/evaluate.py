@@ -26,7 +26,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from molegrad.gpt import runs as stages
+from molegrad.gpt import runs
+from molegrad.gpt.data.conversations import summary_pairs
 from molegrad.gpt.data.loader import validation_batches
 from molegrad.gpt.data.tokens import CorpusTokens
 from molegrad.gpt.evaluate import tasks
@@ -51,9 +52,7 @@ class EvalConfig:
     run: str = flag("dummy", "name of the run")
     model_tag: str = flag("", "suffix of the stage's folder, as in training")
     step: int = flag(-1, "checkpoint to evaluate; -1 is the newest")
-    tasks: str = flag(
-        "all", "comma separated; all, or some of those in molegrad.gpt.evaluate.evaluate"
-    )
+    tasks: str = flag("all", "comma separated names, or all that the model has")
     device_type: str = flag("", "cuda, cpu or mps; empty takes the best there is")
     dtype: Literal["auto", "float32", "bfloat16"] = flag(
         "auto", "dtype of the matrix products; auto is bfloat16 on CUDA, else float32"
@@ -93,7 +92,7 @@ class ChatEvalConfig(EvalConfig):
     stage = "sft"
 
 
-def chosen(config) -> list[str]:
+def chosen(config: EvalConfig) -> list[str]:
     """The tasks that the flag names, in their order; ValueError for an unknown one."""
     known = TASKS[config.stage]
     names = [name.strip() for name in config.tasks.split(",") if name.strip()]
@@ -111,21 +110,18 @@ def chosen(config) -> list[str]:
 @flags.command("base_eval")
 def main_base(argv: list[str] | None = None) -> int:
     """python -m scripts.base_eval"""
-    return _main(BaseEvalConfig, "base_eval", argv)
+    evaluate(flags.parse(BaseEvalConfig, argv, prog="python -m scripts.base_eval"))
+    return 0
 
 
 @flags.command("chat_eval")
 def main_chat(argv: list[str] | None = None) -> int:
     """python -m scripts.chat_eval"""
-    return _main(ChatEvalConfig, "chat_eval", argv)
-
-
-def _main(config_class, script: str, argv) -> int:
-    evaluate(flags.parse(config_class, argv, prog=f"python -m scripts.{script}"))
+    evaluate(flags.parse(ChatEvalConfig, argv, prog="python -m scripts.chat_eval"))
     return 0
 
 
-def evaluate(config) -> dict:
+def evaluate(config: EvalConfig) -> dict:
     """Run the tasks; returns what is written: model, machine, and per task its result.
 
     Raises:
@@ -135,7 +131,7 @@ def evaluate(config) -> dict:
     if config.threads:
         torch.set_num_threads(config.threads)
     device = pick_device(config.device_type)
-    opened = stages.open_stage(config.run, config.stage, config.model_tag, config.step, device)
+    opened = runs.open_stage(config.run, config.stage, config.model_tag, config.step, device)
     low = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
     dtype = torch.bfloat16 if low else torch.float32
     path = eval_path(opened.folder, opened.step)
@@ -152,9 +148,12 @@ def evaluate(config) -> dict:
     results = record.setdefault("tasks", {})
     for name in chosen(config):
         begin = time.perf_counter()
-        result = _run(name, opened, config, dtype)
+        with torch.autocast(device.type, dtype, enabled=low):
+            result = _run(name, opened, config, dtype)
         results[name] = {**result, "seconds": round(time.perf_counter() - begin, 3)}
-        _write(path, record)  # what is done stays done
+        part = path.with_name(path.name + ".part")
+        part.write_text(json.dumps(record, indent=1), encoding="utf-8")
+        os.replace(part, path)  # what is done stays done
     Console().print(table(record))
     for sample in (results.get("samples") or {}).get("texts", ()):
         print(f"sample | {sample!r}")
@@ -176,10 +175,8 @@ def read_evaluations(folder: Path) -> list[dict]:
 def table(record: dict) -> Table:
     """The results as a table for the terminal."""
     result = Table(title=f"{record['run']}/{record['stage']} step {record['step']}")
-    for column, justify in (("task", "left"), ("result", "right"), ("chance", "right")):
-        result.add_column(column, justify=justify)
-    result.add_column("questions or tokens", justify="right")
-    result.add_column("seconds", justify="right")
+    for column in ("task", "result", "chance", "questions or tokens", "seconds"):
+        result.add_column(column, justify="left" if column == "task" else "right")
     for name, task in record["tasks"].items():
         chance = f"{100 * task['chance']:.0f}%" if "chance" in task else ""
         size = task.get("questions", task.get("tokens"))
@@ -200,34 +197,33 @@ def shown(name: str, task: dict) -> str:
     return text
 
 
-def _run(name: str, opened: stages.OpenStage, config, dtype: torch.dtype) -> dict:
+def _run(name: str, opened: runs.OpenStage, config: EvalConfig, dtype: torch.dtype) -> dict:
     model, tokenizer = opened.model, opened.tokenizer
     fine_tuned = opened.stage == "sft"
-    settings = {"seed": config.seed}
     if name == "bpb":
         return _bpb(opened, config, dtype)
-    with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
-        if name == "samples":
-            if fine_tuned:
-                return {"texts": [f"{q} -> {answer(model, tokenizer, q)}" for q in QUESTIONS]}
-            return {"texts": train.sample_texts(model, tokenizer, dtype)}
-        corpus = stages.named_corpus(opened.config)
-        settings["corpus_sha256"] = corpus.manifest["sha256"]
-        if name == "four_way":
-            questions = tasks.held_out_four_way(corpus, config.max_questions, config.seed)
-            batch = config.batch_size or 32
-            return settings | tasks.run_four_way(model, tokenizer, questions, fine_tuned, batch)
-        asked = tasks.held_out_exercises(name, corpus, config.max_questions, config.seed)
-        return settings | tasks.run_exact_match(model, tokenizer, asked)
+    if name == "samples":
+        if fine_tuned:
+            return {"texts": [f"{q} -> {answer(model, tokenizer, q)}" for q in QUESTIONS]}
+        return {"texts": train.sample_texts(model, tokenizer, dtype)}
+    corpus = runs.named_corpus(opened.config)
+    settings = {"seed": config.seed, "corpus_sha256": corpus.manifest["sha256"]}
+    if name == "four_way":
+        pairs = summary_pairs(corpus, "val")
+        questions = tasks.four_way_questions(pairs, config.max_questions, config.seed)
+        batch = config.batch_size or 32
+        return settings | tasks.run_four_way(model, tokenizer, questions, fine_tuned, batch)
+    asked = tasks.held_out_exercises(name, corpus, config.max_questions, config.seed)
+    return settings | tasks.run_exact_match(model, tokenizer, asked)
 
 
-def _bpb(opened: stages.OpenStage, config, dtype: torch.dtype) -> dict:
+def _bpb(opened: runs.OpenStage, config: EvalConfig, dtype: torch.dtype) -> dict:
     """The same batches as at the end of base training, where its settings are kept."""
     trained = opened.config
     if opened.stage == "sft":  # on text, to show what fine-tuning cost: the base stage knows which
         folder = opened.folder.with_name(trained.get("base_stage", "base"))
-        trained = stages.read_config(folder) or trained
-    corpus, same = stages.training_corpus(trained)
+        trained = runs.read_config(folder) or trained
+    corpus, same = runs.training_corpus(trained)
     if not same:
         print("note: the corpus is not the one the model was trained on; bpb is not comparable")
     length = opened.model.config.max_seq_len
@@ -236,16 +232,9 @@ def _bpb(opened: stages.OpenStage, config, dtype: torch.dtype) -> dict:
     count = max(1, wanted // (rows * length))
     source = CorpusTokens(corpus, "val", opened.tokenizer)
     batches = validation_batches(source, rows, length, count, opened.model.device)
-    value = bits_per_byte(opened.model, batches, opened.tokenizer.token_bytes(), dtype)
     return {
-        "bpb": value,
+        "bpb": bits_per_byte(opened.model, batches, opened.tokenizer.token_bytes(), dtype),
         "tokens": count * rows * length,
         "corpus_sha256": corpus.manifest["sha256"],
         "corpus_as_trained": same,
     }
-
-
-def _write(path: Path, record: dict) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(record, indent=1), encoding="utf-8")
-    os.replace(part, path)

@@ -10,7 +10,7 @@ questions and its standard error: sqrt(p (1 - p) / N).
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -24,7 +24,6 @@ from molegrad.gpt.data.conversations import (
     common_words,
     spelling_conversations,
     summary_conversation,
-    summary_pairs,
 )
 from molegrad.gpt.data.corpus import Corpus
 from molegrad.gpt.data.tokenizer import Tokenizer
@@ -50,10 +49,8 @@ def four_way_questions(pairs: Sequence[SummaryPair], limit: int, seed: int = 0) 
     is drawn uniformly.
 
     Raises:
-        ValueError: there are fewer than four pairs, or limit < 1.
+        ValueError: there are fewer than four pairs.
     """
-    if limit < 1:
-        raise ValueError(f"limit={limit} must be >= 1")
     if len(pairs) < CHOICES:
         raise ValueError(
             f"{len(pairs)} held-out summaries are too few for questions of {CHOICES} choices: use "
@@ -75,25 +72,22 @@ def four_way_questions(pairs: Sequence[SummaryPair], limit: int, seed: int = 0) 
     return questions
 
 
-def document_prompt(pair: SummaryPair) -> str:
-    """The beginning of the object's document as base training saw its like."""
-    head = {"class": "class {}", "function": "def {}()", "module": "module {}"}
-    return head.get(pair.kind, "{}").format(pair.name) + "\n\n"
-
-
 def choice_ids(
     question: FourWay, choice: str, tokenizer: Tokenizer, fine_tuned: bool
 ) -> tuple[list[int], int]:
     """(ids, number of leading ids that are context) of a name with one of its choices.
 
-    A base model reads the choice as the first sentence of a docstring; a fine-tuned one as its own
-    answer to the question that fine-tuning asks (<|assistant_end|> is not scored).
+    A base model reads the choice as the first sentence of a docstring, after the beginning of the
+    object's document as base training saw its like; a fine-tuned one as its own answer to the
+    question that fine-tuning asks (<|assistant_end|> is not scored).
     """
+    pair = question.pair
     if fine_tuned:
-        conversation = {"messages": summary_conversation(question.pair)["messages"]}
-        context = tokenizer.render_for_completion(conversation)
+        context = tokenizer.render_for_completion(summary_conversation(pair))
     else:
-        context = [tokenizer.bos, *tokenizer.encode(document_prompt(question.pair))]
+        head = {"class": "class {}", "function": "def {}()", "module": "module {}"}
+        text = head.get(pair.kind, "{}").format(pair.name) + "\n\n"
+        context = [tokenizer.bos, *tokenizer.encode(text)]
     return [*context, *tokenizer.encode(choice)], len(context)
 
 
@@ -101,22 +95,15 @@ def choice_ids(
 def log_likelihoods(
     model, sequences: Sequence[tuple[list[int], int]], batch_size: int = 32
 ) -> list[float]:
-    """log p(ids[context:] | ids[:context]) in nats of each (ids, context).
+    """log p(ids[context:] | ids[:context]) in nats of each (ids, context); neither part is empty.
 
     Sequences are batched by length and padded on the right, which causal attention does not see.
     One that is longer than the model's context loses the beginning of its context, and, where the
     continuation alone is too long, that one's end.
-
-    Raises:
-        ValueError: a continuation is empty or has no context to follow.
     """
     limit = model.config.max_seq_len + 1
     fitted = []
     for ids, context in sequences:
-        if not 0 < context < len(ids):
-            raise ValueError(
-                f"a sequence of {len(ids)} ids with {context} of context: both parts need one"
-            )
         cut = min(max(0, len(ids) - limit), context - 1)
         fitted.append((ids[cut:][:limit], context - cut))
     result = [0.0] * len(fitted)
@@ -155,14 +142,12 @@ def run_four_way(
         for choice in question.choices
     ]
     values = torch.tensor(log_likelihoods(model, sequences, batch_size), dtype=torch.float64)
-    sizes = torch.tensor([[len(c.encode()) for c in q.choices] for q in questions])
     total = values.view(-1, CHOICES)
+    sizes = torch.tensor([[len(c.encode()) for c in q.choices] for q in questions])
     answers = torch.tensor([q.answer for q in questions])
-    right = _hits(total / sizes, answers)
-    right_total = _hits(total, answers)
     return {
-        **score(right, len(questions)),
-        "accuracy_total": right_total / len(questions),
+        **score(_hits(total / sizes, answers), len(questions)),
+        "accuracy_total": _hits(total, answers) / len(questions),
         "chance": 1 / CHOICES,
     }
 
@@ -173,50 +158,43 @@ def _hits(values: Tensor, answers: Tensor) -> int:
     return int(((best.indices == answers) & best.values.isfinite()).sum())
 
 
-@dataclass(frozen=True)
-class Exercise:
-    """A question whose one right answer is known."""
-
-    question: str
-    answer: str
-
-
-def exercises(conversations: Iterable[dict], limit: int) -> list[Exercise]:
-    """The first `limit` different questions of endless conversations (fewer where a hundred
-    times `limit` conversations do not hold as many)."""
-    if limit < 1:
-        raise ValueError(f"limit={limit} must be >= 1")
+def exercises(conversations: Iterable[dict], limit: int) -> dict[str, str]:
+    """The first `limit` different questions of endless conversations with their answers (fewer
+    where a hundred times `limit` conversations do not hold as many)."""
     found: dict[str, str] = {}
     for conversation in islice(conversations, 100 * limit):
         question, answer = (message["content"] for message in conversation["messages"])
         found.setdefault(question, answer)
         if len(found) == limit:
             break
-    return [Exercise(*item) for item in found.items()]
+    return found
 
 
-def run_exact_match(model, tokenizer: Tokenizer, asked: Sequence[Exercise]) -> dict:
+def held_out_exercises(name: str, corpus: Corpus, limit: int, seed: int = 0) -> dict[str, str]:
+    """Exercises "arithmetic" or "spelling" that fine-tuning has not seen, with their answers."""
+    if name == "arithmetic":
+        return exercises(arithmetic_conversations("val", seed), limit)
+    return exercises(spelling_conversations(common_words(corpus), "val", seed), limit)
+
+
+def run_exact_match(model, tokenizer: Tokenizer, asked: dict[str, str]) -> dict:
     """The share of questions whose greedy answer is the right one character by character.
 
     With three examples of question, answer given and answer expected.
     """
     end = tokenizer.special("<|assistant_end|>")
     right, shown = 0, []
-    for exercise in asked:
-        messages = [{"role": "user", "content": exercise.question}]
+    for question, expected in asked.items():
+        messages = [{"role": "user", "content": question}]
         prompt = tokenizer.render_for_completion({"messages": messages})
-        if len(prompt) > model.config.max_seq_len:
-            given = None
-        else:
-            longest = 2 * len(tokenizer.encode(exercise.answer)) + 8
+        given = None
+        if len(prompt) <= model.config.max_seq_len:
+            longest = 2 * len(tokenizer.encode(expected)) + 8
             ids = engine.generate(model, prompt, longest, temperature=0.0, stop_tokens=[end])
             given = tokenizer.decode(ids)
-        right += given == exercise.answer
-        if len(shown) < 3:
-            shown.append(
-                {"question": exercise.question, "given": given, "expected": exercise.answer}
-            )
-    return {**score(right, len(asked)), "examples": shown}
+        right += given == expected
+        shown.append({"question": question, "given": given, "expected": expected})
+    return {**score(right, len(asked)), "examples": shown[:3]}
 
 
 def score(right: int, count: int) -> dict:
@@ -224,19 +202,3 @@ def score(right: int, count: int) -> dict:
     share = right / count
     error = math.sqrt(share * (1 - share) / count)
     return {"accuracy": share, "standard_error": error, "questions": count}
-
-
-def held_out_exercises(name: str, corpus: Corpus, limit: int, seed: int = 0) -> list[Exercise]:
-    """Exercises "arithmetic" or "spelling" that fine-tuning has not seen."""
-    sources: dict[str, Callable[[], Iterator[dict]]] = {
-        "arithmetic": lambda: arithmetic_conversations("val", seed),
-        "spelling": lambda: spelling_conversations(common_words(corpus), "val", seed),
-    }
-    if name not in sources:
-        raise ValueError(f"exercise {name!r} is not one of {', '.join(sources)}")
-    return exercises(sources[name](), limit)
-
-
-def held_out_four_way(corpus: Corpus, limit: int, seed: int = 0) -> list[FourWay]:
-    """Four-way questions on the corpus' held-out modules."""
-    return four_way_questions(summary_pairs(corpus, "val"), limit, seed)

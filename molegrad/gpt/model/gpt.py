@@ -31,6 +31,10 @@ from molegrad.linear import MoleLinear
 from molegrad.offload import HostOffload
 
 
+def _size(default, help: str):
+    return field(default=default, metadata={"help": help})
+
+
 @dataclass(frozen=True)
 class GPTConfig:
     """Sizes of a GPT. `width`, `n_head` and `n_kv_head` follow from the other fields.
@@ -39,27 +43,17 @@ class GPTConfig:
         ValueError: a size is out of range or does not divide; the message names it.
     """
 
-    depth: int = field(default=12, metadata={"help": "number of transformer blocks"})
-    aspect_ratio: int = field(
-        default=64, metadata={"help": "width per block: width = aspect_ratio * depth, rounded up"}
+    depth: int = _size(12, "number of transformer blocks")
+    aspect_ratio: int = _size(64, "width per block: width = aspect_ratio * depth, rounded up")
+    head_dim: int = _size(
+        0, "numbers per attention head; 0 takes 128, or 64 or 32 for narrow models"
     )
-    head_dim: int = field(
-        default=0,
-        metadata={"help": "numbers per attention head; 0 takes 128, or 64 or 32 for narrow models"},
-    )
-    kv_groups: int = field(
-        default=1, metadata={"help": "query heads that share one key/value head (1: none share)"}
-    )
-    vocab_size: int = field(default=32768, metadata={"help": "number of tokens known"})
-    max_seq_len: int = field(default=2048, metadata={"help": "context length in tokens"})
-    softcap: float = field(
-        default=15.0, metadata={"help": "logits stay within +-softcap; 0 switches it off"}
-    )
-    rope_base: float = field(default=10000.0, metadata={"help": "base of the rotary frequencies"})
-    loss_chunk: int = field(
-        default=0,
-        metadata={"help": "tokens whose logits exist at a time; 0 fits them to the device"},
-    )
+    kv_groups: int = _size(1, "query heads that share one key/value head (1: none share)")
+    vocab_size: int = _size(32768, "number of tokens known")
+    max_seq_len: int = _size(2048, "context length in tokens")
+    softcap: float = _size(15.0, "logits stay within +-softcap; 0 switches it off")
+    rope_base: float = _size(10000.0, "base of the rotary frequencies")
+    loss_chunk: int = _size(0, "tokens whose logits exist at a time; 0 fits them to the device")
 
     def __post_init__(self) -> None:
         for name in ("depth", "aspect_ratio", "kv_groups", "vocab_size", "max_seq_len"):
@@ -156,13 +150,9 @@ class Attention(nn.Module):
             if 1 < length < k.size(2):  # new tokens see all earlier ones and their own past
                 mask = torch.ones(length, k.size(2), dtype=torch.bool, device=q.device)
                 mask = mask.tril(k.size(2) - length)
+        causal = mask is None and length == k.size(2)
         y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            is_causal=mask is None and length == k.size(2),
-            enable_gqa=self.grouped,
+            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.grouped
         )
         return y.transpose(1, 2).reshape(batch, length, -1)
 
@@ -342,13 +332,9 @@ class GPT(nn.Module):
         x = self.hidden(idx, cache)
         if targets is None:
             return self.logits(x)
+        c = self.config
         return linear_cross_entropy(
-            x,
-            self.lm_head,
-            targets,
-            cap=self.config.softcap,
-            chunk=self.config.loss_chunk,
-            reduction=loss_reduction,
+            x, self.lm_head, targets, c.softcap, c.loss_chunk, loss_reduction
         )
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:

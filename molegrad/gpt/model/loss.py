@@ -50,7 +50,7 @@ def linear_cross_entropy(
 
     Args:
         hidden: (..., C) floating point; under autocast computed in autocast's dtype.
-        head: its weight (V, C), or the layer without bias; a MoleLinear in factored mode with
+        head: its weight (V, C), or the layer without bias; a MoleLinear in mode "factors" with
             method "tangent" gets sketches instead of a (V, C) gradient.
         targets: (...) int64 in [0, V), or -1 for a position that does not count.
         cap: bound of the logits, which tanh bends towards it; 0 for none.
@@ -83,16 +83,16 @@ def linear_cross_entropy(
     count = (wanted >= 0).sum()
     scale = (wanted >= 0) / count.clamp(min=1) if reduction == "mean" else (wanted >= 0).float()
     scale = scale.double() if dtype == torch.float64 else scale
-    if isinstance(layer, MoleLinear) and layer.trains:
+    options = (cap, chunk, dtype, reduction == "none")
+    parameters = (weight,)
+    sketched = layer if isinstance(layer, MoleLinear) and layer.trains else None
+    if sketched is not None:
+        parameters = (layer.basis_u, layer.basis_v)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             layer.steps.expect(layer, device)
-        losses = _LowRankHead.apply(
-            flat, layer.basis_u, layer.basis_v, layer, wanted, scale, cap, chunk, dtype, reduction
-        )
-    else:
-        losses = _LinearCrossEntropy.apply(
-            flat, weight, wanted, scale, cap, chunk, dtype, reduction
-        )
+    losses = _LinearCrossEntropy.apply(
+        sketched, weight.detach(), wanted, scale, options, flat, *parameters
+    )
     return losses.reshape(targets.shape) if reduction == "none" else losses
 
 
@@ -149,117 +149,91 @@ def _chunk_gradient(numerator, total, bounded, targets, scale):
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Gradients are made in forward; backward scales them (reduction "none" recomputes)."""
+    """Gradients are made in forward; backward scales them ("none" makes them in backward)."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, scale, cap, chunk, dtype, reduction):
-        now = reduction != "none"
-        need_h, need_w = (now and needed for needed in ctx.needs_input_grad[:2])
-        grad_w = torch.zeros_like(weight) if need_w else None
-        loss, grad_h = _all_chunks(
-            hidden, weight, targets, scale, cap, chunk, dtype, need_h, _into(grad_w, cap)
-        )
-        ctx.options = (cap, chunk, dtype, reduction)
-        if reduction == "none":
-            ctx.save_for_backward(hidden, weight, targets, scale)
-            return loss
-        ctx.save_for_backward(grad_h, grad_w)
-        return loss.sum()
+    def forward(ctx, layer, weight, targets, scale, options, hidden, *parameters):
+        *_, each = options
+        needed = (False,) * (1 + len(parameters)) if each else ctx.needs_input_grad[5:]
+        losses, found = _all_chunks(layer, weight, targets, scale, options, hidden, needed)
+        ctx.layer, ctx.options = layer, options
+        ctx.save_for_backward(*((weight, targets, scale, hidden) if each else found))
+        return losses if each else losses.sum()
 
     @staticmethod
     def backward(ctx, grad):
-        cap, chunk, dtype, reduction = ctx.options
-        if reduction == "none":
-            hidden, weight, targets, scale = ctx.saved_tensors
-            need_h, need_w = ctx.needs_input_grad[:2]
-            grad_w = torch.zeros_like(weight) if need_w else None
-            _, grad_h = _all_chunks(
-                hidden, weight, targets, scale * grad, cap, chunk, dtype, need_h, _into(grad_w, cap)
-            )
-        else:
-            grad_h, grad_w = ctx.saved_tensors
-            grad_h = None if grad_h is None else grad_h * grad.to(grad_h.dtype)
-            grad_w = None if grad_w is None else grad_w * grad.to(grad_w.dtype)
-        return grad_h, grad_w, None, None, None, None, None, None
-
-
-class _LowRankHead(torch.autograd.Function):
-    """The same where the head's weight gets sketches, as the gradients of its bases."""
-
-    @staticmethod
-    def forward(ctx, hidden, basis_u, basis_v, layer, targets, scale, cap, chunk, dtype, reduction):
-        now = reduction != "none" and any(ctx.needs_input_grad[:3])
-        sketches = LayerGradient(layer)
-        loss, grad_h = _all_chunks(
-            hidden, layer.weight, targets, scale, cap, chunk, dtype,
-            now and ctx.needs_input_grad[0], _told(sketches, cap) if now else None,
-        )  # fmt: skip
-        ctx.options = (layer, cap, chunk, dtype, reduction)
-        if reduction == "none":
-            ctx.save_for_backward(hidden, layer.weight, targets, scale)
-            return loss
-        ctx.save_for_backward(grad_h, *sketches.finish()[1:])
-        return loss.sum()
-
-    @staticmethod
-    def backward(ctx, grad):
-        layer, cap, chunk, dtype, reduction = ctx.options
-        if reduction == "none":
-            hidden, weight, targets, scale = ctx.saved_tensors
-            sketches = LayerGradient(layer)
-            _, grad_h = _all_chunks(
-                hidden, weight, targets, scale * grad, cap, chunk, dtype,
-                ctx.needs_input_grad[0], _told(sketches, cap),
-            )  # fmt: skip
-            found = (grad_h, *sketches.finish()[1:])
+        *_, each = ctx.options
+        if each:
+            weight, targets, scale, hidden = ctx.saved_tensors
+            needed, scale = ctx.needs_input_grad[5:], scale * grad
+            _, found = _all_chunks(ctx.layer, weight, targets, scale, ctx.options, hidden, needed)
         else:
             found = (g if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors)
-        return *found, None, None, None, None, None, None, None
+        return None, None, None, None, None, *found
 
 
-def _into(grad_w: Tensor | None, cap: float):
-    """(h / cap, dx) of a chunk, added to the weight's gradient."""
-    if grad_w is None:
-        return None
-    factor = cap if cap > 0 else 1.0
+class _Matrix:
+    """The gradient of the head's weight itself, in the weight's dtype."""
 
-    def add(h: Tensor, dx: Tensor) -> None:
-        if grad_w.dtype == h.dtype:
-            grad_w.addmm_(dx.t(), h, alpha=factor)
+    def __init__(self, weight: Tensor, cap: float) -> None:
+        self.total, self.factor = torch.zeros_like(weight), cap or 1.0
+
+    def add(self, h: Tensor, dx: Tensor) -> None:
+        """h / cap (t, C) and the gradient of its logits dx (t, V)."""
+        if self.total.dtype == h.dtype:
+            self.total.addmm_(dx.t(), h, alpha=self.factor)
         else:
-            grad_w.add_(dx.t() @ h, alpha=factor)
+            self.total.add_(dx.t() @ h, alpha=self.factor)
 
-    return add
-
-
-def _told(sketches: LayerGradient, cap: float):
-    """(h / cap, dx) of a chunk, given to sketches."""
-    factor = cap if cap > 0 else 1.0
-    return lambda h, dx: sketches.add(h * factor, dx)
+    def finish(self) -> tuple[Tensor, ...]:
+        return (self.total,)
 
 
-def _all_chunks(hidden, weight, targets, scale, cap, chunk, dtype, need_h, add_w):
-    """Losses (T,) times scale, and the gradient of their sum with respect to hidden, if asked for;
-    that of the weight goes to `add_w(h / cap, dx)`, chunk by chunk."""
-    compute_w = weight.detach().to(dtype)
+class _Sketches:
+    """Its sketches, as the gradients of a converted head's bases."""
+
+    def __init__(self, layer: MoleLinear, cap: float) -> None:
+        self.gradient, self.factor = LayerGradient(layer), cap or 1.0
+
+    def add(self, h: Tensor, dx: Tensor) -> None:
+        self.gradient.add(h * self.factor, dx)
+
+    def finish(self) -> tuple[Tensor, ...]:
+        _, *sketches = self.gradient.finish()  # the weight itself has none
+        return tuple(sketches)
+
+
+def _all_chunks(layer, weight, targets, scale, options, hidden, needed):
+    """Losses (T,) times scale, and the gradients of their sum with respect to hidden and to the
+    parameters, None where they are not `needed`.
+
+    layer: a head whose bases are the parameters; None where it is the weight (V, C).
+    """
+    cap, chunk, dtype, _ = options
+    need_h, *need = needed
+    compute_w = weight.to(dtype)
     grad_h = torch.empty_like(hidden) if need_h else None
+    gradient = None
+    if any(need):
+        gradient = _Matrix(weight, cap) if layer is None else _Sketches(layer, cap)
     inverse_cap = 1.0 / cap if cap > 0 else 1.0
 
     def losses_of(part: slice) -> Tensor:  # a function, so that a chunk's logits go with it
         h = hidden[part].to(dtype) * inverse_cap
         loss, *state = _chunk_loss(h, compute_w, targets[part], cap)
-        if need_h or add_w is not None:
+        if any(needed):
             dx = _chunk_gradient(*state, targets[part], scale[part]).to(dtype)
             if need_h:
                 grad_h[part] = dx @ compute_w
-            if add_w is not None:
-                add_w(h, dx)
+            if gradient is not None:
+                gradient.add(h, dx)
         return loss * scale[part]
 
     losses = torch.empty_like(scale)
     for part in _chunks(hidden.size(0), chunk):
         losses[part] = losses_of(part)
-    return losses, grad_h
+    found = (None,) * len(need) if gradient is None else gradient.finish()
+    return losses, (grad_h, *found)
 
 
 def _chunks(tokens: int, chunk: int) -> list[slice]:

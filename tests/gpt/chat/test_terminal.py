@@ -1,67 +1,61 @@
 """Chat: streamed characters, the conversation's state, overflow, interrupts, the command."""
 
+import dataclasses
 import re
 
 import pytest
 import torch
 
-from molegrad.gpt import runs as stages
-from molegrad.gpt.chat.terminal import (
-    Chat,
-    ChatConfig,
-    PromptTooLong,
-    chat_cli,
-    main,
-    stream_text,
-)
+from molegrad.gpt import paths, runs
+from molegrad.gpt.chat.terminal import Chat, ChatConfig, PromptTooLong, main, stream_text
 from molegrad.gpt.data.tokenizer import Tokenizer
 from molegrad.gpt.model import engine
-from molegrad.gpt.model.engine import answer
 
 
 @pytest.fixture(scope="module")
 def opened(tiny_folder):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MOLEGRAD_HOME", str(tiny_folder))
-        return {stage: stages.open_stage("tiny", stage) for stage in ("base", "sft")}
+        patch.setenv(paths.ENV, str(tiny_folder))
+        return {stage: runs.open_stage("tiny", stage) for stage in ("base", "sft")}
 
 
 def talk(opened, stage="sft", **options):
-    o = opened[stage]
-    settings = {"max_new_tokens": 8, "notice": lambda line: None, **options}
-    return Chat(o.model, o.tokenizer, stage == "sft", **settings)
+    return Chat(opened[stage], ChatConfig(**{"max_new_tokens": 8, **options}))
 
 
-def terminal(*lines):
-    """(read, write, what was written): the lines are typed, then the input ends."""
-    typed, written = list(lines), []
+@pytest.fixture
+def terminal(tiny, monkeypatch, capsys):
+    """Types lines into the command, then ends the input; returns what was shown."""
 
-    def read(prompt):
-        written.append(prompt)
-        if not typed:
-            raise EOFError
-        line = typed.pop(0)
-        if isinstance(line, BaseException):
-            raise line
-        return line
+    def run(*lines, words=()):
+        typed = iter(lines)
 
-    return read, written.append, written
+        def read(prompt):
+            print(prompt, end="")
+            line = next(typed, EOFError())
+            if isinstance(line, BaseException):
+                raise line
+            return line
+
+        monkeypatch.setattr("builtins.input", read)
+        assert main(["--run=tiny", "--max-new-tokens=5", *words]) == 0
+        return capsys.readouterr().out
+
+    return run
 
 
 def test_characters_spread_over_tokens_come_whole():
     tokenizer = Tokenizer.train(["aa bb"] * 3, 266)
     text = "naïve 東京 🙂!"
-    tokens = [b for b in text.encode()]  # ids below 256 are bytes, in some order
     single = {tokenizer.decode_bytes([i]): i for i in range(256)}
-    tokens = [single[bytes([b])] for b in tokens]
-    pieces = list(stream_text(tokens, tokenizer))
-    assert pieces == list(text)
+    tokens = [single[bytes([b])] for b in text.encode()]
+    assert list(stream_text(tokens, tokenizer)) == list(text)
     assert list(stream_text(tokens[:-3], tokenizer))[-1] == "\ufffd"  # a cut emoji
     wrong = [single[b"\xff"], single[b"a"]]
     assert "".join(stream_text(wrong, tokenizer)) == "\ufffda"
 
 
-def test_pieces_are_given_as_they_are_made(opened, monkeypatch):
+def test_pieces_are_given_as_they_are_made_and_a_closed_answer_counts_as_said(opened, monkeypatch):
     made = []
     real = engine.generate
 
@@ -71,32 +65,29 @@ def test_pieces_are_given_as_they_are_made(opened, monkeypatch):
             yield token
 
     monkeypatch.setattr(engine, "generate", counting)
-    pieces = talk(opened, temperature=1.0).reply("hello")
-    next(pieces)
+    chat = talk(opened, temperature=1.0)
+    pieces = chat.reply("hello")
+    said = next(pieces)
     first = len(made)
-    next(pieces)
+    said += next(pieces)
     assert 0 < first < len(made) <= first + 4
+    pieces.close()
+    assert chat.messages[1]["content"] == said
 
 
-def test_the_conversation_is_remembered_and_cleared(opened):
-    chat = talk(opened)
+def test_the_conversation_is_remembered_seen_and_cleared(opened, monkeypatch):
+    chat, tokenizer, prompts = talk(opened), opened["sft"].tokenizer, []
+    real = engine.generate
+    monkeypatch.setattr(
+        engine, "generate", lambda model, ids, *a: prompts.append(ids) or real(model, ids, *a)
+    )
     said = ["".join(chat.reply(text)) for text in ("one", "two")]
     assert [m["role"] for m in chat.messages] == ["user", "assistant"] * 2
     assert [m["content"] for m in chat.messages] == ["one", said[0], "two", said[1]]
+    assert prompts[1] == tokenizer.render_for_completion({"messages": chat.messages})
     chat.clear()
     assert chat.messages == []
-    assert "".join(chat.reply("one")) == said[0]  # the seeds begin anew
-
-
-def test_the_model_sees_the_earlier_turns(opened, monkeypatch):
-    seen = []
-    monkeypatch.setattr(engine, "generate", lambda model, ids, *a: seen.append(ids) or iter(()))
-    chat, tokenizer = talk(opened), opened["sft"].tokenizer
-    list(chat.reply("one"))
-    list(chat.reply("two"))
-    messages = [("user", "one"), ("assistant", ""), ("user", "two")]
-    messages = [{"role": r, "content": c} for r, c in messages]
-    assert seen[1] == tokenizer.render_for_completion({"messages": messages})
+    assert "".join(chat.reply("one")) == said[0]  # with the same seed
 
 
 def test_seeds_and_temperature(opened):
@@ -105,21 +96,21 @@ def test_seeds_and_temperature(opened):
 
     assert once(seed=1, temperature=1.0) == once(seed=1, temperature=1.0)
     assert len({once(seed=s, temperature=1.5, top_k=0) for s in range(5)}) > 1
-    greedy = {once(seed=s, temperature=0.0) for s in range(3)}
     o = opened["sft"]
-    assert greedy == {answer(o.model, o.tokenizer, "hello there", max_tokens=20)}
+    best = engine.answer(o.model, o.tokenizer, "hello there", max_tokens=20)
+    assert {once(seed=s, temperature=0.0) for s in range(3)} == {best}
 
 
-def test_the_oldest_turns_are_dropped_and_it_is_said_once(opened):
-    notices = []
-    chat = talk(opened, notice=notices.append)
+def test_the_oldest_turns_are_dropped_and_it_is_said_once(opened, terminal):
     texts = [f"message number {i} of the talk" for i in range(8)]
+    shown = terminal(*texts)
+    assert shown.count("the context is full") == 1
+    chat = talk(opened)
     for text in texts:
         list(chat.reply(text))
-    assert len(notices) == 1 and "context of 64 tokens" in notices[0]
     kept = [m["content"] for m in chat.messages if m["role"] == "user"]
     assert kept == texts[-len(kept) :] and 1 <= len(kept) < 8
-    assert chat.messages[0]["role"] == "user"
+    assert chat.forgotten and chat.messages[0]["role"] == "user"
 
 
 @pytest.mark.parametrize("stage", ["base", "sft"])
@@ -132,14 +123,6 @@ def test_a_message_that_does_not_fit_changes_nothing(opened, stage):
     assert chat.messages == before
 
 
-def test_a_closed_answer_counts_as_said(opened):
-    chat = talk(opened, temperature=1.0)
-    pieces = chat.reply("hello")
-    first = next(pieces)
-    pieces.close()
-    assert chat.messages[1]["content"] == first
-
-
 def test_a_base_model_continues_text(opened):
     chat = talk(opened, "base", temperature=0.0)
     o = opened["base"]
@@ -149,46 +132,30 @@ def test_a_base_model_continues_text(opened):
     assert "".join(chat.reply("Return the")) == expected and chat.messages == []
 
 
-def test_a_conversation_in_the_terminal(tiny):
-    read, write, written = terminal("hello", "", "/clear", "/help", "again", "/quit", "never")
-    assert chat_cli(ChatConfig(run="tiny", max_new_tokens=5), read, write) == 0
-    text = "".join(written)
+def test_a_conversation_in_the_terminal(terminal):
+    text = terminal("hello", "", "/clear", "/help", "word " * 80, "again", "/quit", "never")
     assert text.startswith("tiny/sft step 200 on CPU")
-    assert text.count("model> ") == 2 and "forgotten" in text and "there is no /help" in text
-    assert "base model" not in text and text.count("you> ") == 6
+    assert text.count("model> ") == 3 and "forgotten" in text and "there is no /help" in text
+    assert "shorten it" in text and "base model" not in text and text.count("you> ") == 7
+    assert "not fine-tuned" in terminal("/quit", words=["--stage=base"])
 
 
-def test_ctrl_c_stops_the_answer_and_not_the_program(tiny, monkeypatch):
+def test_ctrl_c_stops_the_answer_and_not_the_program(terminal, monkeypatch):
     def interrupted(model, prompt, *options):
         yield prompt[-2]
         raise KeyboardInterrupt
 
     monkeypatch.setattr(engine, "generate", interrupted)
-    read, write, written = terminal("hello", KeyboardInterrupt(), "more", "/quit")
-    assert chat_cli(ChatConfig(run="tiny"), read, write) == 0
-    text = "".join(written)
+    text = terminal("hello", KeyboardInterrupt(), "more", "/quit")
     assert text.count("(stopped)") == 2 and "(/quit leaves)" in text
 
 
-def test_a_too_long_message_is_told_in_the_terminal(tiny):
-    read, write, written = terminal("word " * 80, "hi")
-    chat_cli(ChatConfig(run="tiny", max_new_tokens=3), read, write)
-    text = "".join(written)
-    assert "shorten it" in text and text.count("model> ") == 2
-
-
-def test_a_base_model_is_announced(tiny):
-    read, write, written = terminal("/quit")
-    chat_cli(ChatConfig(run="tiny", stage="base"), read, write)
-    assert "not fine-tuned" in "".join(written)
-
-
-def test_one_prompt(tiny, capsys):
+def test_one_prompt(tiny, opened, capsys):
     words = ["--run=tiny", "--prompt=What is 12 + 7?", "--temperature=0", "--max-new-tokens=12"]
     assert main(words) == 0
     out, err = capsys.readouterr()
-    o = stages.open_stage("tiny", "sft")
-    assert out == answer(o.model, o.tokenizer, "What is 12 + 7?", max_tokens=12) + "\n"
+    o = opened["sft"]
+    assert out == engine.answer(o.model, o.tokenizer, "What is 12 + 7?", 12) + "\n"
     assert err == ""
     assert main([*words, "--stage=base"]) == 0
     assert "not fine-tuned" in capsys.readouterr().err
@@ -201,23 +168,21 @@ def test_one_prompt(tiny, capsys):
         (["--run=none"], "no run 'none'"),
         (["--run=tiny", "--step=3"], "has steps 200, not a checkpoint of step 3"),
         (["--run=tiny", "--model-tag=x"], "has no base-x .it has: base, sft"),
+        (["--temperature=-1"], "temperature must not be negative"),
+        (["--max-new-tokens=0"], "max_new_tokens must be at least 1"),
     ],
 )
-def test_what_is_missing_is_named(tiny, words, phrase, capsys):
-    assert main(words) == 2
-    assert re.search(phrase, capsys.readouterr().err)
-
-
-@pytest.mark.parametrize("word", ["--temperature=-1", "--max-new-tokens=0", "--stage=x"])
-def test_wrong_flags_end_with_code_2(word):
-    with pytest.raises(SystemExit) as caught:
-        main([word])
-    assert caught.value.code == 2
+def test_what_is_wrong_is_named(tiny, words, phrase, capsys):
+    try:
+        status = main(words)
+    except SystemExit as caught:
+        status = caught.code
+    assert status == 2 and re.search(phrase, capsys.readouterr().err)
 
 
 def test_weights_are_converted_for_the_device(tiny):
-    low = stages.open_stage("tiny", "sft", dtype=torch.bfloat16)
+    low = runs.open_stage("tiny", "sft", dtype=torch.bfloat16)
     assert {p.dtype for p in low.model.parameters()} == {torch.bfloat16}
     assert low.model.cos.dtype == torch.float32
-    chat = Chat(low.model, low.tokenizer, max_new_tokens=4)
+    chat = talk({"sft": dataclasses.replace(low)}, max_new_tokens=4)
     assert isinstance("".join(chat.reply("hello")), str)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from molegrad.gpt import runs as stages
+from molegrad.gpt import runs
 from molegrad.gpt.evaluate.evaluate import (
     BaseEvalConfig,
     ChatEvalConfig,
@@ -58,9 +58,9 @@ def test_a_repeated_evaluation_gives_the_same(tiny):
 
 
 def test_another_corpus_is_noticed(tiny, capsys, monkeypatch):
-    real = stages.training_corpus
+    real = runs.training_corpus
     monkeypatch.setattr(
-        stages, "training_corpus", lambda c: real({**c, "corpus": {"sha256": "0" * 64}})
+        runs, "training_corpus", lambda c: real({**c, "corpus": {"sha256": "0" * 64}})
     )
     config = BaseEvalConfig(run="tiny", tasks="bpb", eval_tokens=512, batch_size=2)
     result = evaluate(config)["tasks"]["bpb"]

@@ -5,18 +5,18 @@ import math
 import pytest
 import torch
 
-from molegrad.gpt import runs as stages
-from molegrad.gpt.data.conversations import SummaryPair, arithmetic_conversations
+from molegrad.gpt import runs
+from molegrad.gpt.data.conversations import (
+    SummaryPair,
+    arithmetic_conversations,
+    summary_pairs,
+)
 from molegrad.gpt.data.packing import ConversationLoader, render
 from molegrad.gpt.evaluate import tasks
 from molegrad.gpt.evaluate.tasks import (
-    Exercise,
     choice_ids,
-    document_prompt,
     exercises,
     four_way_questions,
-    held_out_exercises,
-    held_out_four_way,
     log_likelihoods,
     run_exact_match,
     run_four_way,
@@ -38,6 +38,14 @@ class Oracle:
 
     def encode(self, text):
         return list(text.encode())
+
+
+def learn(model, loader):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(80):
+        model(*loader.next_batch()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def test_questions_are_seeded_and_fair():
@@ -63,8 +71,6 @@ def test_a_rare_kind_borrows_from_the_others():
 def test_too_few_pairs_are_named():
     with pytest.raises(ValueError, match="3 held-out summaries are too few"):
         four_way_questions(pairs(3), 5)
-    with pytest.raises(ValueError, match="limit=0"):
-        four_way_questions(pairs(9), 0)
 
 
 def test_log_likelihoods_equal_those_of_one_sequence_at_a_time():
@@ -89,8 +95,6 @@ def test_a_sequence_beyond_the_context_keeps_its_continuation():
     assert whole == pytest.approx(log_likelihoods(model, [(ids[15:], 15)]), rel=1e-5)
     long = log_likelihoods(model, [(ids, 2)])  # 38 ids to score: one of context, 24 scored
     assert long == pytest.approx(log_likelihoods(model, [(ids[1:26], 1)]), rel=1e-5)
-    with pytest.raises(ValueError, match="both parts need one"):
-        log_likelihoods(model, [(ids, 40)])
 
 
 def test_four_way_counts_by_byte_and_in_total(monkeypatch):
@@ -114,9 +118,9 @@ def test_a_model_of_nan_is_never_right(monkeypatch):
 
 
 def test_an_untrained_model_is_at_chance(tiny):
-    opened = stages.open_stage("tiny", "base")
-    corpus = stages.named_corpus({"data": "embedded", "data_max_bytes": 150_000})
-    questions = held_out_four_way(corpus, 500)
+    opened = runs.open_stage("tiny", "base")
+    corpus = runs.named_corpus({"data": "embedded", "data_max_bytes": 150_000})
+    questions = four_way_questions(summary_pairs(corpus, "val"), 500)
     with torch.no_grad():  # same probability for every token: only the number of tokens decides
         opened.model.lm_head.weight.zero_()
     accuracy = run_four_way(opened.model, opened.tokenizer, questions, False)["accuracy"]
@@ -124,35 +128,36 @@ def test_an_untrained_model_is_at_chance(tiny):
 
 
 def test_the_name_is_followed_by_the_choice(tiny):
-    tokenizer = stages.open_stage("tiny", "sft").tokenizer
+    tokenizer = runs.open_stage("tiny", "sft").tokenizer
     question = four_way_questions(pairs(), 1)[0]
     name = question.pair.name
-    assert document_prompt(question.pair) in (f"def {name}()\n\n", f"class {name}\n\n")
+    starts = {
+        False: (f"<|bos|>def {name}()\n\n", f"<|bos|>class {name}\n\n"),
+        True: "<|bos|><|user",
+    }
     for fine_tuned in (False, True):
         ids, context = choice_ids(question, question.choices[0], tokenizer, fine_tuned)
         assert tokenizer.decode(ids[context:]) == question.choices[0]
-        assert ids[0] == tokenizer.bos and name in tokenizer.decode(ids[:context])
+        read = tokenizer.decode(ids[:context])
+        assert read.startswith("<|bos|><|user_start|>" if fine_tuned else begins) and name in read
         assert (ids[context - 1] == tokenizer.special("<|assistant_start|>")) == fine_tuned
 
 
 def test_exercises_are_different_and_held_out():
     found = exercises(arithmetic_conversations("val"), 50)
-    assert len({e.question for e in found}) == 50
-    seen = {e.question for e in exercises(arithmetic_conversations("train"), 2000)}
-    assert not seen & {e.question for e in found}
-    for e in found:
-        term, value = e.answer.split(" = ")
+    assert len(found) == 50
+    assert not found.keys() & exercises(arithmetic_conversations("train"), 2000).keys()
+    for question, answer in found.items():
+        term, value = answer.split(" = ")
         left, sign, right = term.split()
         assert int(value) == (int(left) + int(right) if sign == "+" else int(left) - int(right))
-        assert term in e.question
+        assert term in question
     once = [{"messages": [{"content": "q"}, {"content": "a"}]}] * 30
-    assert exercises(once, 10) == [Exercise("q", "a")]
-    with pytest.raises(ValueError, match="'poetry' is not one of arithmetic, spelling"):
-        held_out_exercises("poetry", None, 5)
+    assert exercises(once, 10) == {"q": "a"}
 
 
 def test_exact_match_is_exact(tiny, monkeypatch):
-    opened = stages.open_stage("tiny", "sft")
+    opened = runs.open_stage("tiny", "sft")
     said = iter(["12 + 7 = 19", "12 + 7 = 19.", ""])
 
     def speak(model, prompt, *args, **kwargs):
@@ -160,54 +165,40 @@ def test_exact_match_is_exact(tiny, monkeypatch):
         return iter(opened.tokenizer.encode(next(said)))
 
     monkeypatch.setattr(tasks.engine, "generate", speak)
-    asked = [Exercise("What is 12 + 7?", "12 + 7 = 19")] * 3
+    asked = {f"What is {i}?": "12 + 7 = 19" for i in range(3)}
     result = run_exact_match(opened.model, opened.tokenizer, asked)
     assert result["accuracy"] == pytest.approx(1 / 3)
     assert [e["given"] for e in result["examples"]] == ["12 + 7 = 19", "12 + 7 = 19.", ""]
 
 
 def test_a_question_that_does_not_fit_is_wrong(tiny):
-    opened = stages.open_stage("tiny", "sft")
-    result = run_exact_match(opened.model, opened.tokenizer, [Exercise("word " * 80, "x")])
+    opened = runs.open_stage("tiny", "sft")
+    result = run_exact_match(opened.model, opened.tokenizer, {"word " * 80: "x"})
     assert result["accuracy"] == 0 and result["examples"][0]["given"] is None
 
 
 def test_a_model_that_knows_the_summaries_chooses_them(tiny):
-    opened = stages.open_stage("tiny", "base")
+    opened = runs.open_stage("tiny", "base")
     model, tokenizer = opened.model.train(), opened.tokenizer
     words = ["add", "sort", "open", "close", "read", "write", "find", "drop", "join", "split"]
     known = [SummaryPair(w, f"Will {w} the {w}able {w}s.", "m", "function") for w in words]
     questions = four_way_questions(known, 10)
     right = [choice_ids(q, q.choices[q.answer], tokenizer, False) for q in questions]
     rendered = [(ids, [0] * context + [1] * (len(ids) - context)) for ids, context in right]
-    loader = ConversationLoader(rendered, 5, 64, tokenizer.bos)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(80):
-        model(*loader.next_batch()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    learn(model, ConversationLoader(rendered, 5, 64, tokenizer.bos))
     result = run_four_way(model.eval(), tokenizer, questions, False)
     assert result["accuracy"] == result["accuracy_total"] == 1
 
 
 def test_a_model_that_learnt_the_answers_gives_them(tiny):
     """Greedy generation and the chat format are the ones of fine-tuning."""
-    opened = stages.open_stage("tiny", "sft")
+    opened = runs.open_stage("tiny", "sft")
     model, tokenizer = opened.model.train(), opened.tokenizer
-    asked = [Exercise("Spell cat", "c a t"), Exercise("1 + 2 = ?", "1 + 2 = 3")]
+    asked = {"Spell cat": "c a t", "1 + 2 = ?": "1 + 2 = 3"}
+    roles = ("user", "assistant")
     talks = [
-        {
-            "messages": [
-                {"role": "user", "content": e.question},
-                {"role": "assistant", "content": e.answer},
-            ]
-        }
-        for e in asked
+        {"messages": [{"role": r, "content": c} for r, c in zip(roles, pair, strict=True)]}
+        for pair in asked.items()
     ]
-    loader = ConversationLoader(render(talks, tokenizer, 64), 1, 64, tokenizer.bos)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(80):
-        model(*loader.next_batch()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    learn(model, ConversationLoader(render(talks, tokenizer, 64), 1, 64, tokenizer.bos))
     assert run_exact_match(model.eval(), tokenizer, asked)["accuracy"] == 1
