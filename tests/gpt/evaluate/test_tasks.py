@@ -131,10 +131,7 @@ def test_the_name_is_followed_by_the_choice(tiny):
     tokenizer = runs.open_stage("tiny", "sft").tokenizer
     question = four_way_questions(pairs(), 1)[0]
     name = question.pair.name
-    starts = {
-        False: (f"<|bos|>def {name}()\n\n", f"<|bos|>class {name}\n\n"),
-        True: "<|bos|><|user",
-    }
+    begins = (f"<|bos|>def {name}()\n\n", f"<|bos|>class {name}\n\n")
     for fine_tuned in (False, True):
         ids, context = choice_ids(question, question.choices[0], tokenizer, fine_tuned)
         assert tokenizer.decode(ids[context:]) == question.choices[0]
