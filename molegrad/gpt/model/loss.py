@@ -50,7 +50,7 @@ def linear_cross_entropy(
 
     Args:
         hidden: (..., C) floating point; under autocast computed in autocast's dtype.
-        head: its weight (V, C), or the layer without bias; a MoleLinear in factored mode with
+        head: its weight (V, C), or the layer without bias; a MoleLinear in mode "factors" with
             method "tangent" gets sketches instead of a (V, C) gradient.
         targets: (...) int64 in [0, V), or -1 for a position that does not count.
         cap: bound of the logits, which tanh bends towards it; 0 for none.
@@ -89,7 +89,7 @@ def linear_cross_entropy(
     if sketched is not None:
         parameters = (layer.basis_u, layer.basis_v)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            layer.steps.expect(layer, flat.device.type)
+            layer.steps.expect(layer, device)
     losses = _LinearCrossEntropy.apply(
         sketched, weight.detach(), wanted, scale, options, flat, *parameters
     )
@@ -199,7 +199,8 @@ class _Sketches:
         self.gradient.add(h * self.factor, dx)
 
     def finish(self) -> tuple[Tensor, ...]:
-        return self.gradient.finish()
+        _, *sketches = self.gradient.finish()  # the weight itself has none
+        return tuple(sketches)
 
 
 def _all_chunks(layer, weight, targets, scale, options, hidden, needed):
