@@ -18,8 +18,7 @@ from molegrad.gpt.train.flags import Prefixed, flag
 from molegrad.gpt.train.hardware import pick_device
 from molegrad.gpt.train.logger import parse_dashboards
 from molegrad.gpt.train.streaming import AS_GIVEN, Streaming, with_method
-from molegrad.monitor.health import DEFAULT_ACTIONS, KINDS, parse_actions
-from molegrad.monitor.health_rules import HealthThresholds
+from molegrad.monitor.health import DEFAULT_ACTIONS, KINDS, HealthThresholds, parse_actions
 
 # Where matrix_lr is not given; see the optimizers' docstrings for what a learning rate means. In
 # the subspace of factors AdamW takes twice the rate.

@@ -10,7 +10,7 @@ from molegrad.config import PRESETS
 from molegrad.gpt.train import flags
 from molegrad.gpt.train.config import BaseTrainConfig, compute_dtype, resolve
 from molegrad.gpt.train.sft import SFTConfig
-from molegrad.monitor.health_rules import HealthThresholds
+from molegrad.monitor.health import HealthThresholds
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 ON = {"enable_streaming": True}
