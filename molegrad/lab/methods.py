@@ -38,7 +38,7 @@ METHODS: dict[str, dict] = {
         for name in ("exact", "balanced", "minimal")
     },
 }
-RANKED = {"lowrank", "lowrank-grad", "tangent", *PEERS}
+RANK = PREFIX + "rank_k"
 RATES = ("lr", "matrix_lr", "matrix_lrs")
 # Flags that the sweep sets, for all methods alike.
 RESERVED = STEERING | {
@@ -69,35 +69,29 @@ def parse_methods(text: str, common: str = "") -> list[Method]:
         ValueError: an unknown method or flag, or a value of the wrong kind.
     """
     shared = _changes(f"--common={common}", split(common, ":"))
-    if {"rank", "rates"} & shared.keys():
-        raise ValueError(
-            f"--common={common}: a rank is a method's own, and rates have --matrix-lrs"
-        )
-    methods = []
-    for spec in split(text, ","):
-        name, *words = split(spec, ":")
-        methods.append(_method(name, words, shared))
-    dense = [m for m in methods if m.label == "dense"] or [_method("dense", [], shared)]
+    if "rates" in shared:
+        raise ValueError(f"--common={common}: learning rates of all methods are --matrix-lrs")
+    methods = [_method(spec, shared) for spec in split(text, ",")]
+    dense = [m for m in methods if m.label == "dense"] or [_method("dense", shared)]
     return [dense[0], *(m for m in methods if m.label != "dense")]
 
 
-def _method(name: str, words: list[str], shared: dict) -> Method:
+def _method(spec: str, shared: dict) -> Method:
+    name, *words = split(spec, ":")
     label = ":".join([name, *(word for word in words if _key(word) not in RATES)])
     if name not in METHODS and name not in PEERS:
         raise ValueError(f"unknown method {name!r}: {_nearest(name, [*METHODS, *PEERS])}")
     given = _changes(label, words, OPTIONS.get(name, {}))
-    rates, rank = given.pop("rates", ()), given.pop("rank", None)
-    if rank is not None and name not in RANKED:
-        raise ValueError(f"{label!r} has a rank, but {name} is not a method with a free rank")
+    rates = given.pop("rates", ())
     if name in PEERS:
+        rank = given.pop(RANK, shared.get(RANK))
         options = {key: given.pop(key) for key in OPTIONS[name] if key in given}
         idle = [key for key in given if _concerns_gradients(key)]
         if idle:
             raise ValueError(f"{label!r}: {idle[0]} is not for a peer, which takes dense gradients")
         flags = {k: v for k, v in {**shared, **given}.items() if not _concerns_gradients(k)}
         return Method(label, flags, rates, Peer(name, rank, options))
-    own = {} if rank is None else {PREFIX + "rank_k": rank}
-    flags = {**METHODS[name], **shared, **own, **given}
+    flags = {**METHODS[name], **shared, **given}
     if not flags.get("enable_streaming"):
         flags = {k: v for k, v in flags.items() if k in given or not k.startswith(PREFIX)}
     return Method(label, flags, rates)
@@ -108,7 +102,7 @@ def _concerns_gradients(flag: str) -> bool:
 
 
 def _changes(spec: str, words: list[str], options=()) -> dict:
-    """Flag or option -> value of the words NAME=VALUE; "rank" and "rates" besides."""
+    """Flag or option -> value of the words NAME=VALUE; "rates" besides."""
     result: dict = {}
     for word in words:
         name, equals, text = word.partition("=")
@@ -117,8 +111,6 @@ def _changes(spec: str, words: list[str], options=()) -> dict:
             raise ValueError(f"{spec!r}: {word!r} should look like NAME=VALUE")
         if name in RATES:
             result["rates"] = learning_rates(text.replace("|", ","), spec)
-        elif name == "rank":
-            result["rank"] = typed(f"{spec}: rank", text, int | float)
         elif name in options:
             result[name] = _literal(text)
         elif name in RESERVED or PREFIX + name in RESERVED:
@@ -130,13 +122,14 @@ def _changes(spec: str, words: list[str], options=()) -> dict:
             name = name if name in _HINTS else PREFIX + name
             result[name] = typed(name, text, _HINTS[name])
         else:
-            known = [*_HINTS, *(n.removeprefix(PREFIX) for n in _HINTS), *options, "rank"]
+            known = [*_HINTS, *(n.removeprefix(PREFIX) for n in _HINTS), *options]
             raise ValueError(f"{spec!r}: unknown flag {name!r}; {_nearest(name, known)}")
     return result
 
 
 def _key(word: str) -> str:
-    return word.partition("=")[0].strip().replace("-", "_")
+    name = word.partition("=")[0].strip().replace("-", "_")
+    return RANK if name == "rank" else name
 
 
 def split(text: str, separator: str) -> list[str]:

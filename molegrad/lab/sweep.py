@@ -2,8 +2,8 @@
 
     python -m scripts.compare --methods=lowrank:rank=8,lowrank:rank=16 --seeds=3 --jobs=2
     python -m scripts.compare "--methods=adamw:matrix_lrs=0.001|0.002|0.004,balanced" \\
-        --sizes=4x128,6x384 --batch-sizes=2048,8192 --train-tokens=2000000 --list
-    python -m scripts.compare --vocab=bytes --plots=plots --markdown=table.md --json
+        --sizes=4x128,6x384 --batch-sizes=2048,8192 --list
+    python -m scripts.compare --vocab=bytes --plots=plots --json
 
 A cell is one method at one model size, batch size and length. Its learning rate is chosen by the
 same rule for every method, the dense reference included: every rate is trained with seed 0; while
@@ -63,7 +63,6 @@ class CompareConfig:
     sizes: str = flag("3x192", "model sizes, depth x width, comma separated")
     batch_sizes: str = flag("", "tokens per step, comma separated; empty is one micro-batch")
     num_iterations: str = flag("300", "steps of a run; several lengths comma separated")
-    train_tokens: str = flag("", "tokens of a run in place of steps, the same for every batch size")
     common: str = flag("", "flags of base_train for all methods, as NAME=VALUE:NAME=VALUE")
     max_seq_len: int = flag(256, "tokens per sequence")
     device_batch_size: int = flag(8, "sequences per micro-batch; larger batches accumulate")
@@ -80,7 +79,6 @@ class CompareConfig:
     equal_time: bool = flag(False, "train every method as long as dense takes, too")
     list: bool = flag(False, "print the runs that can be made now, no more")
     json: bool = flag(False, "print one JSON object as the last line")
-    markdown: str = flag("", "also write the tables to this file")
     plots: str = flag("", "draw gap_memory.svg, the gap against the bytes held, in this folder")
 
     def __post_init__(self) -> None:
@@ -116,7 +114,7 @@ class CompareConfig:
     def batch_list(self) -> list[int]:
         """Tokens per step of every batch size."""
         micro = self.device_batch_size * self.max_seq_len
-        batches = self._counts("batch_sizes") if self.batch_sizes else [micro]
+        batches = self.counts("batch_sizes") if self.batch_sizes else [micro]
         for batch in batches:
             unit = self.max_seq_len if batch < micro else micro
             if batch % unit:
@@ -127,16 +125,8 @@ class CompareConfig:
                 )
         return batches
 
-    def lengths(self, batch: int) -> list[int]:
-        """Steps of every length at a batch size in tokens."""
-        if not self.train_tokens:
-            return self._counts("num_iterations")
-        tokens = self._counts("train_tokens")
-        if min(tokens) < batch:
-            raise ValueError(f"train_tokens={min(tokens)} are less than a batch of {batch}")
-        return [round(count / batch) for count in tokens]
-
-    def _counts(self, name: str) -> list[int]:
+    def counts(self, name: str) -> list[int]:
+        """The comma separated numbers of a flag."""
         parts = split(getattr(self, name), ",")
         if not parts or not all(part.isdigit() and int(part) for part in parts):
             raise ValueError(f"{name}={getattr(self, name)!r} should be positive integers")
@@ -183,7 +173,7 @@ def cells(config: CompareConfig) -> list[Cell]:
         Cell(method, depth, width, batch, steps, index == 0)
         for depth, width in config.size_list()
         for batch in config.batch_list()
-        for steps in config.lengths(batch)
+        for steps in config.counts("num_iterations")
         for index, method in enumerate(methods)
     ]
 
@@ -398,10 +388,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted: the same command goes on with what is missing")
         return 130
-    tables = table.table(rows)
-    print(f"\n{tables}")
-    if config.markdown:
-        Path(config.markdown).write_text(tables + "\n", encoding="utf-8")
+    print(f"\n{table.table(rows)}")
     if config.plots:
         Path(config.plots).mkdir(parents=True, exist_ok=True)
         table.draw(rows, Path(config.plots) / "gap_memory.svg")

@@ -24,7 +24,7 @@ def corpus(home):
     return file
 
 
-def fake_record(run, bpb=None, **values):
+def fake_record(run, bpb=None):
     """What a run could have measured: every method is best at 0.02, streaming ones lose 10%."""
     c = run.config
     low = c.enable_streaming
@@ -44,21 +44,34 @@ def fake_record(run, bpb=None, **values):
             "actual": 9.0 if low else 12.0,
             "dense": 12.0,
         },
-        **values,
     }
 
 
-class FakeProcess:
-    """As molegrad.lab.run.Process; streaming takes half of dense's time."""
+def faked(fails=lambda c: False, untimed=lambda c: False):
+    """A class to be given as `start`, in place of molegrad.lab.run.Process.
 
-    def __init__(self, run, task="train"):
-        self.run, self.task = run, task
+    Runs whose flags `fails` likes fail, those that `untimed` likes cannot be timed, and streaming
+    takes half of dense's time. The class lists the runs of each task.
+    """
 
-    def result(self):
-        return fake_record(self.run)
+    class Fake:
+        runs = {"train": [], "pace": []}
 
-    def step(self):
-        return 0.5 if self.run.config.enable_streaming else 1.0
+        def __init__(self, run, task="train"):
+            self.run = run
+            self.runs[task].append(run)
+            if task == "pace" and untimed(run.config):
+                raise RuntimeError("out of memory")
 
-    def close(self):
-        pass
+        def result(self):
+            if fails(self.run.config):
+                return {"status": "failed", "reason": "loss nan | gradients", "log": "a.log"}
+            return fake_record(self.run)
+
+        def step(self):
+            return 0.5 if self.run.config.enable_streaming else 1.0
+
+        def close(self):
+            pass
+
+    return Fake

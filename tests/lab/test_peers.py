@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from molegrad.lab.peers import PEERS, Peer
+from molegrad.lab.peers import OPTIONS, PEERS, Peer
 from molegrad.monitor import memory_bytes
 from tests.samples import orthonormal, randn
 
@@ -121,60 +121,31 @@ def test_a_rank_can_be_a_share_of_the_smaller_side_and_is_checked(name):
         make(name, params, rank=17)
 
 
-@pytest.mark.parametrize("name", PEERS)
-def test_weight_decay_is_decoupled(name):
-    _, params, plain = filled(name)
-    before = [p.detach().clone() for p in params]
-    _, _, decayed = filled(name, weight_decay=3.0)
-    for w, change, both in zip(before, plain(), decayed(), strict=True):
-        decayed_one = w if name == "dion" else w - change  # a package decays after its step
-        torch.testing.assert_close(both - change, 0.01 * 3.0 * decayed_one, rtol=1e-3, atol=1e-5)
+CHANGED = {"betas": (0.1, 0.5), "eps": 1.0, "weight_decay": 3.0, "update_proj_gap": 1, "scale": 4.0}
+CHANGED |= {"proj_type": "left", "scale_type": "tensor", "alpha": 1.0, "momentum": 0.5, "seed": 1}
 
 
-@pytest.mark.parametrize("name", PACKAGES)
-def test_betas_and_eps_reach_the_adam_within(name):
-    _, _, plain = filled(name)
-    _, _, damped = filled(name, eps=1e3)
-    for full, small_one in zip(plain(), damped(), strict=True):
-        assert small_one.norm() < 0.1 * full.norm()
-    (_, _, plain), (_, _, changed) = filled(name), filled(name, betas=(0.1, 0.5))
-    for seed, alike in ((0, True), (1, False)):  # corrected for bias, the first step is the same
-        a, b = plain(seed)[0], changed(seed)[0]
-        assert ((a - b).norm() < 0.02 * a.norm()) == alike
+@pytest.mark.parametrize(
+    "name, option", [(name, option) for name in PEERS for option in OPTIONS[name]]
+)
+def test_every_option_reaches_the_optimizer(name, option):
+    _, params, step = filled(name)
+    _, others, other_step = filled(name, **{option: CHANGED[option]})
+    for seed in range(2):
+        step(seed)
+        other_step(seed)
+    assert any(not torch.allclose(p, q, 1e-4) for p, q in zip(params, others, strict=True))
 
 
-def test_galores_options():
-    (_, _, step), (_, _, scaled) = filled("galore", scale=1.0), filled("galore", scale=0.5)
-    for change, half in zip(step(0), scaled(0), strict=True):
-        torch.testing.assert_close(0.5 * change, half, rtol=1e-4, atol=1e-7)
+def test_what_the_packages_make_of_a_gradient():
+    for change in filled("galore")[2]():
         assert torch.linalg.matrix_rank(change, rtol=1e-4) == 4
-    for gap, turns in ((1, True), (5, False)):
-        optimizer, (p, *_), step = filled("galore", update_proj_gap=gap)
-        step(0)
-        projection = optimizer.state[p]["projection"].clone()
-        step(1)
-        assert torch.equal(projection, optimizer.state[p]["projection"]) is not turns
-
-
-def test_fira_is_galore_where_nothing_is_left_and_of_full_rank_where_something_is():
-    _, _, galore = filled("galore", rank=10, scale=1.0)
-    _, _, fira = filled("fira", rank=10, alpha=1.0)
-    for a, b in zip(galore(0)[:2], fira(0)[:2], strict=True):  # two matrices have rank 10
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
-    _, _, fira = filled("fira", rank=4)
-    assert torch.linalg.matrix_rank(fira(0)[2], rtol=1e-4) == 12
-
-
-def test_apollos_options():
-    (_, _, step), (_, _, scaled) = filled("apollo"), filled("apollo", scale=4.0)
-    first = step(0)
-    for change, twice in zip(first, scaled(0), strict=True):
-        torch.testing.assert_close(2 * change, twice, rtol=1e-4, atol=1e-6)
-    ratios = first[1] / randn(16, 10)  # a tall matrix: one step size a row
+    for change in filled("fira")[2]():
+        assert torch.linalg.matrix_rank(change, rtol=1e-4) > 4
+    ratios = filled("apollo")[2]()[1] / randn(16, 10)  # a tall matrix: one step size a row
     torch.testing.assert_close(ratios, ratios[:, :1].expand(16, 10), rtol=1e-3, atol=1e-6)
-    assert ratios[:, 0].std() > 0.01 * ratios.mean()
     _, _, mini = filled("apollo", rank=1, scale=128.0, scale_type="tensor")
-    ratio = mini(0)[0] / randn(10, 16)  # APOLLO-Mini: one step size for all
+    ratio = mini()[0] / randn(10, 16)  # APOLLO-Mini: one step size for all
     torch.testing.assert_close(ratio, ratio.mean().expand(10, 16), rtol=1e-3, atol=1e-6)
 
 

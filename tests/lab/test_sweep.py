@@ -15,7 +15,7 @@ from molegrad.lab.sweep import (
     prepare_text,
     search,
 )
-from tests.lab.conftest import FakeProcess, fake_record
+from tests.lab.conftest import fake_record, faked
 
 
 def complete(config, text, record=fake_record):
@@ -53,16 +53,15 @@ def test_the_rates_are_extended_twice_at_most(text):
 
 def test_runs_that_fail_rank_last(text):
     def record(run):
-        if run.config.matrix_lr >= 0.02:
-            return fake_record(run, status="failed", reason="step 3: loss nan")
-        return fake_record(run)
+        failed = {"status": "failed", "reason": "step 3: loss nan"}
+        return failed if run.config.matrix_lr >= limit else fake_record(run)
 
     config = CompareConfig(methods="dense", seeds=2)
-    order, known = complete(config, text, record)
-    assert search(config, text, cells(config)[0], known).lr == 0.01
-    assert [r.config.matrix_lr for r in order] == [0.01, 0.02, 0.04, 0.005, 0.01]
-    order, known = complete(config, text, lambda run: {"status": "failed", "reason": "x"})
-    assert [r.config.matrix_lr for r in order] == [0.01, 0.02, 0.04, 0.005, 0.0025]
+    for limit, expected in ((0.02, [0.005, 0.01]), (0.0, [0.005, 0.0025])):
+        order, known = complete(config, text, record)
+        assert [r.config.matrix_lr for r in order] == [0.01, 0.02, 0.04, *expected]
+        found = search(config, text, cells(config)[0], known)
+        assert (found.lr, found.best is None) == ((0.01, False) if limit else (0.0025, True))
 
 
 def test_the_axes_span_the_cells(text):
@@ -70,18 +69,15 @@ def test_the_axes_span_the_cells(text):
         methods="tangent:rank=8,tangent:rank=16",
         sizes="2x64,4x128",
         batch_sizes="512,2048,8192",
-        train_tokens="81920,163840",
+        num_iterations="40,80",
     )
     found = cells(config)
     assert len(found) == 2 * 3 * 2 * 3
-    assert {(c.batch, c.steps) for c in found} == {
-        *((512, 160), (512, 320), (2048, 40), (2048, 80), (8192, 10), (8192, 20))
-    }
     runs = [make_run(config, text, cell, 0.02, 1) for cell in found]
     assert {(r.config.depth, r.config.aspect_ratio) for r in runs} == {(2, 32), (4, 32)}
     rows = {r.config.total_batch_size: r.config.device_batch_size for r in runs}
     assert rows == {512: 2, 2048: 8, 8192: 8}
-    assert {r.config.num_iterations * r.config.total_batch_size for r in runs} == {81920, 163840}
+    assert {r.config.num_iterations for r in runs} == {40, 80}
     assert all(r.config.streaming_seed == r.config.seed == 1 for r in runs)
 
 
@@ -112,7 +108,6 @@ def test_four_evaluations_whatever_the_length(text):
         ({"batch_sizes": "3000"}, "3000 tokens are no multiple of one micro-batch of 2048"),
         ({"batch_sizes": "300"}, "300 tokens are no multiple of one sequence of 256"),
         ({"num_iterations": "many"}, "num_iterations='many' should be positive integers"),
-        ({"train_tokens": "100"}, "less than a batch"),
         ({"vocab": "words"}, "vocab='words'"),
         ({"methods": "sparse"}, "unknown method 'sparse'"),
     ],
@@ -144,88 +139,57 @@ def silent(words):
     pass
 
 
-class Counted(FakeProcess):
-    """Notes every run that is trained or timed."""
-
-    def __init__(self, run, task="train"):
-        super().__init__(run, task)
-        self.calls[task].append(run)
-
-
-@pytest.fixture
-def counted():
-    return type("Counted", (Counted,), {"calls": {"train": [], "pace": []}})
-
-
-def test_what_is_known_is_not_trained_again(home, text, counted):
-    known = {}
+def test_what_is_known_is_not_trained_again(home, text):
+    known, fake = {}, faked()
     for expected, seeds in ((4, 2), (4, 2), (6, 4)):
         config = CompareConfig(methods="dense", seeds=seeds, time_steps=0)
-        compare(config, text, known, silent, counted)
-        assert len(counted.calls["train"]) == expected == len(known)
+        compare(config, text, known, silent, fake)
+        assert len(fake.runs["train"]) == expected == len(known)
 
 
-def test_a_run_that_ends_badly_does_not_stop_the_sweep(home, text, counted):
-    class Bad(counted):
-        def result(self):
-            if self.run.config.matrix_lr == 0.01:
-                return {"status": "failed", "reason": "SIGKILL ended the process", "log": "a.log"}
-            return super().result()
-
-    said, known = [], {}
-    compare(CompareConfig(methods="dense", jobs=2, time_steps=0), text, known, said.append, Bad)
-    assert len(counted.calls["train"]) == 4
+def test_a_run_that_ends_badly_does_not_stop_the_sweep(home, text):
+    said, known, fake = [], {}, faked(lambda c: c.matrix_lr == 0.01)
+    compare(CompareConfig(methods="dense", jobs=2, time_steps=0), text, known, said.append, fake)
+    assert len(fake.runs["train"]) == 4
     assert [r["status"] for r in known.values()].count("failed") == 1
-    assert any("failed, SIGKILL ended the process (a.log)" in words for words in said)
+    assert any("failed, loss nan | gradients (a.log)" in words for words in said)
 
 
-def test_a_method_that_always_fails_keeps_its_row(home, text):
-    class Bad(FakeProcess):
-        def result(self):
-            if self.run.config.optimizer == self.bad:
-                return {"status": "failed", "reason": "step 3: loss nan"}
-            return super().result()
-
-    for bad, statuses in (("adamw", ["ok", "failed"]), ("muon", ["failed", "ok"])):
-        start = type("Bad", (Bad,), {"bad": bad})
-        config = CompareConfig(methods="adamw", seeds=1, time_steps=3)
-        rows = compare(config, text, {}, silent, start)
-        assert [row["status"] for row in rows] == statuses
-        assert rows[statuses.index("failed")]["reason"] == "step 3: loss nan"
-    assert rows[1]["gap_percent"] is None and rows[1]["time"] is None  # there is no reference
+@pytest.mark.parametrize("bad, statuses", [("adamw", ["ok", "failed"]), ("muon", ["failed", "ok"])])
+def test_a_method_that_always_fails_keeps_its_row(home, text, bad, statuses):
+    config = CompareConfig(methods="adamw", seeds=1, time_steps=3)
+    rows = compare(config, text, {}, silent, faked(lambda c: c.optimizer == bad))
+    assert [row["status"] for row in rows] == statuses
+    assert rows[statuses.index("failed")]["reason"] == "loss nan | gradients"
+    if bad == "muon":  # without a reference there is no gap and no ratio
+        assert rows[1]["gap_percent"] is None and rows[1]["time"] is None
 
 
-def test_times_are_stored_and_shared_by_lengths(home, text, counted):
-    config = CompareConfig(methods="tangent", seeds=1, num_iterations="200,300")
-    rows = compare(config, text, {}, silent, counted)
+def test_times_are_stored_and_shared_by_lengths(home, text):
+    config, fake = CompareConfig(methods="tangent", seeds=1, num_iterations="200,300"), faked()
+    rows = compare(config, text, {}, silent, fake)
     assert [row["time"]["ratio"] for row in rows] == [1.0, 0.5, 1.0, 0.5]
-    assert len(counted.calls["pace"]) == 4  # dense against itself, tangent against dense
+    assert len(fake.runs["pace"]) == 4  # dense against itself, tangent against dense
     more = CompareConfig(methods="tangent,balanced", seeds=1, num_iterations="200")
-    compare(more, text, {}, silent, counted)
-    assert len(counted.calls["pace"]) == 6 and len(store.read(store.TIMES)) == 3
+    compare(more, text, {}, silent, fake)
+    assert len(fake.runs["pace"]) == 6 and len(store.read(store.TIMES)) == 3
 
 
 def test_what_cannot_be_timed_is_left_out(home, text):
-    class Bad(FakeProcess):
-        def step(self):
-            if self.run.config.enable_streaming:
-                raise RuntimeError("out of memory")
-            return super().step()
-
-    said = []
-    dense, low = compare(CompareConfig(methods="tangent", seeds=1), text, {}, said.append, Bad)
+    said, fake = [], faked(untimed=lambda c: c.enable_streaming)
+    dense, low = compare(CompareConfig(methods="tangent", seeds=1), text, {}, said.append, fake)
     assert dense["time"]["ratio"] == 1.0 and low["time"] is None
     assert "tangent could not be timed: out of memory" in said
 
 
-def test_equal_time_trains_once_more(home, text, counted):
-    known, calls = {}, counted.calls["train"]
+def test_equal_time_trains_once_more(home, text):
+    known, fake = {}, faked()
     config = CompareConfig(methods="tangent", seeds=2, equal_time=True)
-    dense, low = compare(config, text, known, silent, counted)
+    dense, low = compare(config, text, known, silent, fake)
     assert dense["equal_time"] is None and len(low["equal_time"]["gaps"]) == 2
-    assert [run.config.num_iterations for run in calls].count(600) == 2
-    assert compare(config, text, known, silent, counted) == [dense, low]
-    assert len(calls) == 2 * 4 + 2
+    assert [run.config.num_iterations for run in fake.runs["train"]].count(600) == 2
+    assert compare(config, text, known, silent, fake) == [dense, low]
+    assert len(fake.runs["train"]) == 2 * 4 + 2
 
 
 TINY = [
@@ -241,7 +205,7 @@ def test_the_command_trains_for_real(home, corpus, capsys):
     assert main([*arguments, "--list"]) == 0
     shown = capsys.readouterr().out
     assert "2 runs can be made now:\ndense, 2x64, 64 tokens a step, 8 steps, lr 0.02" in shown
-    assert main([*arguments, f"--markdown={home / 'table.md'}"]) == 0
+    assert main(arguments) == 0
     out = capsys.readouterr().out
     dense, low = json.loads(out.splitlines()[-1])["rows"]
     assert dense["tokens"] == low["tokens"] == 8 * 64
@@ -253,7 +217,7 @@ def test_the_command_trains_for_real(home, corpus, capsys):
     matrix = 4 * 2 * 12 * 64 * 64
     assert dense["memory"]["gradients"] == dense["memory"]["state"] == matrix
     assert dense["memory"]["saved"] == 4 * 64 * 2 * (64 + 64 + 64 + 256)
-    assert (home / "table.md").read_text().rstrip() in out
+    assert "### 2 blocks of width 64, 64 tokens a step, 8 steps" in out
     assert (home / "plots" / "gap_memory.svg").exists()
     assert not list((home / "runs").iterdir())  # nothing is left but the records
     assert main(arguments) == 0  # all is known
