@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The best ChatGPT that $10 can buy, from nothing to a chat, on whatever this machine is.
 #
-#   bash run10.sh                     everything; what is done already is not done again
-#   bash run10.sh molegrad report     these stages alone, anew
+#   bash run10.sh                     everything; each command does what is left to do
+#   bash run10.sh molegrad report     these stages alone, from their beginning
 #   PROFILE=rtx5090 bash run10.sh     another profile than the one that fits this machine
 #
 # Stages: tokenizer dense molegrad sft eval report
@@ -13,11 +13,13 @@
 #   DATA           corpus: embedded, a file or folder of text, or climbmix:SHARDS (default: by profile)
 #   BASE_FLAGS     further flags for both trainings, e.g. "--num-iterations=20"
 #   SFT_FLAGS      further flags for fine-tuning, e.g. "--num-iterations=50"
-#   MOLEGRAD_FLAGS further flags for the MoleGrad training, e.g. "--streaming_sample_share=0.5"
+#   MOLEGRAD_FLAGS further flags for the MoleGrad training, e.g. "--streaming_sampling_fraction=0.5"
 #   MOLEGRAD_HOME  where everything is written (default ~/.cache/molegrad)
 #   MOLEGRAD_VENV, MOLEGRAD_TORCH, MOLEGRAD_BUILD, MOLEGRAD_CUDA: see scripts/setup.sh
 #
-# Every command that is run is shown, so that it can be copied, changed and run by hand.
+# Every command that is run is shown, so that it can be copied, changed and run by hand. With
+# --if-needed a command knows by itself whether it is done: it does nothing where it has ended with
+# the same flags and data, goes on where it was interrupted, and starts over where anything differs.
 
 source "$(dirname "$0")/scripts/setup.sh"
 
@@ -80,89 +82,54 @@ if [ "$PROFILE" = rtx5090 ]; then
 fi
 
 # ---------------------------------------------------------------------------------------------
-# Stages. One that has ended is skipped while its commands stay the same; an interrupted training
-# goes on where it was; stages named on the command line are done anew.
+# Stages: all of them, as far as they are left to do, or those named on the command
+# line, from their beginning.
 
-wanted=" $* "
-marks="$MOLEGRAD_HOME/run10/$RUN"
-mkdir -p "$marks"
-
-# A stage is the same only if everything before it was, too: its mark holds all commands so far.
-chain=""
-
-# state MARK: done, interrupted or new
-state() {
-  if [ "$wanted" != "  " ]; then
-    echo new
-  elif [ -f "$1.done" ] && [ "$(cat "$1.done")" = "${chain%$'\n'}" ]; then
-    echo done
-  elif [ -f "$1.started" ] && [ "$(cat "$1.started")" = "${chain%$'\n'}" ]; then
-    echo interrupted
-  else
-    echo new
+all="tokenizer dense molegrad sft eval report"
+stages="${*:-$all}"
+for stage in $stages; do
+  if [[ " $all " != *" $stage "* ]]; then
+    echo "unknown stage $stage: choose among $all" >&2
+    exit 2
   fi
-}
-
-# trained EVALUATION --run=NAME: whether there is a model to evaluate; a line that says so if not
-trained() {
-  local kind=base stage=molegrad run="${2#--run=}"
-  if [ "$run" = "$RUN-dense" ]; then stage=dense; fi
-  if [ "$1" = chat_eval ]; then kind=sft stage=sft; fi
-  if compgen -G "$MOLEGRAD_HOME/runs/$run/$kind/step_*" >/dev/null; then return; fi
-  echo "-- eval leaves out $1 of run $run, which has no such model yet: bash run10.sh $stage"
-  return 1
-}
-
-# stage NAME MODULE FLAGS...: one command of the pipeline; trainings get --overwrite or --resume
-stage() {
-  local name="$1" module="$2" mark now
-  shift 2
-  local flags="$*"
-  mark="$marks/$(echo "$name-${module##*.}-$1" | tr -c 'A-Za-z0-9.\n' -)"
-  chain+="$module $flags"$'\n'
-  if [ "$wanted" != "  " ] && [[ "$wanted" != *" $name "* ]]; then return; fi
-  if [ "$name" = eval ] && ! trained "${module##*.}" "$1"; then return; fi
-  now="$(state "$mark")"
-  if [ "$now" = done ]; then
-    echo "-- $name is done (bash run10.sh $name does it anew): python -m $module $flags"
-    return
-  fi
-  echo -n "$chain" >"$mark.started"
-  rm -f "$mark.done"
-  case "$module" in
-    scripts.base_train | scripts.chat_sft)
-      flags+="$([ "$now" = interrupted ] && echo " --resume=True" || echo " --overwrite=True")"
-      ;;
-  esac
-  say "$name: python -m $module $flags"
-  # shellcheck disable=SC2086  (flags are meant to be split)
-  "$PYTHON" -m "$module" $flags
-  mv "$mark.started" "$mark.done"
-}
-
-for name in $wanted; do
-  case "$name" in
-    tokenizer | dense | molegrad | sft | eval | report) ;;
-    *)
-      echo "unknown stage $name: choose among tokenizer dense molegrad sft eval report" >&2
-      exit 2
-      ;;
-  esac
 done
+check="" train="--overwrite=True"
+if [ $# = 0 ]; then check="--if-needed=True" train="--if-needed=True"; fi
+
+# run STAGE COMMAND FLAGS...: one command of the pipeline, where its stage is wanted
+run() {
+  local stage="$1" command="$2"
+  shift 2
+  if [[ " $stages " != *" $stage "* ]]; then return; fi
+  say "$stage: python -m scripts.$command $*"
+  "$PYTHON" -m "scripts.$command" "$@"
+}
 
 started=$SECONDS
-runs="$RUN"
-stage tokenizer scripts.tok_train --data="$DATA" $tok
-if [ "$BASELINE" = 1 ]; then
-  runs="$RUN-dense,$RUN"
-  stage dense scripts.base_train --run="$RUN-dense" $base
-  stage eval scripts.base_eval --run="$RUN-dense" $evaluation
-fi
-stage molegrad scripts.base_train --run="$RUN" $base $estimate
-stage eval scripts.base_eval --run="$RUN" $evaluation
-stage sft scripts.chat_sft --run="$RUN" $sft $estimate
-stage eval scripts.chat_eval --run="$RUN" $evaluation
-stage report scripts.report --runs="$runs"
+# shellcheck disable=SC2086  (flags are meant to be split)
+{
+  # The tokenizer, learnt from the corpus.
+  run tokenizer tok_train --data="$DATA" $tok $check
+
+  # The baseline: exact gradients, the same data, seed and learning rates.
+  runs="$RUN"
+  if [ "$BASELINE" = 1 ]; then
+    runs="$RUN-dense,$RUN"
+    run dense base_train --run="$RUN-dense" $base $train
+    run eval base_eval --run="$RUN-dense" $evaluation $check
+  fi
+
+  # The same training with estimated gradients.
+  run molegrad base_train --run="$RUN" $base $estimate $train
+  run eval base_eval --run="$RUN" $evaluation $check
+
+  # Fine-tuning on conversations makes a chat of it.
+  run sft chat_sft --run="$RUN" $sft $estimate $train
+  run eval chat_eval --run="$RUN" $evaluation $check
+
+  # What came out, side by side.
+  run report report --runs="$runs"
+}
 
 say "Done in $((SECONDS - started)) s. To chat with the model:"
 home=""

@@ -36,7 +36,6 @@ from molegrad import build_info
 from molegrad.bench.timing import exit_status, no_room, until_interrupted
 from molegrad.gpt.model.gpt import GPT, GPTConfig
 from molegrad.gpt.train import flags, setup
-from molegrad.gpt.train.base import prepare_device
 from molegrad.gpt.train.config import BaseTrainConfig, compute_dtype, resolve
 from molegrad.gpt.train.flags import flag
 from molegrad.gpt.train.hardware import attention_backend, device_name, peak_memory_bytes
@@ -109,7 +108,7 @@ def settings(
         "dtype": config.dtype,
         **method.flags,
     }
-    return resolve(BaseTrainConfig(**values), torch.device(config.device))
+    return resolve(flags.make(BaseTrainConfig, **values), torch.device(config.device))
 
 
 class Training:
@@ -194,7 +193,7 @@ def prepared(config) -> Iterator[torch.device]:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("device=cuda, but torch finds no CUDA device; use --device=cpu")
     threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
-    prepare_device(config, device)
+    setup.prepare_device(config, device)
     try:
         yield device
     finally:

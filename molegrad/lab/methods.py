@@ -2,7 +2,7 @@
 
     dense                                 Muon on exact gradients, the reference
     lowrank:rank=16:warm_start_decay=1    a name of METHODS with other values of base_train's flags
-    balanced:sample_share=0.125           a streaming flag needs no prefix
+    balanced:sampling_fraction=0.125           a streaming flag needs no prefix
     adamw:matrix_lrs=0.001|0.002|0.004    with learning rates of its own
     galore:rank=16:scale=0.5              a name of molegrad.lab.peers, with an option of it
 
@@ -20,22 +20,18 @@ from dataclasses import dataclass, field
 
 from molegrad.config import PRESETS
 from molegrad.gpt.train.config import BaseTrainConfig
-from molegrad.gpt.train.flags import PREFIX
+from molegrad.gpt.train.flags import PREFIX, fields_as_flags
 from molegrad.lab.peers import OPTIONS, PEERS, Peer
 from molegrad.lab.store import STEERING
 
-_HINTS = typing.get_type_hints(BaseTrainConfig)
-_LOW_RANK = {"enable_streaming": True, "streaming_gradient_mode": "factored"}
+_HINTS = {entry.name: entry.hint for entry in fields_as_flags(BaseTrainConfig)}
+_LOW_RANK = {"enable_streaming": True, "streaming_gradient_mode": "factors"}
 METHODS: dict[str, dict] = {
     "dense": {},
     "adamw": {"optimizer": "adamw"},
     "adafactor": {"optimizer": "adafactor"},
-    "lowrank": {**_LOW_RANK, "streaming_method": "power"},
-    "lowrank-grad": {
-        **_LOW_RANK,
-        "streaming_method": "power",
-        "streaming_gradient_mode": "dense",
-    },
+    "lowrank": _LOW_RANK,  # power, or tangent where a step needs sums
+    "lowrank-grad": {**_LOW_RANK, "streaming_gradient_mode": "grad"},
     "tangent": {**_LOW_RANK, "streaming_method": "tangent"},
     **{
         name: {"enable_streaming": True, **{PREFIX + k: v for k, v in PRESETS[name].items()}}

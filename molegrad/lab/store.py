@@ -77,14 +77,14 @@ class Run:
 
     @classmethod
     def from_dict(cls, values: dict) -> Run:
-        config = BaseTrainConfig(**values["config"])
+        config = flags.make(BaseTrainConfig, **values["config"])
         peer = Peer(**values["peer"]) if values["peer"] else None
         return cls(values["method"], config, values["corpus"], values["tokenizer"], peer)
 
 
 @functools.lru_cache(maxsize=1)
 def _defaults() -> dict:
-    return flags.resolved(BaseTrainConfig())
+    return {entry.name: entry.default for entry in flags.fields_as_flags(BaseTrainConfig)}
 
 
 def key_of(record: dict) -> str | None:

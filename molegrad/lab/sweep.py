@@ -210,7 +210,7 @@ def make_run(config: CompareConfig, text: Text, cell: Cell, lr: float, seed: int
         "overwrite": True,
         **cell.method.flags,
     }
-    settings = BaseTrainConfig(**values)
+    settings = flags.make(BaseTrainConfig, **values)
     sizes = GPTConfig(cell.depth, cell.width // cell.depth, settings.head_dim, settings.kv_groups)
     if sizes.width != cell.width:
         raise ValueError(

@@ -21,7 +21,7 @@ from molegrad.gpt.model.activations import Activations
 from molegrad.gpt.train import flags
 from molegrad.gpt.train.base import model_config
 from molegrad.gpt.train.config import BaseTrainConfig, resolve
-from molegrad.gpt.train.flags import PREFIX, flag
+from molegrad.gpt.train.flags import flag
 from molegrad.memory.simulate import PARTS, PHASES, simulate
 from molegrad.memory.table import table
 
@@ -116,13 +116,13 @@ def variants(config: PlanConfig) -> dict[str, PlanConfig]:
     """
     off = {f.name: f.default for f in fields(Activations)}
     given = {name: getattr(config, name) for name in LEVERS}
-    dense = replace(config.dense(), head_rank=0, **off)
+    dense = replace(config, streaming=None, head_rank=0, **off)
     columns = {"dense": dense}
     if config.enable_streaming:
-        streaming = config.streaming_config()
+        streaming = config.streaming
         name, base = f"{streaming.method}, {streaming.gradient_mode}", replace(config, **off)
     elif given == off and config.optimizer == "muon" and not config.grad_clip:
-        name, base = PRESET, replace(dense, **preset_flags(PRESET))
+        name, base = PRESET, replace(dense, streaming=MoleGradConfig.preset(PRESET))
     else:
         name, base = "dense", dense
     if config.head_rank:
@@ -142,21 +142,13 @@ def variants(config: PlanConfig) -> dict[str, PlanConfig]:
 
 def _levers(config: PlanConfig) -> dict[str, dict]:
     """The levers that a configuration can take."""
-    streaming = config.streaming_config()
-    levers = {}
-    if streaming is None or streaming.method not in ("power", "projected"):
+    streaming, levers = config.streaming, {}
+    if streaming is None or streaming.estimator.one_pass:
         levers["chunks"] = {"sequence_chunk": 4096, "sequence_parts": "all"}
     levers["recompute"] = {"recompute": "block"}
     if not config.compile:
         levers["offload"] = {"offload": True}
     return levers
-
-
-def preset_flags(name: str) -> dict:
-    """The flags of base training that a preset of `MoleGradConfig` stands for."""
-    preset = MoleGradConfig.preset(name)
-    values = {PREFIX + f.name: getattr(preset, f.name) for f in fields(preset)}
-    return {"enable_streaming": True, **values}
 
 
 def plan(config: PlanConfig) -> dict:

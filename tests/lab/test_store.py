@@ -11,7 +11,8 @@ from molegrad.lab.store import Run
 
 
 def run(**values):
-    return Run("a", BaseTrainConfig(num_iterations=5, **values), "corpus", "tokenizer")
+    config = flags.make(BaseTrainConfig, num_iterations=5, **values)
+    return Run("a", config, "corpus", "tokenizer")
 
 
 def test_the_key_counts_what_changes_the_result_and_nothing_else():
@@ -50,7 +51,7 @@ def test_a_flag_that_is_new_keeps_old_records_and_a_changed_default_does_not(mon
     del old["config"]["streaming_probes"]  # as if written before the flag existed
     assert store.key_of(old) == run(enable_streaming=True).key
     assert store.key_of(old) != run(enable_streaming=True, streaming_probes=1).key
-    changed = {**flags.resolved(BaseTrainConfig()), "momentum": 0.5}
+    changed = {**store._defaults(), "momentum": 0.5}
     monkeypatch.setattr(store, "_defaults", lambda: changed)
     assert store.key_of(old) == run(enable_streaming=True).key  # the record says its momentum
     old["config"]["streaming_gone"] = 1

@@ -6,8 +6,11 @@ import pytest
 
 from molegrad.memory import plan as memory_plan
 from molegrad.memory.plan import PlanConfig, card_bytes
-from molegrad.memory.plan import preset_flags as preset
 from tests.memory.test_simulate import FACTORED, SMALL
+
+
+def preset(name: str) -> dict:
+    return {"streaming_preset": name}
 
 
 @pytest.mark.parametrize(

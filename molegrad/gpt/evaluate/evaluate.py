@@ -34,7 +34,7 @@ from molegrad.gpt.evaluate import tasks
 from molegrad.gpt.model.bpb import bits_per_byte
 from molegrad.gpt.model.engine import answer
 from molegrad.gpt.train import base as train
-from molegrad.gpt.train import flags
+from molegrad.gpt.train import checkpoint, flags
 from molegrad.gpt.train.flags import flag
 from molegrad.gpt.train.hardware import device_name, pick_device
 from molegrad.gpt.train.sft import QUESTIONS
@@ -62,6 +62,7 @@ class EvalConfig:
     eval_tokens: int = flag(0, "tokens for bpb; 0 takes what training did")
     max_questions: int = flag(500, "questions per task")
     seed: int = flag(0, "seed of the questions")
+    if_needed: bool = flag(False, "do nothing where these weights have been evaluated like this")
 
     def __post_init__(self) -> None:
         for name in ("threads", "batch_size", "eval_tokens", "seed"):
@@ -136,6 +137,14 @@ def evaluate(config: EvalConfig) -> dict:
     dtype = torch.bfloat16 if low else torch.float32
     path = eval_path(opened.folder, opened.step)
     record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    asked = {k: v for k, v in flags.resolved(config).items() if k != "if_needed"}
+    weights = checkpoint.weights_checksum(opened.folder, opened.step)
+    before = (record.get("weights"), record.get("config"))
+    if config.if_needed and before == (weights, asked) and {*chosen(config)} <= {*record["tasks"]}:
+        print(f"{path} is done: these weights have been evaluated with these flags")
+        return record
+    if before[0] != weights:
+        record = {}
     record |= {
         "run": opened.run,
         "stage": opened.stage,
@@ -143,9 +152,12 @@ def evaluate(config: EvalConfig) -> dict:
         "device": device_name(device),
         "dtype": str(dtype).removeprefix("torch."),
         "torch": torch.__version__,
-        "config": flags.resolved(config),  # of the newest call
+        "config": asked,  # of the newest call
+        "weights": weights,
     }
     results = record.setdefault("tasks", {})
+    for name in chosen(config):
+        results.pop(name, None)
     for name in chosen(config):
         begin = time.perf_counter()
         with torch.autocast(device.type, dtype, enabled=low):

@@ -10,7 +10,7 @@ import re
 import shlex
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from molegrad.gpt import runs as stages
 from molegrad.gpt.data.tokenizer import FILE, Tokenizer
 from molegrad.gpt.evaluate import evaluate
 from molegrad.gpt.model.gpt import GPT, GPTConfig
-from molegrad.gpt.train import checkpoint
+from molegrad.gpt.train import checkpoint, flags
 from molegrad.gpt.train.config import BaseTrainConfig
 from molegrad.gpt.train.flags import PREFIX
 from molegrad.gpt.train.logger import read_metrics
@@ -172,10 +172,9 @@ class RunRecord:
         model = None if self.dense else self.model()
         if model is None:
             return None
-        values = {f.name: self.config[f.name] for f in fields(BaseTrainConfig)
-                  if f.name in self.config}  # fmt: skip
-        values |= {name: tuple(v) for name, v in values.items() if isinstance(v, list)}
-        return plan(model, BaseTrainConfig(**values).streaming_config())
+        known = {entry.name for entry in flags.fields_as_flags(BaseTrainConfig)}
+        values = {name: value for name, value in self.config.items() if name in known}
+        return plan(model, flags.make(BaseTrainConfig, **values).streaming)
 
     def commands(self) -> list[str]:
         """The commands that give this stage again: tokenizer, training, newest evaluation."""
@@ -257,7 +256,7 @@ def command(script: str, config_class, values: dict) -> str:
     underscores, the others with dashes. A run of several processes gets torchrun.
     """
     words = []
-    for field in fields(config_class):
+    for field in flags.fields_as_flags(config_class):
         value = values.get(field.name)
         value = tuple(value) if isinstance(value, list) else value  # JSON knows no tuples
         if field.name in _PAST or value is None or value == field.default:

@@ -44,8 +44,8 @@ from molegrad.gpt.train import checkpoint, flags, setup
 from molegrad.gpt.train.base import PROMPTS, sample_texts
 from molegrad.gpt.train.config import BaseTrainConfig, compute_dtype, device_of, resolve
 from molegrad.gpt.train.flags import flag
+from molegrad.gpt.train.guard import StopSignals
 from molegrad.gpt.train.logger import METRICS, read_metrics
-from molegrad.gpt.train.signals import StopSignals
 from molegrad.gpt.train.tok_train import TokTrainConfig, tok_train
 from molegrad.monitor import saved_bytes
 from molegrad.monitor.instruments import HEALTH_RECORDS, SHADOW_RECORDS
@@ -120,7 +120,6 @@ class ValidateConfig(BaseTrainConfig, Limits):
     vocab: str = flag("4096", "entries of a tokenizer, or 'bytes'; trained where it is missing")
 
     run: str = flag("validate", "name of the MoleGrad run; the dense one is NAME-dense")
-    enable_streaming: bool = flag(True, "MoleGrad in the run that is not dense; cannot be off")
     depth: int = flag(4, "number of transformer blocks; the width is aspect_ratio * depth")
     max_seq_len: int = flag(256, "tokens per sequence")
     device_batch_size: int = flag(8, "sequences per micro-batch")
@@ -159,9 +158,8 @@ class ValidateConfig(BaseTrainConfig, Limits):
         if self.eval_every == -2:
             values["eval_every"] = -(-self.steps // 10)
         molegrad = BaseTrainConfig(**values)
-        own = {f.name: f.default for f in fields(BaseTrainConfig)
-               if _is_streaming(f.name) or f.name == "head_rank"}  # fmt: skip
-        return {DENSE: replace(molegrad, run=f"{self.run}-dense", **own), MOLEGRAD: molegrad}
+        dense = replace(molegrad, run=f"{self.run}-dense", streaming=None, head_rank=0)
+        return {DENSE: dense, MOLEGRAD: molegrad}
 
 
 @flags.command("validate")
@@ -181,15 +179,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def with_preset(argv: list[str]) -> list[str]:
-    """The command line with --streaming_preset=balanced where it has no streaming flag."""
+    """The command line with MoleGrad on: the preset "balanced" where it has no streaming flag."""
     names = [word.lstrip("-").replace("-", "_") for word in argv if word.startswith("--")]
-    if any(_is_streaming(name.removeprefix("no_")) for name in names):
+    own = [n for n in names if n.startswith((flags.PREFIX, "enable_streaming", "no_enable_str"))]
+    if not own:
+        return [*argv, f"--streaming_preset={PRESET}"]
+    if any("enable_streaming" in n or n.startswith("streaming_preset") for n in own):
         return argv
-    return [*argv, f"--streaming_preset={PRESET}"]
-
-
-def _is_streaming(name: str) -> bool:
-    return name.startswith((flags.PREFIX, "enable_streaming"))
+    return [*argv, "--enable_streaming=True"]
 
 
 def validate(config: ValidateConfig) -> dict:

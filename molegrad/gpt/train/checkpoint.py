@@ -1,7 +1,7 @@
 """Checkpoints: safetensors for tensors, JSON for everything else, whole or absent.
 
-What: `save` writes a step folder; `load` reads it back; `latest` finds the newest whole one;
-`load_model` rebuilds the bare model for evaluation and chat.
+What: `Store.save` writes a step folder; `load` reads it back; `latest` finds the newest whole one;
+`load_model` rebuilds the bare model for evaluation and chat, of earlier formats too.
 
     FOLDER/step_000100/
         model.safetensors       the weights under their state_dict names
@@ -12,10 +12,10 @@ What: `save` writes a step folder; `load` reads it back; `latest` finds the newe
         rank_0.json             its position in the data, the ranks of the converted layers
 
 Why: no pickle, so that a checkpoint can be read anywhere and cannot run code. A folder is written
-under another name, flushed to the disk and renamed (`molegrad.gpt.train.checkpoint_files`), so a killed
-process or a full disk costs no earlier checkpoint; what is damaged later is found by its checksum
-and left out. It holds everything that determines what comes next, in the middle of a step too: a
-resumed CPU run repeats the uninterrupted one bit for bit (tests/gpt/train/test_resume.py).
+under another name, flushed to the disk and renamed (`molegrad.gpt.train.checkpoint_files`), so a
+killed process or a full disk costs no earlier checkpoint; what is damaged later is found by its
+checksum and left out. It holds everything that determines what comes next, in the middle of a step
+too: a resumed CPU run repeats the uninterrupted one bit for bit (tests/gpt/train/test_resume.py).
 """
 
 import errno
@@ -39,26 +39,45 @@ from molegrad.gpt.train import checkpoint_files as files
 from molegrad.gpt.train.checkpoint_files import folders as step_folders
 from molegrad.optim.rank import RankController, layer_ranks
 
-FORMAT = 1
+FORMAT = 2  # 1: until the estimators' tensors and options had their present names
 _OS_ERROR = re.compile(r"os error (\d+)")
 
 
 @dataclass
+class Record:
+    """What a checkpoint holds beside weights, bases and optimizers.
+
+    config: the resolved flags of the run. loader: the data loader's state_dict. ranks: of the
+    layers, or the state of a RankController. extra: anything JSON-able (the loop's counters).
+    accumulated: in the middle of a step, what its micro-batches have left so far
+    (`molegrad.gpt.train.resume.accumulated_state`). loader, ranks and accumulated are each
+    process's own.
+    """
+
+    config: dict = field(default_factory=dict)
+    loader: dict = field(default_factory=dict)
+    ranks: dict = field(default_factory=dict)
+    extra: dict = field(default_factory=dict)
+    accumulated: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
 class Checkpoint:
-    """What a step folder holds; the tensors are on the CPU."""
+    """What a step folder holds; the tensors are on the CPU. The fields of `Record` are its own
+    too."""
 
     folder: Path
     step: int
-    config: dict  # the resolved configuration of the run
     model_config: dict  # the arguments of GPTConfig
     model: dict[str, Tensor]
     optimizers: list[dict]
     bases: dict[str, Tensor]
     random: dict[str, Tensor]
+    config: dict
     loader: dict
-    ranks: dict = field(default_factory=dict)  # of the layers, or the state of a RankController
-    extra: dict = field(default_factory=dict)  # anything JSON-able the caller gave
-    accumulated: dict[str, Tensor] = field(default_factory=dict)  # of a step that was begun
+    ranks: dict
+    extra: dict
+    accumulated: dict[str, Tensor]
 
 
 def stage_dir(run: str, stage: str, model_tag: str = "") -> Path:
@@ -98,89 +117,84 @@ def find(folder: Path, step: int = -1) -> Path:
     raise FileNotFoundError(f"{folder} has {have}, not {wanted}: train first or name another step")
 
 
-def save(
-    folder: Path,
-    step: int,
-    model: GPT,
-    optimizers=(),
-    config: dict | None = None,
-    loader: dict | None = None,
-    extra: dict | None = None,
-    keep_last: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
-    ranks: RankController | None = None,
-    accumulated: dict[str, Tensor] | None = None,
-) -> Path:
-    """Write FOLDER/step_NNNNNN and return it; every rank must call this.
+@dataclass(frozen=True)
+class Store:
+    """Where the checkpoints of a run go.
 
-    Args:
-        model: the bare GPT (not compiled, not wrapped).
-        optimizers: their state_dicts are kept in this order.
-        config: the run's resolved configuration, JSON-able.
-        loader: the data loader's state_dict, JSON-able; each rank's own.
-        extra: anything else JSON-able (the loop's counters).
-        keep_last: remove all but this many newest whole checkpoints up to this step; 0 keeps all.
-        ranks: what adapts the layers' ranks, if anything does.
-        accumulated: in the middle of a step, what its micro-batches have left so far
-            (`molegrad.gpt.train.resume.accumulated_state`); each rank's own.
-
-    Raises:
-        OSError: a process could not write its files (the disk is full, not writable). What was
-            written of this checkpoint is removed; earlier ones are untouched.
+    folder: of the stage. config: of the run, in every checkpoint. keep_last: a save removes all but
+    this many newest whole checkpoints up to its step; 0 keeps all. rank, world_size: this process
+    among its like.
     """
-    final = Path(folder) / f"step_{step:06d}"
-    temporary = final.with_name(final.name + ".tmp")
 
-    def own_files() -> None:
-        own = {"bases": bases_state_dict(model), "random": _random_states(model.device)}
-        own["ranks"] = ranks.state_dict() if ranks else {"ranks": layer_ranks(model)}
-        own |= {"loader": loader or {}, "accumulated": accumulated or {}}
-        tensors: dict[str, Tensor] = {}
-        tree = _flatten(own, tensors)
-        _write_tensors(temporary / f"rank_{rank}.safetensors", tensors)
-        _write_json(temporary / f"rank_{rank}.json", tree)
-        if rank == 0:
-            _write_tensors(temporary / "model.safetensors", model.state_dict())
+    folder: Path
+    config: dict = field(default_factory=dict)
+    keep_last: int = 0
+    rank: int = 0
+    world_size: int = 1
 
-    def shared_files() -> None:
-        tensors: dict[str, Tensor] = {}
-        tree = _flatten([optimizer.state_dict() for optimizer in optimizers], tensors)
-        _write_tensors(temporary / "optimizer.safetensors", tensors)
-        meta = {
-            "format": FORMAT,
-            "step": step,
-            "world_size": world_size,
-            "torch": torch.__version__,
-            "model_config": asdict(model.config),
-            "config": config or {},
-            "extra": extra or {},
-            "files": files.manifest(temporary),
-            "optimizers": tree,
-        }
-        _write_json(temporary / files.META, meta)
-        files.put_in_place(temporary, final)
-        if keep_last > 0:
-            files.prune(final.parent, step, keep_last)
+    def save(self, step: int, model: GPT, optimizers=(), record: Record | None = None) -> Path:
+        """Write FOLDER/step_NNNNNN and return it; every process must call this.
 
-    def clean() -> None:
-        files.sweep(final.parent)
-        temporary.mkdir(parents=True)
+        Args:
+            model: the bare GPT (not compiled, not wrapped).
+            optimizers: their state_dicts are kept in this order.
 
-    first = rank == 0
-    for part, takes_part in ((clean, first), (own_files, True), (shared_files, first)):
-        error = None
-        try:
-            if takes_part:
-                part()
-        except Exception as raised:
-            error = raised
-        if _any(error is not None, model.device, world_size):
-            if first:
-                shutil.rmtree(temporary, ignore_errors=True)
-            told = _explained(error, final)
-            raise told from (None if told is error else error)
-    return final
+        Raises:
+            OSError: a process could not write its files (the disk is full, not writable). What was
+                written of this checkpoint is removed; earlier ones are untouched.
+        """
+        record = record or Record()
+        final = Path(self.folder) / f"step_{step:06d}"
+        temporary = final.with_name(final.name + ".tmp")
+
+        def clean() -> None:
+            files.sweep(final.parent)
+            temporary.mkdir(parents=True)
+
+        def own_files() -> None:
+            own = {"bases": bases_state_dict(model), "random": _random_states(model.device)}
+            own |= {name: getattr(record, name) for name in ("loader", "ranks", "accumulated")}
+            tensors: dict[str, Tensor] = {}
+            tree = _flatten(own, tensors)
+            _write_tensors(temporary / f"rank_{self.rank}.safetensors", tensors)
+            _write_json(temporary / f"rank_{self.rank}.json", tree)
+            if self.rank == 0:
+                _write_tensors(temporary / "model.safetensors", model.state_dict())
+
+        def shared_files() -> None:
+            tensors: dict[str, Tensor] = {}
+            tree = _flatten([optimizer.state_dict() for optimizer in optimizers], tensors)
+            _write_tensors(temporary / "optimizer.safetensors", tensors)
+            meta = {
+                "format": FORMAT,
+                "step": step,
+                "world_size": self.world_size,
+                "torch": torch.__version__,
+                "model_config": asdict(model.config),
+                "config": {**self.config, **record.config},
+                "extra": record.extra,
+                "files": files.manifest(temporary),
+                "optimizers": tree,
+            }
+            _write_json(temporary / files.META, meta)
+            files.put_in_place(temporary, final)
+            if self.keep_last > 0:
+                files.prune(final.parent, step, self.keep_last)
+
+        first = self.rank == 0
+        for part, takes_part in ((clean, first), (own_files, True), (shared_files, first)):
+            error = None
+            try:
+                if takes_part:
+                    part()
+            except Exception as raised:
+                error = raised
+            if _any(error is not None, model.device, self.world_size):
+                if first:
+                    shutil.rmtree(temporary, ignore_errors=True)
+                explained = _explained(error, final)
+                raise explained from (None if explained is error else error)
+        return final
 
 
 def _any(here: bool, device: torch.device, world_size: int) -> bool:
@@ -211,7 +225,7 @@ def _explained(error: Exception | None, final: Path) -> Exception:
 
 
 def load(folder: Path, rank: int = 0, world_size: int = 1) -> Checkpoint:
-    """Read a step folder.
+    """Read a step folder, to go on from it.
 
     Raises:
         FileNotFoundError: it is no complete checkpoint.
@@ -219,43 +233,52 @@ def load(folder: Path, rank: int = 0, world_size: int = 1) -> Checkpoint:
     """
     folder = Path(folder)
     meta = read_meta(folder)
+    if meta["format"] != FORMAT:
+        raise ValueError(
+            f"{folder} was saved in format {meta['format']}, before estimators and their options "
+            f"had their present names, and its training cannot be resumed (this version resumes "
+            f"format {FORMAT}). Its weights still load, in evaluation, chat, export and "
+            "fine-tuning; to go on training, use the version that wrote it, or start a run of "
+            "another name"
+        )
     if meta["world_size"] != world_size:
         raise ValueError(
             f"{folder} was written by {meta['world_size']} processes, this run has {world_size}: "
             "resume with the same number, or start a new run from its model.safetensors"
         )
-    own = _unflatten(
-        json.loads((folder / f"rank_{rank}.json").read_text()),
-        load_file(folder / f"rank_{rank}.safetensors"),
-    )
+    tree = json.loads((folder / f"rank_{rank}.json").read_text())
     return Checkpoint(
         folder=folder,
-        step=meta["step"],
-        config=meta["config"],
-        model_config=meta["model_config"],
         model=load_file(folder / "model.safetensors"),
         optimizers=_unflatten(meta["optimizers"], load_file(folder / "optimizer.safetensors")),
-        bases=own["bases"],
-        random=own["random"],
-        loader=own["loader"],
-        ranks=own.get("ranks", {}),
-        extra=meta["extra"],
-        accumulated=own.get("accumulated", {}),
+        **{name: meta[name] for name in ("step", "config", "model_config", "extra")},
+        **_unflatten(tree, load_file(folder / f"rank_{rank}.safetensors")),
     )
 
 
 def read_meta(folder: Path) -> dict:
-    """meta.json of a step folder, checked."""
+    """meta.json of a step folder.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is of a later format.
+    """
     path = Path(folder) / files.META
     if not path.exists():
         raise FileNotFoundError(f"{folder} is no complete checkpoint: it has no meta.json")
     meta = json.loads(path.read_text(encoding="utf-8"))
-    if meta.get("format") != FORMAT:
+    if meta.get("format") not in range(1, FORMAT + 1):
         raise ValueError(
-            f"{path} has format {meta.get('format')}, this version reads {FORMAT}: "
+            f"{path} has format {meta.get('format')}, this version reads up to {FORMAT}: "
             "use the version of molegrad that wrote it"
         )
     return meta
+
+
+def weights_checksum(folder: Path, step: int) -> int | None:
+    """CRC-32 of the weights that a stage has saved at `step`, as its list of files says."""
+    files_of_step = read_meta(Path(folder) / f"step_{step:06d}").get("files", {})
+    return files_of_step.get("model.safetensors", {}).get("crc32")
 
 
 def restore(

@@ -1,7 +1,7 @@
 """The folders that checkpoints lie in: which are whole, how one takes its place, which ones go.
 
-What: `molegrad.gpt.train.checkpoint` writes files; here is what makes a folder of files one thing that is
-there or not, whatever happens to the process or the disk meanwhile:
+What: `molegrad.gpt.train.checkpoint` writes files; here is what makes a folder of files one thing
+that is there or not, whatever happens to the process or the disk meanwhile:
 
     step_000100             a checkpoint; the name is given when every file is on the disk
     step_000100.tmp         one that is being written or deleted; the next save removes what is left
@@ -21,8 +21,6 @@ import shutil
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-
-from safetensors import SafetensorError, safe_open
 
 META = "meta.json"
 _NAME = re.compile(r"step_(\d+)(\.old)?")
@@ -64,14 +62,10 @@ def flaw(folder: Path, contents: bool = True) -> str:
     """What is wrong with a checkpoint's folder; "" where it is whole.
 
     Compares every file with the list in META: its size and, with `contents`, its checksum, which
-    reads everything once. A folder without the list, of an earlier version, is whole where the
-    expected files are there and as long as their own headers say.
+    reads everything once.
     """
     try:
-        meta = json.loads((folder / META).read_text(encoding="utf-8"))
-        listed = meta.get("files")
-        if listed is None:
-            return _flaw_without_list(folder, meta["world_size"])
+        listed = json.loads((folder / META).read_text(encoding="utf-8"))["files"]
         for name, entry in listed.items():
             path = folder / name
             if not path.exists():
@@ -85,25 +79,6 @@ def flaw(folder: Path, contents: bool = True) -> str:
         return f"{META} is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"it can't be read ({type(error).__name__}: {error})"
-    return ""
-
-
-def _flaw_without_list(folder: Path, world_size: int) -> str:
-    names = ["model.safetensors", "optimizer.safetensors"]
-    for rank in range(world_size):
-        names += [f"rank_{rank}.safetensors", f"rank_{rank}.json"]
-    for name in names:
-        path = folder / name
-        if not path.exists():
-            return f"{name} is missing"
-        try:
-            if path.suffix == ".json":
-                json.loads(path.read_text(encoding="utf-8"))
-            else:
-                with safe_open(path, "pt"):
-                    pass
-        except (SafetensorError, ValueError) as error:
-            return f"{name} can't be read ({error})"
     return ""
 
 

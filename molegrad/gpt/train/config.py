@@ -1,31 +1,32 @@
-"""The flags of training: those every stage shares (`TrainFlags`) and base training's own.
+"""Flags of training, and what they come to on a machine.
 
-What: frozen dataclasses whose fields are the command line (`molegrad.gpt.train.flags`), named as in
+What: `TrainFlags`, those that every stage shares, and `BaseTrainConfig`, base training's own, are
+frozen dataclasses whose fields are the command line (`molegrad.gpt.train.flags`), named as in
 nanochat. `resolve` fills in what depends on the device, so that the configuration which is printed
-and saved holds no "auto".
-
-Why: base training and fine-tuning use one loop (`molegrad.gpt.train.loop`) and hence one set of flags; a
-stage adds its own by inheriting `TrainFlags`.
+and saved holds no "auto". `molegrad.gpt.train.setup` reads that and builds from it what training is
+made of; nothing else takes a configuration.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 
+from molegrad.config import MoleGradConfig
 from molegrad.gpt.model.activations import Activations
-from molegrad.gpt.train.dashboards import parse_names
-from molegrad.gpt.train.flags import HealthFields, StreamingFields, flag
+from molegrad.gpt.train.flags import Prefixed, flag
 from molegrad.gpt.train.hardware import pick_device
-from molegrad.monitor.health import parse_actions
+from molegrad.gpt.train.logger import parse_dashboards
+from molegrad.gpt.train.streaming import AS_GIVEN, Streaming, with_method
+from molegrad.monitor.health import DEFAULT_ACTIONS, KINDS, HealthThresholds, parse_actions
 
 # Where matrix_lr is not given; see the optimizers' docstrings for what a learning rate means. In
-# the subspace of a factored gradient AdamW takes twice the rate.
+# the subspace of factors AdamW takes twice the rate.
 MATRIX_LR = {"muon": 0.02, "adamw": 0.002, "adafactor": 0.002}
 
 
 @dataclass(frozen=True)
-class TrainFlags(HealthFields, StreamingFields, Activations):
+class TrainFlags(Activations):
     """Flags of every training stage.
 
     Raises:
@@ -63,8 +64,7 @@ class TrainFlags(HealthFields, StreamingFields, Activations):
     device_batch_size: int = flag(
         0,
         "sequences per micro-batch and device; 0 takes 32 on CUDA, 16 elsewhere. May differ after "
-        "--resume where the method allows it: without MoleGrad, sampled, projected, factored "
-        "tangent",
+        "--resume where micro-batches add up: without MoleGrad, exact, sampled, tangent in factors",
     )
     total_batch_size: int = flag(
         0,
@@ -75,23 +75,17 @@ class TrainFlags(HealthFields, StreamingFields, Activations):
     max_train_tokens: int = flag(-1, "train on this many tokens; -1 is no limit of this kind")
 
     optimizer: Literal["muon", "adamw", "adafactor"] = flag(
-        "muon", "optimizer of the block matrices, dense or factored (molegrad.optim)"
+        "muon", "optimizer of the block matrices (molegrad.optim)"
     )
     matrix_lr: float = flag(
         0.0,
         "learning rate of the block matrices; 0 takes 0.02 for muon, 0.002 for adamw (0.004 where "
-        "gradients are factored) and 0.002 for adafactor",
+        "gradients are factors) and 0.002 for adafactor",
     )
     embedding_lr: float = flag(0.2, "learning rate of the embedding (AdamW)")
     unembedding_lr: float = flag(0.004, "learning rate of the output head (AdamW)")
     scalar_lr: float = flag(0.01, "learning rate of parameters that are no matrices (AdamW)")
     weight_decay: float = flag(0.0, "decoupled weight decay of the block matrices")
-    adam_beta1: float = flag(0.8, "AdamW's beta1")
-    adam_beta2: float = flag(0.95, "AdamW's beta2")
-    muon_adjust_lr: Literal["original", "spectral", "match_rms_adamw", "none"] = flag(
-        "original", "how Muon's learning rate follows a matrix's shape; see molegrad.optim.muon"
-    )
-    muon_nesterov: bool = flag(True, "Nesterov's momentum in Muon")
     momentum: float = flag(0.95, "momentum of Muon, after its warm-up")
     momentum_start: float = flag(0.85, "Muon's momentum at the first step")
     momentum_warmup_steps: int = flag(300, "steps of Muon's momentum warm-up")
@@ -130,15 +124,65 @@ class TrainFlags(HealthFields, StreamingFields, Activations):
         -1, "steps between checkpoints; -1 or 0: at the end only; -2: never, not even on Ctrl-C"
     )
     keep_last: int = flag(2, "checkpoints to keep; 0 keeps all")
+    if_needed: bool = flag(
+        False,
+        "do what is left to do: nothing where this run has ended with the same flags and data, the "
+        "rest where it was interrupted, all of it where anything differs (as --overwrite does)",
+    )
     resume: bool = flag(
         False, "go on from the newest whole checkpoint of this run, if there is one"
     )
     resume_from_step: int = flag(-1, "go on from the checkpoint of this step; -1 is off")
     overwrite: bool = flag(False, "delete the checkpoints of an earlier run of this name")
 
+    streaming: MoleGradConfig | None = field(default=None, metadata={"group": Streaming()})
+    # Why `streaming` has its method; "" where `resolve` is to choose between power and tangent.
+    method_because: str = field(default=AS_GIVEN, metadata={"hidden": True})
+    health: str = flag(
+        "default",
+        "what a health finding leads to: off, warn, reset (the layer's bases) or raise, for all of "
+        f"{', '.join(KINDS)} or single ones (frozen=reset,nan=raise); default is "
+        f"{','.join(f'{kind}={action}' for kind, action in DEFAULT_ACTIONS.items())}",
+    )
+    health_limits: HealthThresholds = field(
+        default=HealthThresholds(),
+        metadata={"group": Prefixed("health_limits", HealthThresholds, "health_")},
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.activations()  # checked now, not when the model is there
+        self._check_ranges()
+        parse_dashboards(self.dashboards)  # all checked now, not when the model is there
+        parse_actions(self.health)
+        if self.stochastic_rounding and self.weight_dtype != "bfloat16":
+            raise ValueError(
+                "stochastic_rounding=True is for bfloat16 weights, got "
+                f"weight_dtype={self.weight_dtype}: give weight_dtype=bfloat16 too, or leave it off"
+            )
+        if self.resuming and self.overwrite or self.if_needed and (self.resuming or self.overwrite):
+            raise ValueError(
+                "overwrite starts over, resume goes on, if_needed does what is left: give one"
+            )
+        if self.offload and self.compile:
+            raise ValueError(
+                "offload=True is not for compiled models, whose graphs cannot choose streams and "
+                "buffers: give compile=False, or offload=False"
+            )
+        if self.grouped and self.compile:
+            raise ValueError(
+                "streaming_group_mib is not for compiled models: give compile=False, or leave it "
+                "at 0"
+            )
+        if self.streaming is not None and self.streaming.gradient_mode == "momentum":
+            for name, wanted in (("optimizer", "muon"), ("grad_clip", 0.0)):
+                if getattr(self, name) != wanted:
+                    raise ValueError(
+                        f"streaming_gradient_mode='momentum' needs {name}={wanted}, got "
+                        f"{getattr(self, name)}: Muon steps from the momentum that the backward "
+                        "passes add to; for anything else take streaming_gradient_mode='grad'"
+                    )
+
+    def _check_ranges(self) -> None:
         non_negative = (
             "threads max_seq_len device_batch_size total_batch_size matrix_lr embedding_lr "
             "unembedding_lr scalar_lr weight_decay momentum_warmup_steps warmup_steps grad_clip "
@@ -150,7 +194,7 @@ class TrainFlags(HealthFields, StreamingFields, Activations):
         for name in ("warmdown_ratio", "final_lr_frac"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
-        for name in ("momentum", "momentum_start", "adam_beta1", "adam_beta2"):
+        for name in ("momentum", "momentum_start"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
         if self.save_every < -2:
@@ -158,48 +202,28 @@ class TrainFlags(HealthFields, StreamingFields, Activations):
                 f"save_every must be a number of steps, -1 (at the end) or -2 (never), got "
                 f"{self.save_every}"
             )
-        if self.stochastic_rounding and self.weight_dtype != "bfloat16":
-            raise ValueError(
-                "stochastic_rounding=True is for bfloat16 weights, got "
-                f"weight_dtype={self.weight_dtype}: give weight_dtype=bfloat16 too, or leave it off"
-            )
         if self.log_every < 1:
             raise ValueError(f"log_every must be at least 1, got {self.log_every}")
         if self.num_iterations == 0 or self.max_train_tokens == 0:
             raise ValueError("num_iterations and max_train_tokens must be positive, or -1 for off")
-        if self.resuming and self.overwrite:
-            raise ValueError("overwrite deletes what resume would go on from: give one of them")
-        parse_names(self.dashboards)  # all checked now, not when the model is there
-        parse_actions(self.health)
-        self.health_thresholds()
-        streaming = self.streaming_config()
-        if streaming is not None and streaming.group_mib and self.compile:
-            raise ValueError(
-                f"streaming_group_mib={streaming.group_mib} is not for compiled models: give "
-                "compile=False, or leave it at 0"
-            )
-        if self.offload and self.compile:
-            raise ValueError(
-                "offload=True is not for compiled models, whose graphs cannot choose streams and "
-                "buffers: give compile=False, or offload=False"
-            )
-        if streaming is not None and streaming.gradient_mode == "momentum":
-            for name, wanted in (("optimizer", "muon"), ("grad_clip", 0.0)):
-                if getattr(self, name) != wanted:
-                    raise ValueError(
-                        f"streaming_gradient_mode='momentum' needs {name}={wanted}, got "
-                        f"{getattr(self, name)}: Muon steps from the momentum that the backward "
-                        "passes add to; for anything else take streaming_gradient_mode='dense'"
-                    )
-
-    def activations(self) -> Activations:
-        """What a block keeps of its activations."""
-        names = [field.name for field in fields(Activations)]
-        return Activations(**{name: getattr(self, name) for name in names})
 
     @property
     def resuming(self) -> bool:
         return self.resume or self.resume_from_step >= 0
+
+    @property
+    def enable_streaming(self) -> bool:
+        return self.streaming is not None
+
+    @property
+    def grouped(self) -> bool:
+        """Whether sketches of several layers are computed together."""
+        return self.streaming is not None and self.streaming.estimator.shared() is not None
+
+    @property
+    def factors(self) -> bool:
+        """Whether the blocks' gradients are factors."""
+        return self.streaming is not None and self.streaming.gradient_mode == "factors"
 
 
 @dataclass(frozen=True)
@@ -237,34 +261,14 @@ class BaseTrainConfig(TrainFlags):
 
 
 def resolve(config, device: torch.device, world_size: int = 1):
-    """`config` with every "auto" replaced by its value on `device`.
+    """`config` with every "auto" replaced by its value on `device`, and the low-rank method that
+    its steps need.
 
     Raises:
         ValueError: total_batch_size is no multiple of one micro-batch of all devices; or the
             streaming flags do not go with accumulation or with several processes.
     """
     gpu = device.type == "cuda"
-    values = {"device_type": device.type}
-    if config.dtype == "auto":
-        values["dtype"] = "bfloat16" if gpu else "float32"
-    if config.weight_dtype == "auto":
-        values["weight_dtype"] = "float32"
-    streaming = config.streaming_config()
-    grouped = streaming is not None and streaming.group_mib > 0
-    if grouped and world_size > 1:
-        raise ValueError(
-            f"streaming_group_mib={streaming.group_mib} is not for data parallelism, got "
-            f"{world_size} processes: leave it at 0"
-        )
-    if config.compile is None:
-        values["compile"] = gpu and not grouped and not config.offload
-    if streaming is not None:
-        values["streaming_method"] = streaming.method
-        values["streaming_rank_k"] = streaming.rank_k
-    if config.matrix_lr == 0:
-        factored = streaming is not None and streaming.gradient_mode == "factors"
-        doubled = factored and config.optimizer == "adamw"
-        values["matrix_lr"] = MATRIX_LR[config.optimizer] * (2 if doubled else 1)
     length = config.max_seq_len or (2048 if gpu else 256)
     rows = config.device_batch_size or (32 if gpu else 16)
     micro = length * rows * world_size
@@ -276,21 +280,30 @@ def resolve(config, device: torch.device, world_size: int = 1):
             f"{rows} x {length} x {world_size} = {micro} tokens: take "
             f"{f'{below} or ' if below else ''}{above}, or another device_batch_size"
         )
-    if (
-        streaming is not None
-        and (streaming.gradient_mode, streaming.method) == ("factors", "power")
-        and (total > micro or world_size > 1)
-    ):
+    if config.grouped and world_size > 1:
         raise ValueError(
-            "streaming_method='power' with streaming_gradient_mode='factored' takes one "
-            f"micro-batch a step on one process, got {total // (length * rows * world_size)} on "
-            f"{world_size}: on one process give device_batch_size={total // length}, or "
-            f"total_batch_size={length * rows}; or take streaming_method='tangent'"
+            f"streaming_group_mib is not for data parallelism, got {world_size} processes: leave "
+            "it at 0"
         )
-    values |= {"max_seq_len": length, "device_batch_size": rows, "total_batch_size": total}
+    values = {"device_type": device.type, "max_seq_len": length, "device_batch_size": rows}
+    values["total_batch_size"] = total
+    if config.dtype == "auto":
+        values["dtype"] = "bfloat16" if gpu else "float32"
+    if config.weight_dtype == "auto":
+        values["weight_dtype"] = "float32"
+    if config.compile is None:
+        values["compile"] = gpu and not config.grouped and not config.offload
+    if config.matrix_lr == 0:
+        doubled = config.factors and config.optimizer == "adamw"
+        values["matrix_lr"] = MATRIX_LR[config.optimizer] * (2 if doubled else 1)
     if config.eval_tokens == 0:
         values["eval_tokens"] = 20 * 524288 if gpu else 65536
-    return replace(config, **values)
+    return with_method(replace(config, **values), world_size)
+
+
+def micro_tokens(config) -> int:
+    """Tokens of a micro-batch of one process."""
+    return config.device_batch_size * config.max_seq_len
 
 
 def compute_dtype(config) -> torch.dtype:

@@ -1,53 +1,41 @@
-"""Command-line flags: one frozen dataclass per command, parsed by tyro.
-
-What: `parse(Config)` turns `sys.argv` into a `Config`; `resolved(config)` turns it back into a
-dictionary for the run's config.json; `StreamingFields` is the base class that adds
-`--enable_streaming` and one `--streaming_<field>` per field of `MoleGradConfig`;
-`HealthFields` adds `--health` and the `--health_<threshold>` flags; `command` makes what is wrong
-with a command's input one line of text.
-
-Why: every command of the pipeline spells its flags the same way. `--a-b` and `--a_b` are one flag;
-a boolean is `--flag=True`, `--flag False`, `--flag` or `--no-flag`. The streaming flags are
-generated from `MoleGradConfig`, so that neither a default nor a help text is written twice.
-`--streaming_preset=NAME` stands for --enable_streaming=True and the flags that the preset sets;
-those given beside it win.
-
-How to run:
+"""Command-line flags: one frozen dataclass per command is its flags, their defaults and help texts.
 
     @dataclass(frozen=True)
-    class Config(StreamingFields):
-        depth: int = field(default=4, metadata={"help": "number of blocks"})
+    class Config:
+        depth: int = flag(4, "number of blocks")
 
-    config = parse(Config, ["--depth=2", "--enable_streaming=True", "--streaming_rank_k=32"])
-    config.streaming_config()   # a MoleGradConfig, or None where streaming is off
+    config = parse(Config, ["--depth=2"])       # the same as make(Config, depth=2)
+
+What: `parse` makes a configuration of `sys.argv`; `make` of values by the names of flags;
+`resolved` turns one back into such values, for the run's config.json; `command` makes what is
+wrong with a command's input one line of text. A field that is a dataclass itself has a `Group` that
+says which flags it stands for (`molegrad.gpt.train.config` has those of MoleGradConfig and of the
+health checks), so that neither a default nor a help text is written twice.
+
+Why: every command of the pipeline spells its flags the same way. `--a-b` and `--a_b` are one flag;
+a boolean is `--flag=True`, `--flag False`, `--flag` or `--no-flag`.
 """
 
+import argparse
 import dataclasses
 import difflib
 import functools
-import itertools
 import json
 import os
 import pathlib
-import re
 import sys
 import types
 import typing
 from collections.abc import Callable, Sequence
 
 import torch
-import tyro
 
-from molegrad.config import MoleGradConfig, preset_fields
-from molegrad.estimators import methods
-from molegrad.monitor.health import DEFAULT_ACTIONS, KINDS
-from molegrad.monitor.rules import HealthThresholds
-
-PREFIX = "streaming_"
-HEALTH_PREFIX = "health_"
+PREFIX = "streaming_"  # of the flags of estimators
 TRACEBACK = "MOLEGRAD_TRACEBACK"  # 1 in the environment: errors of commands come with a traceback
-_TRUE = frozenset({"true", "1", "yes", "on"})
-_FALSE = frozenset({"false", "0", "no", "off"})
+_BOOLEANS = {
+    **dict.fromkeys(("true", "1", "yes", "on"), True),
+    **dict.fromkeys(("false", "0", "no", "off"), False),
+}
 
 Config = typing.TypeVar("Config")
 
@@ -57,11 +45,79 @@ def flag(default, help: str):
     return dataclasses.field(default=default, metadata={"help": help})
 
 
+@dataclasses.dataclass(frozen=True)
+class Flag:
+    """One flag; `name` is a Python name."""
+
+    name: str
+    hint: object  # its type
+    default: object
+    help: str
+
+
+class Group:
+    """The flags that a field stands for; `dataclasses.field(metadata={"group": Group()})`.
+
+    renamed: earlier names of flags with the present ones, or "" where there is none.
+    """
+
+    renamed: typing.ClassVar[dict[str, str]] = {}
+
+    def flags(self) -> list[Flag]:
+        """Its flags, in the order of the help text."""
+        raise NotImplementedError
+
+    def build(self, given: dict) -> dict:
+        """Fields of the configuration from those flags that were given, by name."""
+        raise NotImplementedError
+
+    def values(self, config) -> dict:
+        """Flags of `config` by name, from which `build` makes the same fields."""
+        raise NotImplementedError
+
+
+class Prefixed(Group):
+    """One flag `<prefix><field>` for every field of a dataclass.
+
+    field: name of the configuration's field that holds an instance of `kind`.
+    """
+
+    def __init__(self, field: str, kind: type, prefix: str) -> None:
+        self.field, self.kind, self.prefix = field, kind, prefix
+
+    def flags(self) -> list[Flag]:
+        return fields_as_flags(self.kind, self.prefix)
+
+    def build(self, given: dict) -> dict:
+        values = {name.removeprefix(self.prefix): value for name, value in given.items()}
+        return {self.field: self.kind(**values)}
+
+    def values(self, config) -> dict:
+        values = dataclasses.asdict(getattr(config, self.field))
+        return {self.prefix + name: value for name, value in values.items()}
+
+
+def fields_as_flags(kind: type, prefix: str = "") -> list[Flag]:
+    """The fields of a dataclass as flags; those with a `Group` as the group's."""
+    hints, found = typing.get_type_hints(kind), []
+    for field in dataclasses.fields(kind):
+        if "group" in field.metadata:
+            found += field.metadata["group"].flags()
+        elif not field.metadata.get("hidden"):
+            text = field.metadata.get("help", "")
+            found.append(Flag(prefix + field.name, hints[field.name], field.default, text))
+    return found
+
+
+def _groups(config_class: type) -> list[Group]:
+    fields = dataclasses.fields(config_class)
+    return [field.metadata["group"] for field in fields if "group" in field.metadata]
+
+
 def parse(config_class: type[Config], argv: Sequence[str] | None = None, prog=None) -> Config:
     """The command line as an instance of `config_class`.
 
     Args:
-        config_class: a (frozen) dataclass; a field's help is its `metadata["help"]` or docstring.
         argv: the arguments without the program name; `sys.argv[1:]` by default.
         prog: the program's name in the help text.
 
@@ -72,26 +128,49 @@ def parse(config_class: type[Config], argv: Sequence[str] | None = None, prog=No
     argv = list(sys.argv[1:] if argv is None else argv)
     argv = argv[1:] if argv[:1] == ["--"] else argv  # torchrun ... -m scripts.x -- --flags
     prog = prog or f"python -m scripts.{pathlib.Path(sys.argv[0]).stem}"
-    _refuse_unknown(argv, config_class, prog)
-    note: Callable[[str], str] = lambda error: ""  # noqa: E731
+    known = fields_as_flags(config_class)
     try:
-        argv, note = _expand_preset(argv, config_class)
-        arguments = _spell_booleans(argv, _boolean_flags(config_class))
-        read = tyro.cli(
-            _unchecked(config_class),
-            args=arguments,
-            prog=prog,
-            description=_summary(config_class),
-            config=(tyro.conf.FlagConversionOff,),
-        )
-        names = [field.name for field in dataclasses.fields(config_class) if field.init]
-        config = config_class(**{name: getattr(read, name) for name in names})
+        words = [_dashed(word) for word in argv]
+        _refuse_unknown(words, known, _groups(config_class))
+        config = make(config_class, **vars(_parser(config_class, known, prog).parse_args(words)))
         _check_machine(config)
         return config
     except (ValueError, TypeError) as error:
-        told = f"{prog}: {error}{note(str(error))}\nFor the flags, run {prog} --help"
-        print(told, file=sys.stderr)
+        print(f"{prog}: {error}\nFor the flags, run {prog} --help", file=sys.stderr)
         raise SystemExit(2) from error
+
+
+def make(config_class: type[Config], **given) -> Config:
+    """The configuration in which the flags `given` have these values.
+
+    Raises:
+        TypeError: there is no such flag.
+        ValueError, TypeError: a value is wrong, or two contradict.
+    """
+    fields: dict = {}
+    for group in _groups(config_class):
+        own = {f.name: given.pop(f.name) for f in group.flags() if f.name in given}
+        fields |= group.build(own) if own else {}
+    return config_class(**given, **fields)
+
+
+def resolved(config) -> dict:
+    """The flags of `config` by name, as JSON-able values; `make` gives `config` back."""
+    values: dict = {}
+    for field in dataclasses.fields(config):
+        if "group" in field.metadata:
+            values |= field.metadata["group"].values(config)
+        elif not field.metadata.get("hidden"):
+            values[field.name] = getattr(config, field.name)
+    return {name: _plain(value) for name, value in values.items()}
+
+
+def show(config, title: str = "configuration") -> str:
+    """`resolved(config)` as text, one `name  value` line per flag, for the top of a run's log."""
+    values = resolved(config)
+    width = max((len(name) for name in values), default=0)
+    lines = [f"  {name:<{width}}  {json.dumps(value)}" for name, value in values.items()]
+    return "\n".join([title, *lines])
 
 
 def command(name: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
@@ -124,164 +203,90 @@ def _is_ours(error: Exception) -> bool:
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    package = pathlib.Path(__file__).resolve().parents[1]
+    package = pathlib.Path(__file__).resolve().parents[2]
     return trace is not None and package in pathlib.Path(trace.tb_frame.f_code.co_filename).parents
 
 
-def resolved(config) -> dict:
-    """Every field of `config` (a dataclass instance) as JSON-able values, nested ones included."""
-    if not dataclasses.is_dataclass(config) or isinstance(config, type):
-        raise TypeError(f"resolved() wants a dataclass instance, not {config!r}")
-    return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise ValueError(message)
 
 
-def show(config, title: str = "configuration") -> str:
-    """`resolved(config)` as text, one `name  value` line per field, for the top of a run's log."""
-    values = resolved(config)
-    width = max((len(name) for name in values), default=0)
-    lines = [f"  {name:<{width}}  {json.dumps(value)}" for name, value in values.items()]
-    return "\n".join([title, *lines])
+def _parser(config_class: type, known: list[Flag], prog: str) -> argparse.ArgumentParser:
+    """Values of the flags that are given; those that are not have none."""
+    summary = (config_class.__doc__ or "").strip().split("\n\n")[0]
+    parser = _Parser(
+        prog, description=summary, allow_abbrev=False, argument_default=argparse.SUPPRESS
+    )
+    for entry in known:
+        name, members = entry.name.replace("_", "-"), _members(entry.hint)
+        default = f" (default: {entry.default!r})" if entry.default not in ("", None) else ""
+        shared = {"dest": entry.name, "help": (entry.help + default).replace("%", "%%")}
+        shared["metavar"] = "{" + ",".join(map(str, _choices(members))) + "}"
+        if not _choices(members):
+            shared["metavar"] = "|".join(getattr(m, "__name__", "None") for m in members).upper()
+        if typing.get_origin(entry.hint) is tuple:
+            shared |= {"nargs": len(members), "metavar": None}
+        if bool in members:
+            shared |= {"nargs": "?", "const": True}
+            off = {"action": "store_const", "const": False, "help": argparse.SUPPRESS}
+            parser.add_argument(f"--no-{name}", dest=entry.name, **off)
+        parser.add_argument(f"--{name}", type=functools.partial(_read, members), **shared)
+    return parser
 
 
-def prefixed_fields(source_class, prefix: str) -> list[tuple[str, object, dataclasses.Field]]:
-    """(name, type, field) of `<prefix><field>` for every field of a dataclass."""
-    hints = typing.get_type_hints(source_class)
-    entries = []
-    for source in dataclasses.fields(source_class):
-        given = {}
-        if source.default is not dataclasses.MISSING:
-            given["default"] = source.default
-        elif source.default_factory is not dataclasses.MISSING:
-            given["default_factory"] = source.default_factory
-        field = dataclasses.field(**given, metadata=dict(source.metadata))
-        entries.append((prefix + source.name, hints[source.name], field))
-    return entries
+def _members(hint) -> tuple:
+    """The types that a value may have."""
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    members = typing.get_args(hint) if union or typing.get_origin(hint) is tuple else (hint,)
+    return tuple(str if typing.get_origin(member) is tuple else member for member in members)
 
 
-def _gathered(self, source_class, prefix: str):
-    """The instance of `source_class` that the flags of `prefixed_fields` describe."""
-    names = [source.name for source in dataclasses.fields(source_class)]
-    return source_class(**{name: getattr(self, prefix + name) for name in names})
-
-
-def _streaming_entries() -> list[tuple[str, object, dataclasses.Field]]:
-    """Flags of MoleGradConfig's own fields and of the estimators' options, side by side."""
-    method = (PREFIX + "method", str | None, flag(None, "estimator: " + ", ".join(methods())))
-    entries = {method[0]: method}
-    for kind in (MoleGradConfig, *(kind for kind, _ in methods().values())):
-        for entry in prefixed_fields(kind, PREFIX):
-            entries.setdefault(entry[0], entry)
-    del entries[PREFIX + "estimator"]
-    return list(entries.values())
-
-
-def _streaming_config(self) -> MoleGradConfig | None:
-    """The `MoleGradConfig` these flags describe, or None where `enable_streaming` is False."""
-    if not self.enable_streaming:
-        return None
-    method = self.streaming_method or "power"
-    kind = methods().get(method, (MoleGradConfig,))[0]
-    own = {f.name for f in (*dataclasses.fields(MoleGradConfig), *dataclasses.fields(kind))}
-    given = {
-        name.removeprefix(PREFIX): getattr(self, name)
-        for name, _, field in _streaming_entries()
-        if name.removeprefix(PREFIX) in own or getattr(self, name) != field.default
-    }
-    return MoleGradConfig.of(**{**given, "method": method})
-
-
-def _validate_streaming(self) -> None:
-    """Wrong streaming values are found where the flags are parsed, not where layers are made."""
-    self.streaming_config()
-    if self.enable_streaming:
-        return
-    values = {field.name: getattr(self, PREFIX + field.name) for field in _resettable()}
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}  # of JSON
-    idle = [
-        f"{PREFIX}{field.name}={values[field.name]!r}"
-        for field in _resettable()
-        if values[field.name] != field.default
+def _choices(members: tuple) -> list:
+    return [
+        c for m in members if typing.get_origin(m) is typing.Literal for c in typing.get_args(m)
     ]
-    if idle:
-        raise ValueError(
-            f"{', '.join(idle)} {'has' if len(idle) == 1 else 'have'} no effect without "
-            "--enable_streaming=True (or a --streaming_preset)"
-        )
 
 
-def _resettable() -> list[dataclasses.Field]:
-    """Fields of `MoleGradConfig` without meaning where streaming is off: all but the seed, which
-    runs that are to be compared share."""
-    fields = []
-    for name, _, field in _streaming_entries():
-        field.name = name.removeprefix(PREFIX)
-        fields.append(field)
-    return [field for field in fields if field.name != "seed"]
+def _read(members: tuple, text: str):
+    """`text` as a value of the first of the types that it fits."""
+    choices = _choices(members)
+    if text in choices:
+        return text
+    if type(None) in members and text.lower() == "none":
+        return None
+    if bool in members and text.lower() in _BOOLEANS:
+        return _BOOLEANS[text.lower()]
+    for kind in (int, float, str, pathlib.Path):
+        if kind in members:
+            try:
+                return kind(text)
+            except ValueError:
+                continue
+    wanted = choices or [getattr(m, "__name__", str(m)) for m in members if m is not type(None)]
+    raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(map(str, wanted))}")
 
 
-def _dense(self):
-    """The same configuration without streaming: its flags at their defaults, but for the seed."""
-    defaults = {PREFIX + field.name: field.default for field in _resettable()}
-    return dataclasses.replace(self, enable_streaming=False, **defaults)
+def _dashed(word: str) -> str:
+    """A word of the command line with its flag's name as the parser spells it."""
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value if word.startswith("--") else word
 
 
-StreamingFields = dataclasses.make_dataclass(
-    "StreamingFields",
-    [
-        (
-            "enable_streaming",
-            bool,
-            dataclasses.field(
-                default=False,
-                metadata={"help": "estimated weight gradients (MoleGrad) in the target layers"},
-            ),
-        ),
-        *_streaming_entries(),
-    ],
-    frozen=True,
-    namespace={
-        "__doc__": "Base class: `--enable_streaming` and the `--streaming_<field>` flags.",
-        "__module__": __name__,
-        "streaming_config": _streaming_config,
-        "dense": _dense,
-        "__post_init__": _validate_streaming,
-    },
-)
-
-
-def _health_thresholds(self) -> HealthThresholds:
-    """The thresholds of the health checks that these flags describe."""
-    return _gathered(self, HealthThresholds, HEALTH_PREFIX)
-
-
-HealthFields = dataclasses.make_dataclass(
-    "HealthFields",
-    [
-        (
-            "health",
-            str,
-            flag(
-                "default",
-                "what a health finding leads to: off, warn, reset (the layer's bases) or raise, "
-                f"for all of {', '.join(KINDS)} or single ones (frozen=reset,nan=raise); default "
-                f"is {','.join(f'{kind}={action}' for kind, action in DEFAULT_ACTIONS.items())}",
-            ),
-        ),
-        *prefixed_fields(HealthThresholds, HEALTH_PREFIX),
-    ],
-    frozen=True,
-    namespace={
-        "__doc__": "Base class: `--health` and the `--health_<threshold>` flags.",
-        "__module__": __name__,
-        "health_thresholds": _health_thresholds,
-    },
-)
-
-
-def _unchecked(config_class: type) -> type:
-    """The dataclass without its checks: tyro would break their messages into a box."""
-    body = {"__post_init__": lambda self: None, "__module__": config_class.__module__}
-    return type(config_class.__name__, (config_class,), {**body, "__doc__": config_class.__doc__})
+def _refuse_unknown(words: list[str], known: list[Flag], groups: list[Group]) -> None:
+    """ValueError where a flag is unknown, which names its nearest kin or its present name."""
+    names = {entry.name.replace("_", "-") for entry in known} | {"help"}
+    renamed = {old: new for group in groups for old, new in group.renamed.items()}
+    for word in words:
+        name = word[2:].partition("=")[0]
+        if not word.startswith("--") or name in names or name.removeprefix("no-") in names:
+            continue
+        old = name.replace("-", "_")
+        near = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
+        if old in renamed:
+            near = [renamed[old]] if renamed[old] else []
+        hint = f" Perhaps you meant {' or '.join('--' + n for n in near)}." if near else ""
+        raise ValueError(f"unknown flag --{old if old in renamed else name}.{hint}")
 
 
 def _check_machine(config) -> None:
@@ -299,15 +304,10 @@ def _check_machine(config) -> None:
             ) from None
 
 
-def _summary(config_class) -> str:
-    """First paragraph of the class's docstring: the text on top of `--help`."""
-    return (config_class.__doc__ or "").strip().split("\n\n")[0]
-
-
 def _plain(value):
     """`value` in the types JSON knows."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return resolved(value)
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
@@ -315,101 +315,3 @@ def _plain(value):
     if isinstance(value, (torch.dtype, torch.device, os.PathLike)):
         return str(value)
     return value
-
-
-def _expand_preset(argv: list[str], config_class) -> tuple[list[str], Callable[[str], str]]:
-    """`--streaming_preset=NAME` as the flags it stands for, those left out that are given too; and
-    what to add to an error message about one of them."""
-    if not issubclass(config_class, StreamingFields):
-        return argv, lambda error: ""
-    rest, name, words = [], None, iter(argv)
-    for word in words:
-        key, equals, value = word.partition("=")
-        if key.replace("_", "-") == "--streaming-preset":
-            name = value if equals else next(words, "")
-        else:
-            rest.append(word)
-    if name is None:
-        return argv, lambda error: ""
-    given = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in rest}
-    fields = {PREFIX + field: value for field, value in preset_fields(name).items()}
-    spelt = _spell_booleans(rest, {"enable-streaming"})
-    if ("--enable-streaming", "False") in itertools.pairwise(spelt):
-        raise ValueError(f"streaming_preset={name} and enable_streaming=False: drop one of them")
-    fields = {"enable_streaming": True, **fields}
-    words = [(k, ",".join(v) if isinstance(v, tuple) else v) for k, v in fields.items()]
-    added = {field: f"--{field}={value}" for field, value in words if field not in given}
-
-    def note(error: str) -> str:
-        named = [f for f in added if re.search(rf"\b({PREFIX})?{f.removeprefix(PREFIX)}=", error)]
-        if not named:
-            return ""
-        emptied = [f"--{f}=" for f in named if isinstance(fields[f], tuple)]
-        empty = f", {' '.join(emptied)} for none" if emptied else ""
-        return (
-            f"\n--streaming_preset={name} stands for {' '.join(added[f] for f in named)}: "
-            f"a value given beside it wins{empty}"
-        )
-
-    return [*added.values(), *rest], note
-
-
-def _refuse_unknown(argv: list[str], config_class, prog: str) -> None:
-    """Exit with code 2 where a flag is no field of `config_class`, naming its nearest kin."""
-    hints = typing.get_type_hints(config_class)
-    fields = [field.name for field in dataclasses.fields(config_class)]
-    if any(dataclasses.is_dataclass(hints[name]) for name in fields):
-        return  # nested flags have names that only tyro knows
-    booleans = _boolean_flags(config_class)
-    known = {name.replace("_", "-") for name in fields} | {"help"}
-    if issubclass(config_class, StreamingFields):
-        known.add("streaming-preset")
-    for word in argv:
-        name = word[2:].partition("=")[0].replace("_", "-")
-        if not word.startswith("--") or name in known or name.removeprefix("no-") in booleans:
-            continue
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-        hint = f" Perhaps you meant {' or '.join('--' + n for n in near)}." if near else ""
-        print(
-            f"{prog}: unknown flag --{name}.{hint} For the flags, run {prog} --help",
-            file=sys.stderr,
-        )
-        raise SystemExit(2)
-
-
-def _boolean_flags(config_class) -> set[str]:
-    """Flags (spelt with dashes, without the leading ones) whose value is a boolean."""
-    hints = typing.get_type_hints(config_class)
-    names = set()
-    for field in dataclasses.fields(config_class):
-        hint = hints[field.name]
-        union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-        members = typing.get_args(hint) if union else (hint,)
-        if bool in members:
-            names.add(field.name.replace("_", "-"))
-    return names
-
-
-def _spell_booleans(argv: list[str], booleans: set[str]) -> list[str]:
-    """`argv` with every boolean in the one spelling tyro takes: `--flag True` or `--flag False`."""
-    out, i = [], 0
-    while i < len(argv):
-        word = argv[i]
-        i += 1
-        if not word.startswith("--"):
-            out.append(word)
-            continue
-        name, equals, value = word[2:].partition("=")
-        name = name.replace("_", "-")
-        if not equals and name.startswith("no-") and name[3:] in booleans:
-            out += ["--" + name[3:], "False"]
-        elif name not in booleans:
-            out.append(word)
-        else:
-            if not equals:
-                stated = i < len(argv) and argv[i].lower() in _TRUE | _FALSE
-                value = argv[i] if stated else "True"
-                i += stated
-            known = {**dict.fromkeys(_TRUE, "True"), **dict.fromkeys(_FALSE, "False")}
-            out += ["--" + name, known.get(value.lower(), value)]
-    return out

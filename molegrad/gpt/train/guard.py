@@ -1,7 +1,9 @@
-"""Non-finite numbers: found on the device at every step, reported where the loss is read anyway.
+"""What ends a run early: numbers that are not finite, and signals.
 
 What: `NonFiniteGuard.update` notes, per parameter, the first step whose gradient was not finite;
 `report` says which ones. Nothing waits for the device until `report`'s caller reads the loss.
+`StopSignals` takes Ctrl-C and SIGTERM as a wish to stop at the next moment at which all that was
+done can be kept.
 
 Why: a run that goes on after a NaN trains nothing for hours. The report names the layers in which
 it began, which by the next step can no longer be seen: then everything is NaN.
@@ -9,7 +11,10 @@ it began, which by the next step can no longer be seen: then everything is NaN.
 
 import json
 import math
+import signal
+import threading
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -28,14 +33,13 @@ class NonFiniteGuard:
     """Watches the gradients of `model`; keeps the last losses for the report."""
 
     def __init__(self, model: nn.Module, history: int = 20):
-        momenta = {
-            # An int8 momentum that is not finite has a scale that is not.
-            f"{name}.momentum": layer.momentum
-            if layer.momentum_scale is None
-            else layer.momentum_scale
-            for name, layer in model.named_modules()
-            if isinstance(layer, MoleLinear) and layer.momentum is not None
-        }
+        momenta = {}
+        for name, layer in model.named_modules():
+            if isinstance(layer, MoleLinear) and "momentum" in layer.state.tensors:
+                # An int8 momentum that is not finite has a scale that is not.
+                tensors = layer.state.tensors
+                momentum = tensors.get("momentum_scale", tensors["momentum"])
+                momenta[f"{name}.momentum"] = momentum
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         named += momenta.items()  # there the gradients go that exist nowhere else
         self.names = [name for name, _ in named]
@@ -113,3 +117,38 @@ def _count(tensor: Tensor | None) -> dict[str, int]:
 
 def _text(value: float) -> float | str:
     return value if math.isfinite(value) else str(value)
+
+
+class StopSignals:
+    """Notes SIGINT and SIGTERM while it is entered, on the main thread alone: no other may set
+    handlers. A second signal has its usual effect.
+
+    Attributes:
+        stop: the number of the signal that came, 0 before; may be set by hand, to stop for another
+            reason.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.stop = 0
+        self._say = say
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> "StopSignals":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._restore()
+
+    def _note(self, number: int, frame) -> None:
+        self.stop = number
+        self._restore()
+        name = signal.Signals(number).name
+        self._say(f"{name}: finishing what is under way, then stopping (again to quit)")
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()

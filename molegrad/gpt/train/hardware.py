@@ -1,6 +1,8 @@
 """The machine: which device, how fast it could be, what a token costs, how much memory was used.
 
-What: `pick_device`, `peak_flops`, `flops_per_token`, `peak_memory_bytes`, `attention_backend`.
+What: `pick_device`, `peak_flops`, `flops_per_token`, `peak_memory_bytes`, `attention_backend`, and
+`machine_record`, the machine and the software for a run's config.json: a number without them cannot
+be compared with another.
 
 Why: model FLOPs utilisation (MFU) is honest only if the floating-point operations are those that
 were done. A converted layer does fewer of them, so `flops_per_token` gives two figures: `actual`
@@ -10,6 +12,9 @@ How to run: `flops_per_token(model, seq_len)` after conversion; the layers say w
 """
 
 import ctypes
+import importlib.metadata
+import os
+import platform
 import sys
 import time
 from dataclasses import dataclass
@@ -18,8 +23,9 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend
 
-from molegrad.linear import MoleLinear
+from molegrad import MoleLinear, build_info
 
+_PACKAGES = ("numpy", "rustbpe", "tiktoken", "pyarrow", "safetensors")
 # Dense bf16 FLOP/s with float32 accumulation, from the makers' data sheets; the first name that
 # occurs in the device's name counts.
 PEAK_BF16 = {
@@ -132,35 +138,24 @@ def flops_per_token(model: nn.Module, seq_len: int) -> Flops:
     """Operations of one training token of a GPT.
 
     A linear layer (m, n) costs 2mn forward, 2mn for the gradient of its input and 2mn for that of
-    its weight. A MoleLinear's weight gradient costs 4k(m + n) per pass instead (Bᵀ(AV) and
-    Aᵀ(BU)), plus 2r(m + n) for r probes; `power_iters=0` costs half a pass;
-    method "sampled" costs the share that it is to take; "projected" with rank k and stride p
-    2k(m + n) for AV and Bᵀ(AV), and 2(m + k)n/p for the rows that it keeps. Attention costs
-    12·H·D·T per layer with the full T x T square counted (the convention of PaLM, appendix B, and
-    nanochat), although a causal kernel may skip half. The embedding is a look-up and costs nothing.
+    its weight; a MoleLinear's weight gradient what its estimator says. Attention costs 12·H·D·T per
+    layer with the full T x T square counted (the convention of PaLM, appendix B, and nanochat),
+    although a causal kernel may skip half. The embedding is a look-up and costs nothing.
     """
     common = weight_dense = weight_actual = 0.0
-    for module in model.modules():
-        if not isinstance(module, nn.Linear):
+    for layer in model.modules():
+        if not isinstance(layer, nn.Linear):
             continue
-        m, n = module.out_features, module.in_features
+        m, n = layer.out_features, layer.in_features
         common += 4 * m * n
-        if not isinstance(module, MoleLinear):
-            trained = 2 * m * n if module.weight.requires_grad else 0
-            weight_dense += trained
-            weight_actual += trained
-        elif module.trains:
-            c = module.config
-            weight_dense += 2 * m * n
-            if c.method == "sampled":
-                weight_actual += module.share * 2 * m * n
-                continue
-            if c.method == "projected":
-                weight_actual += 2 * module.rank * (m + n)
-                weight_actual += 2 * (m + module.rank) * n / c.project_stride
-                continue
-            passes = 1.0 if c.method == "tangent" else max(c.power_iters, 0.5)
-            weight_actual += (4 * module.rank * passes + 2 * c.probes) * (m + n)
+        estimated = isinstance(layer, MoleLinear)
+        if not (layer.trains if estimated else layer.weight.requires_grad):
+            continue
+        weight_dense += 2 * m * n
+        if estimated:
+            weight_actual += layer.config.estimator.cost(m, n, layer.name, layer.rank)
+        else:
+            weight_actual += 2 * m * n
     size = model.config
     common += 12 * size.depth * size.n_head * size.head_dim * seq_len
     return Flops(common + weight_actual, common + weight_dense, weight_actual)
@@ -204,3 +199,45 @@ def keep_freed_memory() -> bool:
         )
     except (OSError, AttributeError, TypeError):
         return False
+
+
+def machine_record(device: torch.device, world_size: int = 1) -> dict:
+    """JSON-able: device, memory, processors, system, versions, and what runs the ops."""
+    record = {
+        "device": device_name(device),
+        "processes": world_size,
+        "cpu": _cpu_name(),
+        "cpu_cores": os.cpu_count(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "molegrad_build": build_info(),
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        record |= {
+            "device_memory_bytes": properties.total_memory,
+            "compute_capability": f"{properties.major}.{properties.minor}",
+            "cuda": torch.version.cuda,
+        }
+    return record
+
+
+def _cpu_name() -> str:
+    """The processor's name as the system gives it; "" where it gives none."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

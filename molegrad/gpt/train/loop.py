@@ -5,11 +5,11 @@ evaluation, samples, checkpoints, a line per step, a stop on non-finite numbers 
 Ctrl-C, between two micro-batches. What differs between stages (where batches come from, how to
 evaluate) is handed in.
 
-Why the host waits for the device once per `log_every` steps only: the loss and the check of the
+Why the host waits for the device once per `every.log` steps only: the loss and the check of the
 gradients stay on the device until a line is due. It is read before the optimizer's step, so that
-with log_every=1 a NaN never reaches a weight.
+with a line a step a NaN never reaches a weight.
 
-How to run: see `molegrad.gpt.train.base.base_train`, which builds one and calls `run()`.
+How to run: `molegrad.gpt.train.stage.run` builds one and calls `run()`.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -27,15 +27,11 @@ from torch import Tensor
 from molegrad import clip_grad_norm_
 from molegrad.gpt.train import checkpoint, guard
 from molegrad.gpt.train import resume as resuming
-from molegrad.gpt.train.config import compute_dtype
-from molegrad.gpt.train.hardware import Flops, flops_per_token, peak_flops, peak_memory_bytes
+from molegrad.gpt.train.hardware import flops_per_token, peak_memory_bytes
 from molegrad.gpt.train.logger import RunLogger
-from molegrad.gpt.train.schedule import lr_multiplier, momentum_at
-from molegrad.gpt.train.setup import Processes, wrap
-from molegrad.gpt.train.signals import StopSignals
-from molegrad.monitor import Instruments
-from molegrad.optim import Muon
-from molegrad.optim.rank import RankController
+from molegrad.gpt.train.schedule import Schedule
+from molegrad.gpt.train.setup import BatchSizes, Parts, Processes
+from molegrad.optim.rank import RankController, layer_ranks
 
 _SMOOTHING = 0.9  # of the printed loss, an exponential average without bias at the start
 
@@ -61,71 +57,72 @@ class Progress:
         return self.last.get("train/loss", math.nan)
 
 
+@dataclass(frozen=True)
+class Every:
+    """Steps between what is done now and then. `log` is at least 1; 0 switches `monitor` and
+    `shadow` off; `evaluate`, `sample` and `save` are for the end alone at 0 and off below."""
+
+    log: int = 1
+    monitor: int = 0
+    shadow: int = 0
+    evaluate: int = -1
+    sample: int = -1
+    save: int = -1
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What a stage does in its own way, each or None.
+
+    evaluate: () -> metrics, such as {"val/bpb": 1.2}. sample: () -> texts, on the first process
+    alone. counters: () -> further metrics, read with the layers'.
+    """
+
+    evaluate: Callable[[], dict] | None = None
+    sample: Callable[[], list[str]] | None = None
+    counters: Callable[[], dict] | None = None
+
+
 class Trainer:
     """One training run.
 
     Args:
-        config: a resolved `TrainFlags`.
-        model: the bare GPT, converted and on its device.
-        called: what forward is called on: `model` itself, compiled or data-parallel.
-        optimizers: from `molegrad.gpt.train.setup.build_optimizers`.
+        parts: model, optimizers, instruments, from `molegrad.gpt.train.setup`.
         loader: has next_batch() -> (inputs, targets), state_dict, load_state_dict and epoch.
-        steps: the length of the run.
-        folder: of the stage; checkpoints and reports go there.
-        logger: receives the metrics.
-        evaluate: () -> metrics, such as {"val/bpb": 1.2}; called every `eval_every` steps.
-        sample: () -> texts; called every `sample_every` steps, on the first process alone.
-        monitor: () -> further metrics, read every `monitor_every` steps at the next log line.
-        instruments: watch the converted layers and time the phases; made plainly where not given.
-        flops: operations per token, for MFU; counted where not given.
-        peak: FLOP/s of one device at its best; looked up or measured where not given.
+        schedule: its `steps` are the length of the run.
+        logger: receives the metrics; its folder gets the report of non-finite numbers.
+        store: of the checkpoints; None saves nothing.
         processes: this process among its like.
-        saved_config: what is written into checkpoints.
     """
 
     def __init__(
         self,
-        config,
-        model,
-        called,
-        optimizers: list[torch.optim.Optimizer],
+        parts: Parts,
         loader,
-        steps: int,
-        folder: Path,
+        schedule: Schedule,
+        sizes: BatchSizes,
+        every: Every,
         logger: RunLogger,
-        evaluate: Callable[[], dict] | None = None,
-        sample: Callable[[], list[str]] | None = None,
-        monitor: Callable[[], dict] | None = None,
-        instruments: Instruments | None = None,
-        flops: Flops | None = None,
-        peak: float | None = None,
+        store: checkpoint.Store | None = None,
+        hooks: Hooks | None = None,
         processes: Processes | None = None,
-        saved_config: dict | None = None,
     ):
-        self.config, self.model, self.called = config, model, called
-        self.optimizers, self.loader, self.steps = optimizers, loader, steps
-        self.folder, self.logger = Path(folder), logger
-        self.evaluate, self.sample, self.monitor = evaluate, sample, monitor
-        self.instruments = instruments or Instruments(model, optimizers)
-        self.timer = self.instruments.timer
-        self.processes = processes or Processes()
-        self.saved_config = saved_config or {}
+        self.parts, self.loader, self.schedule, self.sizes = parts, loader, schedule, sizes
+        self.every, self.logger, self.store = every, logger, store
+        self.hooks, self.processes = hooks or Hooks(), processes or Processes()
+        self.model, self.optimizers = parts.model, parts.optimizers
+        self.instruments, self.timer = parts.instruments, parts.instruments.timer
+        self.called = parts.wrap()
+        self.steps, self.device = schedule.steps, parts.model.device
         self.progress = Progress()
-        self.device, self.dtype = model.device, compute_dtype(config)
-        self.flops = flops or flops_per_token(model, config.max_seq_len)
-        self.peak = peak or peak_flops(self.device, self.dtype)[0]
-        micro = config.device_batch_size * config.max_seq_len * self.processes.world_size
-        self.accumulation = max(1, config.total_batch_size // micro)
-        self.guard = guard.NonFiniteGuard(model)
-        streaming = config.streaming_config()
-        adaptive = streaming is not None and streaming.energy_target > 0
-        self.ranks = RankController(model, optimizers, streaming) if adaptive else None
-        self.signals = StopSignals(self.processes.print)
+        self.flops = flops_per_token(self.model, sizes.length)
+        self.guard = guard.NonFiniteGuard(self.model)
+        self.signals = guard.StopSignals(self.processes.print)
         self._agreed_to_stop = False  # of several processes
         self._batch: tuple[Tensor, Tensor] | None = None
         self._position: dict = {}
         self._loss = torch.zeros((), device=self.device)  # of the micro-batches done
-        self._mark = 0.0  # when the last log line was told, pauses left out
+        self._mark = 0.0  # when the last log line was printed, pauses left out
         self._paces: deque[float] = deque(maxlen=25)  # seconds a step, for the time to go
 
     def resume(self, saved: checkpoint.Checkpoint) -> None:
@@ -134,12 +131,15 @@ class Trainer:
         Raises:
             ValueError: the sizes of batches do not fit (`molegrad.gpt.train.resume`).
         """
-        told = {"logged": saved.step, **saved.extra["progress"]}
+        before = {"logged": saved.step, **saved.extra["progress"]}
         masked = getattr(self.loader, "masks_targets", False)
-        micro, note = resuming.check_batches(saved, self.config, masked, told.get("micro", 0))
-        with self._other_shapes() if self.ranks else contextlib.nullcontext():
-            checkpoint.restore(saved, self.model, self.optimizers, self.loader, self.ranks)
-        self.progress = Progress(**{**told, "micro": micro})
+        micro, note = resuming.check_batches(
+            saved, self.sizes, self.parts.streaming, masked, before.get("micro", 0)
+        )
+        ranks = self.parts.ranks
+        with self._other_shapes() if ranks else contextlib.nullcontext():
+            checkpoint.restore(saved, self.model, self.optimizers, self.loader, ranks)
+        self.progress = Progress(**{**before, "micro": micro})
         if micro:
             accumulated = dict(saved.accumulated)
             self._loss = accumulated.pop("loss").to(self.device)
@@ -154,19 +154,19 @@ class Trainer:
         Raises:
             NonFiniteError: the loss or a gradient became NaN or infinite.
         """
-        config, progress = self.config, self.progress
+        every, progress = self.every, self.progress
         self.model.train()
         with self.signals:
             self._fetch()
             self._mark = self._now() - progress.pending
             while progress.step < self.steps and not self._stops:
                 step, since = progress.step + 1, progress.logged
-                due = step % config.log_every == 0 or step == self.steps
+                due = step % every.log == 0 or step == self.steps
                 # A step that an earlier process began can't be seen as a whole.
                 seen = due and not progress.micro
-                watch = seen and _passed(config.monitor_every, since, step)
-                shadow = seen and _passed(config.shadow_every, since, step)
-                multiplier = self._set_schedules(progress.step)
+                watch = seen and _passed(every.monitor, since, step)
+                shadow = seen and _passed(every.shadow, since, step)
+                multiplier = self.schedule.apply(self.optimizers, progress.step)
                 self.instruments.begin(step, metrics=watch, shadow=shadow)
                 loss = self._forward_backward()
                 if loss is None:
@@ -186,8 +186,8 @@ class Trainer:
                     extra = self._observations(watch)
                     self._log(value, multiplier, (now - self._mark) / (step - since), since, extra)
                     self._mark, progress.logged = now, progress.step
-                if self.ranks:
-                    self._adapt_ranks(self.ranks)
+                if self.parts.ranks:
+                    self._adapt_ranks(self.parts.ranks)
                 self._occasional()
             progress.pending = self._now() - self._mark
         if progress.step < self.steps:
@@ -203,20 +203,6 @@ class Trainer:
             self._position = self.loader.state_dict()
         self._batch = self.loader.next_batch()
 
-    def _set_schedules(self, step: int) -> float:
-        c = self.config
-        multiplier = lr_multiplier(
-            step, self.steps, c.warmup_steps, c.warmdown_ratio, c.final_lr_frac
-        )
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * multiplier
-                if isinstance(optimizer, Muon):
-                    group["momentum"] = momentum_at(
-                        step, c.momentum_start, c.momentum, c.momentum_warmup_steps
-                    )
-        return multiplier
-
     @property
     def _stops(self) -> bool:
         """Whether to stop now. Several processes stop where they have agreed to, at a log line: one
@@ -227,17 +213,17 @@ class Trainer:
         """The micro-batches that the step still lacks; the mean loss of all, on the device. None
         where a signal came before the last of them: then the gradients so far are there."""
         progress = self.progress
-        for micro in range(progress.micro, self.accumulation):
+        for micro in range(progress.micro, self.sizes.accumulation):
             inputs, targets = self._batch
-            last = micro == self.accumulation - 1
+            last = micro == self.sizes.accumulation - 1
             silent = self.processes.world_size > 1 and not last
             self.instruments.micro_batch(lambda x=inputs, y=targets: self._plain_loss(x, y))
             with self.called.no_sync() if silent else contextlib.nullcontext():
                 with self.timer("forward"), self._autocast():
                     loss = self.called(inputs, targets)
                 with self.timer("backward"):
-                    (loss / self.accumulation).backward()
-            self._loss += loss.detach() / self.accumulation
+                    (loss / self.sizes.accumulation).backward()
+            self._loss += loss.detach() / self.sizes.accumulation
             stop = self._stops and not last and self.processes.world_size == 1
             with self.timer("data"):
                 self._fetch(position=last or stop)  # while the device is busy
@@ -247,19 +233,20 @@ class Trainer:
         progress.micro, total = 0, self._loss
         self._loss = torch.zeros_like(total)
         self.instruments.backward_done()
-        if self.ranks:
-            self.ranks.observe()
-        if self.config.grad_clip > 0:
-            clip_grad_norm_(self.model, self.config.grad_clip)
+        if self.parts.ranks:
+            self.parts.ranks.observe()
+        if self.parts.grad_clip > 0:
+            clip_grad_norm_(self.model, self.parts.grad_clip)
         return total
 
     def _plain_loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """A micro-batch's share of the step's loss, by the bare model."""
         with self._autocast():
-            return self.model(inputs, targets) / self.accumulation
+            return self.model(inputs, targets) / self.sizes.accumulation
 
     def _autocast(self):
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        dtype = self.parts.dtype
+        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
 
     def _adapt_ranks(self, ranks: RankController) -> None:
         """Ranks follow the captured energy, where a decision is due; between two steps."""
@@ -272,16 +259,15 @@ class Trainer:
 
     @contextlib.contextmanager
     def _other_shapes(self):
-        """Around a change of the parameters' shapes: what knows the old ones is made anew."""
-        rewrap = self.config.compile or self.processes.world_size > 1
+        """Around a change of the parameters' shapes: what knows the old ones is made again."""
+        rewrap = self.called is not self.model
         if rewrap:
             self.called = None  # data parallelism lets go of the parameters
         yield
-        self.flops = flops_per_token(self.model, self.config.max_seq_len)
+        self.flops = flops_per_token(self.model, self.sizes.length)
         if rewrap:
-            if self.config.compile:
-                torch.compiler.reset()  # every change would count towards its limit of compilations
-            self.called = wrap(self.model, self.config, self.processes)
+            torch.compiler.reset()  # every change would count towards its limit of compilations
+            self.called = self.parts.wrap()
 
     def _read(self, loss: Tensor, finite: Tensor, step: int) -> float:
         """The loss averaged over processes: the one place that waits for the device."""
@@ -295,13 +281,13 @@ class Trainer:
         self.guard.losses.append((step, value))
         if finite_on < count or not math.isfinite(value):
             report = self.guard.report(step, value, self._learning_rates())
-            guard.stop(report, self.folder)
+            guard.stop(report, self.logger.folder)
         return value
 
     def _learning_rates(self) -> dict[str, float]:
         return {g.get("name", "?"): g["lr"] for o in self.optimizers for g in o.param_groups}
 
-    # What is told, and done now and then
+    # What is logged, and done now and then
 
     def _now(self) -> float:
         if self.device.type == "cuda":
@@ -309,24 +295,24 @@ class Trainer:
         return time.perf_counter()
 
     def _observations(self, watch: bool) -> dict:
-        """What the instruments, and `monitor` where `watch` says so, have to tell at a log line."""
+        """Metrics of the instruments; with `watch` also the stage's counters and the ranks."""
         extra = self.instruments.read()
-        if watch and self.monitor is not None:
-            extra |= self.monitor()
-        if watch and self.ranks:
-            extra |= {f"streaming/{k}": v for k, v in self.ranks.metrics().items()}
+        if watch and self.hooks.counters is not None:
+            extra |= self.hooks.counters()
+        if watch and self.parts.ranks:
+            extra |= {f"streaming/{k}": v for k, v in self.parts.ranks.metrics().items()}
         return {**self.timer.read(), **extra}
 
     def _log(self, value: float, multiplier: float, dt: float, since: int, extra: dict) -> None:
-        p, c = self.progress, self.config
+        p, tokens = self.progress, self.sizes.total
         done = p.step - since
         p.seconds += dt * done
         p.reads += 1
         p.smooth = _SMOOTHING * p.smooth + (1 - _SMOOTHING) * value
         smooth = p.smooth / (1 - _SMOOTHING**p.reads)
-        rate = c.total_batch_size / dt
-        top = self.peak * self.processes.world_size
-        p.flops += self.flops.actual * c.total_batch_size * done
+        rate = tokens / dt
+        top = self.parts.peak * self.processes.world_size
+        p.flops += self.flops.actual * tokens * done
         memory = peak_memory_bytes(self.device)
         p.last |= {
             "step": p.step,
@@ -341,7 +327,7 @@ class Trainer:
             "train/mfu_dense_equivalent": 100 * self.flops.dense * rate / top,
             "train/epoch": self.loader.epoch,
             "train/peak_memory_bytes": memory,
-            "train/tokens": p.step * c.total_batch_size,
+            "train/tokens": p.step * tokens,
         }
         fresh = {k: v for k, v in p.last.items() if not k.startswith("val/")}
         self.logger.log({**fresh, **extra})
@@ -356,15 +342,15 @@ class Trainer:
 
     def _occasional(self) -> None:
         """Evaluation, samples, checkpoint, where they are due; their time counts as a pause."""
-        c, p = self.config, self.progress
-        evaluate = self.evaluate is not None and self._due(c.eval_every)
-        sample = self.sample is not None and self._due(c.sample_every)
-        save = not self._keeps_nothing and self._due(max(0, c.save_every))
+        p, every, hooks = self.progress, self.every, self.hooks
+        evaluate = hooks.evaluate is not None and self._due(every.evaluate)
+        sample = hooks.sample is not None and self._due(every.sample)
+        save = self.store is not None and self._due(max(0, every.save))
         if not (evaluate or sample or save):
             return
         p.pending = self._now() - self._mark
         if evaluate:
-            metrics = self.evaluate()
+            metrics = hooks.evaluate()
             p.last |= metrics
             bpb = metrics.get("val/bpb")
             if bpb is not None and not (p.best_bpb is not None and p.best_bpb <= bpb):
@@ -376,7 +362,7 @@ class Trainer:
             shown = " | ".join(f"{name} {value:.4f}" for name, value in metrics.items())
             self.processes.print(f"step {p.step:05d} | {shown}")
         if sample and self.processes.first:
-            for text in self.sample():
+            for text in hooks.sample():
                 self.processes.print(f"sample | {text!r}")
         if save:
             self.processes.print(f"saved {self.save()}")
@@ -393,38 +379,28 @@ class Trainer:
         accumulated = {}
         if self.progress.micro:
             accumulated = {"loss": self._loss, **resuming.accumulated_state(self.model)}
-        progress = {name: getattr(self.progress, name) for name in Progress.__dataclass_fields__}
+        progress = asdict(self.progress)
         progress["last"] = {k: v for k, v in self.progress.last.items() if _finite(v)}
-        return checkpoint.save(
-            self.folder,
-            self.progress.step,
-            self.model,
-            self.optimizers,
-            config=self.saved_config,
+        ranks = self.parts.ranks
+        record = checkpoint.Record(
             loader=self._position,
+            ranks=ranks.state_dict() if ranks else {"ranks": layer_ranks(self.model)},
             extra={
                 "progress": progress,
                 "steps": self.steps,
-                "batches": resuming.batch_sizes(self.config),
+                "batches": self.sizes.record(),
                 "instruments": self.instruments.state_dict(),
             },
-            keep_last=self.config.keep_last,
-            rank=self.processes.rank,
-            world_size=self.processes.world_size,
-            ranks=self.ranks,
             accumulated=accumulated,
         )
-
-    @property
-    def _keeps_nothing(self) -> bool:
-        return self.config.save_every == -2
+        return self.store.save(self.progress.step, self.model, self.optimizers, record)
 
     def _interrupted(self) -> None:
         step, micro = self.progress.step, self.progress.micro
         stopped = f"stopped after step {step} of {self.steps}"
         if micro:
-            stopped += f" and {micro} of {self.accumulation} micro-batches of the next"
-        if self._keeps_nothing:
+            stopped += f" and {micro} of {self.sizes.accumulation} micro-batches of the next"
+        if self.store is None:
             self.processes.print(f"{stopped}; nothing is saved (--save-every=-2)")
             return
         self.processes.print(

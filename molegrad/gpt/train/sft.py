@@ -16,21 +16,22 @@ How to run:
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
-from molegrad.gpt import runs as stages
+from molegrad.gpt import runs
 from molegrad.gpt.data.conversations import WEIGHTS, conversation_mixture
 from molegrad.gpt.data.corpus import open_corpus
 from molegrad.gpt.data.packing import ConversationLoader, held_out_batches, render
 from molegrad.gpt.model.bpb import bits_per_byte
 from molegrad.gpt.model.engine import answer
-from molegrad.gpt.train import base as train
 from molegrad.gpt.train import checkpoint, flags, schedule, setup
 from molegrad.gpt.train.config import TrainFlags, compute_dtype, device_of, resolve
 from molegrad.gpt.train.flags import flag
+from molegrad.gpt.train.loop import Hooks
+from molegrad.gpt.train.stage import Stage
 
 QUESTIONS = ("What is 12 + 7?", "Spell the word tensor", "What does torch.relu do?", "Hello")
 
@@ -122,31 +123,86 @@ def chat_sft(config: SFTConfig) -> dict:
         ValueError: flags, model or conversations do not fit; the message names the remedy.
         molegrad.gpt.train.guard.NonFiniteError: the loss or a gradient became NaN or infinite.
     """
+    # What this run is, and whether it has been made already.
     processes = setup.Processes.from_environment()
+    rank, world = processes.rank, processes.world_size
     device = device_of(config, processes.local_rank)
     base = open_base(config)
-    config = resolve_sft(config, base, device, processes.world_size)
-    train.prepare_device(config, device)
-    folder = checkpoint.stage_dir(config.run, "sft", config.model_tag)
-    saved_folder = train.find_start(config, folder, processes.print)
-    processes.start(device)
-    try:
-        return _train(config, processes, device, folder, saved_folder, base)
-    finally:
-        processes.end()
+    config = resolve_sft(config, base, device, world)
+    setup.prepare_device(config, device)
+    tokenizer, model = base.tokenizer, base.model
+    corpus = open_corpus(config.data, max_bytes=config.data_max_bytes)
+    inputs = {"tokenizer": tokenizer.fingerprint, "corpus": corpus.manifest["sha256"]}
+    inputs |= {"base": base.name, "weights": checkpoint.weights_checksum(base.folder, base.step)}
+    stage = Stage.open(config, "sft", processes, inputs)
+    if stage.start.done:
+        return stage.already_done()
+
+    with processes.joined(device):
+        # Conversations to train on, and those that are held out.
+        rows, length, dtype = config.device_batch_size, config.max_seq_len, compute_dtype(config)
+        weights = parse_mixture(config.mixture)
+        talks = {
+            split: conversation_mixture(corpus, split, size, config.seed, weights)
+            for split, size in (("train", config.conversations), ("val", config.val_conversations))
+        }
+        train, val = (render(talks[split], tokenizer, length) for split in ("train", "val"))
+        sharing = (device, rank, world)
+        loader = ConversationLoader(train, rows, length, tokenizer.bos, *sharing, config.seed)
+        token_bytes = tokenizer.token_bytes()
+
+        def held_out() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+            return held_out_batches(val, rows, length, tokenizer.bos, config.eval_tokens, *sharing)
+
+        # The model, its layers converted, and its optimizers.
+        built = setup.build(model, config, device, build_optimizers)
+        steps = total_steps(config, loader.rows_per_epoch, world)
+
+        # Training.
+        def evaluate() -> dict:
+            return {
+                "val/bpb": bits_per_byte(model, held_out(), token_bytes, dtype, world),
+                "val/loss": mean_loss(model, held_out(), dtype, world),
+            }
+
+        def sample() -> list[str]:
+            model.eval()
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                texts = [f"{q} -> {answer(model, tokenizer, q)}" for q in QUESTIONS]
+            model.train()
+            return texts
+
+        sources = {s: dict(Counter(talk["source"] for talk in part)) for s, part in talks.items()}
+        result = stage.run(
+            built,
+            tokenizer,
+            loader,
+            steps,
+            Hooks(evaluate, sample, lambda: {"train/skipped_rows": loader.skipped}),
+            record={
+                "corpus": corpus.manifest,
+                "conversation_sources": sources,
+                "started_from": base.name,
+                "base_stage": base.folder.name,
+            },
+            note=f"start: {base.name}; conversations: {json.dumps(sources)}",
+        )
+    if loader.skipped:
+        processes.print(f"{loader.skipped} rows had no target and were skipped")
+    return {**result, "skipped_rows": loader.skipped}
 
 
-def open_base(config: SFTConfig) -> stages.OpenStage:
+def open_base(config: SFTConfig) -> runs.OpenStage:
     """The base model to start from, on the CPU."""
     tag = config.base_tag
     if not tag and config.model_tag:
-        names = [folder.name for folder in stages.stage_folders(config.run)]
+        names = [folder.name for folder in runs.stage_folders(config.run)]
         tag = config.model_tag if f"base-{config.model_tag}" in names else ""
-    return stages.open_stage(config.run, "base", tag, config.base_step)
+    return runs.open_stage(config.run, "base", tag, config.base_step)
 
 
 def resolve_sft(
-    config: SFTConfig, base: stages.OpenStage, device: torch.device, world_size: int
+    config: SFTConfig, base: runs.OpenStage, device: torch.device, world_size: int
 ) -> SFTConfig:
     """`config` with what depends on the base model and the device filled in.
 
@@ -167,90 +223,6 @@ def resolve_sft(
         limit = base.config.get("data_max_bytes", 0) if same else 0
     values = {"max_seq_len": length, "total_batch_size": total, "data_max_bytes": limit}
     return resolve(replace(config, **values, base_step=base.step), device, world_size)
-
-
-def _train(config, processes, device, folder: Path, saved_folder: Path | None, base) -> dict:
-    if config.overwrite and processes.first:
-        train.clear(folder)
-    tokenizer, model = base.tokenizer, base.model
-    length, rows, world = config.max_seq_len, config.device_batch_size, processes.world_size
-    corpus = open_corpus(config.data, max_bytes=config.data_max_bytes)
-    weights = parse_mixture(config.mixture)
-    talks = {
-        split: conversation_mixture(corpus, split, size, config.seed, weights)
-        for split, size in (("train", config.conversations), ("val", config.val_conversations))
-    }
-    held_out = render(talks["val"], tokenizer, length)
-    loader = ConversationLoader(
-        render(talks["train"], tokenizer, length),
-        rows,
-        length,
-        tokenizer.bos,
-        device,
-        processes.rank,
-        world,
-        config.seed,
-    )
-
-    setup.place(model, config, device)
-    planned = setup.equip(model, config)
-    optimizers = build_optimizers(model, config)
-    sources = {s: dict(Counter(talk["source"] for talk in part)) for s, part in talks.items()}
-    token_bytes = tokenizer.token_bytes()
-
-    def evaluate() -> dict:
-        def batches():
-            return held_out_batches(
-                held_out,
-                rows,
-                length,
-                tokenizer.bos,
-                config.eval_tokens,
-                device,
-                processes.rank,
-                world,
-            )
-
-        dtype = compute_dtype(config)
-        return {
-            "val/bpb": bits_per_byte(model, batches(), token_bytes, dtype, world),
-            "val/loss": mean_loss(model, batches(), dtype, world),
-        }
-
-    def sample() -> list[str]:
-        model.eval()
-        dtype = compute_dtype(config)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            texts = [f"{q} -> {answer(model, tokenizer, q)}" for q in QUESTIONS]
-        model.train()
-        return texts
-
-    result = train.run_stage(
-        config,
-        processes,
-        folder,
-        saved_folder,
-        model,
-        tokenizer,
-        planned,
-        optimizers,
-        loader,
-        total_steps(config, loader.rows_per_epoch, world),
-        evaluate,
-        sample,
-        name=f"{config.run}-sft",
-        record={
-            "corpus": corpus.manifest,
-            "conversation_sources": sources,
-            "started_from": base.name,
-            "base_stage": base.folder.name,
-        },
-        note=f"start: {base.name}; conversations: {json.dumps(sources)}",
-        counters=lambda: {"train/skipped_rows": loader.skipped},
-    )
-    if loader.skipped:
-        processes.print(f"{loader.skipped} rows had no target and were skipped")
-    return {**result, "skipped_rows": loader.skipped}
 
 
 def build_optimizers(model, config: SFTConfig) -> list[torch.optim.Optimizer]:

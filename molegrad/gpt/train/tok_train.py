@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from molegrad.gpt import paths
 from molegrad.gpt.data.corpus import Corpus, open_corpus
@@ -33,6 +34,7 @@ class TokTrainConfig:
     max_chars: int = flag(2_000_000_000, "characters of training text to learn from")
     doc_cap: int = flag(10_000, "characters taken of each document at most")
     max_bytes: int = flag(0, "limit of the corpus itself in bytes, 0 for none")
+    if_needed: bool = flag(False, "do nothing where it has been made with these flags and data")
 
     def __post_init__(self):
         for name in ("max_chars", "doc_cap"):
@@ -86,10 +88,24 @@ def compression(tokenizer: Tokenizer, corpus: Corpus, max_bytes: int = _HELD_OUT
     }
 
 
+def _made_before(path: Path, config: TokTrainConfig, corpus: Corpus) -> dict | None:
+    """The manifest of a tokenizer that was made with the same flags and text, or None."""
+    if not path.exists():
+        return None
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    before = {**asdict(config), **manifest["config"], "if_needed": config.if_needed}
+    same_text = manifest["corpus"]["sha256"] == corpus.manifest["sha256"]
+    return manifest if before == asdict(config) and same_text else None
+
+
 def tok_train(config: TokTrainConfig) -> dict:
     """Do it; prints the result and returns the manifest that is saved beside the tokenizer."""
     start = time.perf_counter()
     corpus = open_corpus(config.data, config.val_data, config.max_bytes)
+    folder = paths.tokenizer_dir(config.tokenizer)
+    if config.if_needed and (made := _made_before(folder / "manifest.json", config, corpus)):
+        print(f"{folder} is done with these flags and data")
+        return made
     opened = time.perf_counter()
     texts = limited_texts(corpus, config.max_chars, config.doc_cap)
     tokenizer = Tokenizer.train(texts, config.vocab_size)
@@ -97,7 +113,6 @@ def tok_train(config: TokTrainConfig) -> dict:
     measured = compression(tokenizer, corpus)
     if not measured["round_trip_exact"]:
         raise RuntimeError("the tokenizer does not give held-out text back; it was not saved")
-    folder = paths.tokenizer_dir(config.tokenizer)
     path = tokenizer.save(folder)
     manifest = {
         "config": asdict(config),

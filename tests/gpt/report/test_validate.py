@@ -185,10 +185,10 @@ def test_reasons():
 
 def test_the_preset_is_taken_where_no_streaming_flag_is_given():
     assert with_preset(["--json"]) == ["--json", "--streaming_preset=balanced"]
-    for word in ("--streaming-method=tangent", "--streaming_seed=1", "--enable-streaming"):
+    for word in ("--streaming_preset=lowrank", "--enable-streaming", "--no-enable-streaming"):
         assert with_preset(["--run", "x", word]) == ["--run", "x", word]
-    made = config("--streaming_rank_k=4").trainings("")["molegrad"]
-    assert made.streaming_gradient_mode == "dense" and made.streaming_rank_k == 4
+    made = config("--streaming_rank_k=4").trainings("")["molegrad"].streaming
+    assert made.gradient_mode == "factors" and made.estimator.rank_k == 4
 
 
 def test_trainings_have_every_flag_of_base_train():

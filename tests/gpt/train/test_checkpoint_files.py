@@ -1,7 +1,6 @@
 """Folders of checkpoints: whole or absent, whatever is killed, full or damaged."""
 
 import errno
-import json
 import os
 import random
 import signal
@@ -14,6 +13,7 @@ import pytest
 import torch
 
 from molegrad.gpt.train import checkpoint, checkpoint_files
+from molegrad.gpt.train.checkpoint import Record, Store
 from molegrad.gpt.train.config import BaseTrainConfig, resolve
 from molegrad.gpt.train.setup import build_optimizers
 from tests.gpt.model.test_gpt import small, stirred, tokens
@@ -64,7 +64,7 @@ def flip(path):
 @pytest.mark.parametrize("damage", [cut, flip, Path.unlink], ids=["cut", "flipped", "missing"])
 def test_a_damaged_one_is_left_out_and_the_one_before_taken(name, damage, parts, tmp_path, capsys):
     for step in (1, 2):
-        checkpoint.save(tmp_path, step, *parts)
+        Store(tmp_path).save(step, *parts)
     newest = checkpoint.latest(tmp_path)
     assert newest.name == "step_000002" and capsys.readouterr().out == ""
     if (name, damage) == ("meta.json", flip):
@@ -82,45 +82,30 @@ def test_a_damaged_one_is_left_out_and_the_one_before_taken(name, damage, parts,
 
 
 def test_none_is_whole(parts, tmp_path, capsys):
-    cut(checkpoint.save(tmp_path, 1, *parts) / "model.safetensors")
+    cut(Store(tmp_path).save(1, *parts) / "model.safetensors")
     assert checkpoint.latest(tmp_path) is None
     with pytest.raises(FileNotFoundError, match="has steps 1, not a whole checkpoint"):
         checkpoint.find(tmp_path)
 
 
-def test_one_without_the_list_of_files_still_loads(parts, tmp_path, capsys):
-    for step in (1, 2):
-        path = checkpoint.save(tmp_path, step, *parts) / "meta.json"
-        meta = json.loads(path.read_text())
-        assert meta.pop("files").keys() == set(FILES) - {"meta.json"}
-        path.write_text(json.dumps(meta))
-    newest = checkpoint.latest(tmp_path)
-    assert newest.name == "step_000002" and checkpoint.load(newest).step == 2
-    cut(newest / "optimizer.safetensors")
-    assert checkpoint.latest(tmp_path).name == "step_000001"
-    assert "optimizer.safetensors can't be read" in capsys.readouterr().out
-    (tmp_path / "step_000001/rank_0.json").unlink()
-    assert checkpoint.latest(tmp_path) is None
-
-
 def test_old_ones_go_and_damaged_ones_do_not_count(parts, tmp_path):
     for step in (1, 2, 3):
-        checkpoint.save(tmp_path, step, *parts)
+        Store(tmp_path).save(step, *parts)
     cut(tmp_path / "step_000003/model.safetensors")
     (tmp_path / "step_000001.tmp").mkdir()
-    checkpoint.save(tmp_path, 4, *parts, keep_last=2)
+    Store(tmp_path, keep_last=2).save(4, *parts)
     assert names(tmp_path) == ["step_000002", "step_000003", "step_000004"]
-    checkpoint.save(tmp_path, 5, *parts, keep_last=2)
+    Store(tmp_path, keep_last=2).save(5, *parts)
     assert names(tmp_path) == ["step_000004", "step_000005"]
 
 
 def test_going_back_leaves_no_newer_one_in_the_way(parts, tmp_path, capsys):
     for step in (1, 2, 3):
-        checkpoint.save(tmp_path, step, *parts)
+        Store(tmp_path).save(step, *parts)
     checkpoint_files.set_aside_after(tmp_path, 1)
     assert capsys.readouterr().out.count("goes on from step 1") == 2
     assert checkpoint.latest(tmp_path).name == "step_000001"
-    checkpoint.save(tmp_path, 2, *parts, keep_last=1)
+    Store(tmp_path, keep_last=1).save(2, *parts)
     checkpoint_files.set_aside_after(tmp_path, 1, say=lambda text: None)
     aside = ["step_000002.2.abandoned", "step_000002.abandoned", "step_000003.abandoned"]
     assert names(tmp_path) == aside
@@ -130,18 +115,18 @@ def test_going_back_leaves_no_newer_one_in_the_way(parts, tmp_path, capsys):
 
 def test_a_save_does_not_delete_itself_where_later_ones_are(parts, tmp_path):
     for step in (5, 6, 2):
-        checkpoint.save(tmp_path, step, *parts, keep_last=1)
+        Store(tmp_path, keep_last=1).save(step, *parts)
     assert names(tmp_path) == ["step_000002", "step_000006"]
 
 
 def test_a_replaced_one_counts_until_the_new_one_is_there(parts, tmp_path):
-    folder = checkpoint.save(tmp_path, 3, *parts, extra={"count": 1})
+    folder = Store(tmp_path).save(3, *parts, Record(extra={"count": 1}))
     os.replace(folder, tmp_path / "step_000003.old")  # killed between the two renames
     assert checkpoint.load(checkpoint.latest(tmp_path)).extra == {"count": 1}
     assert checkpoint.find(tmp_path, 3).name == "step_000003.old"
-    checkpoint.save(tmp_path, 4, *parts)
+    Store(tmp_path).save(4, *parts)
     assert names(tmp_path) == ["step_000003", "step_000004"]
-    checkpoint.save(tmp_path, 3, *parts, extra={"count": 2})
+    Store(tmp_path).save(3, *parts, Record(extra={"count": 2}))
     assert checkpoint.load(tmp_path / "step_000003").extra == {"count": 2}
     assert names(tmp_path) == ["step_000003", "step_000004"]
 
@@ -151,7 +136,7 @@ def test_a_replaced_one_counts_until_the_new_one_is_there(parts, tmp_path):
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_full_disk_leaves_the_earlier_ones(name, parts, tmp_path, monkeypatch):
-    earlier = checkpoint.save(tmp_path, 1, *parts)
+    earlier = Store(tmp_path).save(1, *parts)
     before = contents(earlier)
     for kind in ("_write_tensors", "_write_json"):
         write = getattr(checkpoint, kind)
@@ -165,7 +150,7 @@ def test_a_full_disk_leaves_the_earlier_ones(name, parts, tmp_path, monkeypatch)
         monkeypatch.setattr(checkpoint, kind, full)
     for step in (1, 2):
         with pytest.raises(OSError, match="disk is full.*lower --keep-last.*--resume") as caught:
-            checkpoint.save(tmp_path, step, *parts, keep_last=1)
+            Store(tmp_path, keep_last=1).save(step, *parts)
         assert caught.value.errno == errno.ENOSPC and "(step_000001)" in str(caught.value)
         assert names(tmp_path) == ["step_000001"]
     assert checkpoint.latest(tmp_path) == earlier and contents(earlier) == before
@@ -174,24 +159,24 @@ def test_a_full_disk_leaves_the_earlier_ones(name, parts, tmp_path, monkeypatch)
 @pytest.mark.parametrize("name", FILES)
 def test_the_system_refuses_a_byte_in_a_file(name, parts, tmp_path):
     resource = pytest.importorskip("resource")
-    earlier = checkpoint.save(tmp_path, 1, *parts)
+    earlier = Store(tmp_path).save(1, *parts)
     before = contents(earlier)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     assert len(before[name]) > 300
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before[name]) - 1, limits[1]))
     try:
         with pytest.raises(OSError, match="was not saved.*earlier checkpoints are untouched"):
-            checkpoint.save(tmp_path, 2, *parts)
+            Store(tmp_path).save(2, *parts)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert names(tmp_path) == ["step_000001"] and contents(earlier) == before
-    checkpoint.save(tmp_path, 2, *parts)
+    Store(tmp_path).save(2, *parts)
     assert checkpoint.latest(tmp_path).name == "step_000002"
 
 
 def test_what_is_no_fault_of_the_disk_is_not_called_one(parts, tmp_path):
     with pytest.raises(TypeError, match="which a checkpoint cannot hold"):
-        checkpoint.save(tmp_path, 1, *parts, loader={"a": {1}})
+        Store(tmp_path).save(1, *parts, Record(loader={"a": {1}}))
     assert names(tmp_path) == []
 
 
@@ -205,7 +190,8 @@ def count_of(folder):
 
 
 def save_at(folder, parts, count, same_step):
-    checkpoint.save(folder, 1 if same_step else count, *parts, extra={"count": count}, keep_last=2)
+    record = Record(extra={"count": count})
+    Store(folder, keep_last=2).save(1 if same_step else count, *parts, record)
 
 
 def in_child(action):
@@ -247,7 +233,8 @@ def killed_at_every_call(folder, same_step):
 
 
 def killed_at_any_time(folder, seed, same_step):
-    """A process that saves in a loop is killed after a random time, several times over."""
+    """A process that saves in a loop is killed some time after its 1st, 2nd or 3rd save, several
+    times over."""
     draw, parts = random.Random(seed), trained()
     for _ in range(6):
         start, (done, tell) = count_of(folder), os.pipe()
@@ -258,15 +245,15 @@ def killed_at_any_time(folder, seed, same_step):
                 os.write(tell, b".")
 
         pid = in_child(saving)
-        time.sleep(draw.uniform(0.0, 0.25))
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
         os.close(tell)
-        with open(done, "rb") as file:
-            known = start + len(file.read())
+        with open(done, "rb", buffering=0) as file:
+            known = start + sum(len(file.read(1)) for _ in range(draw.randint(1, 3)))
+            time.sleep(draw.uniform(0.0, 0.05))
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            known += len(file.read())
         found = count_of(folder)
         assert found in (known, known + 1), (found, known, names(folder))
-    assert found > 6, "too few saves to say anything"
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -275,11 +262,11 @@ def test_a_killed_process_costs_at_most_the_save_it_was_at(same_step, tmp_path):
     program = (
         "import torch; torch.set_num_threads(1)\n"
         "from pathlib import Path\n"
-        "from tests.gpt import test_checkpoint_files as test\n"
+        "from tests.gpt.train import test_checkpoint_files as test\n"
         f"test.killed_at_every_call(Path({str(tmp_path / 'calls')!r}), {same_step})\n"
         f"for seed in (0, 1): test.killed_at_any_time(Path({str(tmp_path)!r}) / f'time_{{seed}}', "
         f"seed, {same_step})\n"
     )
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-c", program], cwd=root, env=environment, check=True)

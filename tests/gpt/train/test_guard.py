@@ -58,12 +58,24 @@ def test_weights_are_looked_at_too():
     assert [w["name"] for w in report["weights"]] == ["transformer.h.0.attn.c_q.weight"]
 
 
-def test_factored_layers_are_watched_through_their_sketches():
+@pytest.mark.parametrize(
+    ("values", "name"),
+    [
+        ({"rank_k": 4, "gradient_mode": "factors"}, "basis_u"),
+        ({"method": "exact", "gradient_mode": "momentum"}, "momentum"),
+        ({"method": "exact", "gradient_mode": "momentum", "momentum_dtype": "int8"}, "momentum"),
+    ],
+)
+def test_gradients_that_go_elsewhere_are_watched_there(values, name):
     model = stirred(small())
-    convert(model, MoleGradConfig(rank_k=4, gradient_mode="factored"))
+    convert(model, MoleGradConfig.of(**values))
     guard = NonFiniteGuard(model)
     backward(model)
-    model.transformer["h"][0].mlp.c_fc.basis_u.grad[0, 0] = math.nan
-    assert not bool(guard.update(0))
-    (entry,) = guard.report(0, 1.0, {})["gradients"]
-    assert entry["name"] == "transformer.h.0.mlp.c_fc.basis_u"
+    layer = model.transformer["h"][0].mlp.c_fc
+    where = getattr(layer, name)
+    where = layer.momentum_scale if where.dtype == torch.int8 else where
+    assert bool(guard.update(0))
+    (where.grad if name == "basis_u" else where.detach()).view(-1)[0] = math.nan
+    assert not bool(guard.update(1))
+    (entry,) = guard.report(1, 1.0, {})["gradients"]
+    assert entry["name"] == f"transformer.h.0.mlp.c_fc.{name}" and entry["first_step"] == 1

@@ -1,4 +1,7 @@
-"""Devices, FLOPs counted against torch's own counter, memory."""
+"""Devices, FLOPs counted against torch's own counter, memory, the record of the machine."""
+
+import json
+import platform
 
 import pytest
 import torch
@@ -40,22 +43,23 @@ def test_dense_flops_equal_what_torch_counts():
 
 
 @pytest.mark.parametrize(
-    ("options", "per_feature"),
+    "options",
     [
-        ({"method": "tangent"}, 4 * 8),
-        ({"method": "tangent", "probes": 4}, 4 * 8 + 2 * 4),
-        ({"method": "power", "power_iters": 2}, 2 * 4 * 8),
-        ({"method": "power", "power_iters": 0}, 2 * 8),
+        {"method": "tangent", "rank_k": 8, "probes": 4},
+        {"method": "power", "rank_k": 8},
+        {"method": "sampled"},
+        {"method": "exact"},
     ],
 )
-def test_low_rank_gradients_are_counted_as_what_they_cost(options, per_feature):
+def test_estimated_gradients_are_counted_as_what_they_cost(options):
     model = small()
     dense = hardware.flops_per_token(model, 24)
-    convert(model, MoleGradConfig(rank_k=8, min_layer_utilization=0.0, **options))
+    config = MoleGradConfig.of(**options)
+    convert(model, config)
     flops = hardware.flops_per_token(model, 24)
     assert flops.dense == dense.actual
-    layers = 4  # two blocks, c_fc and c_proj
-    saved = layers * (2 * 64 * 256 - per_feature * (64 + 256))
+    cost = config.estimator.cost
+    saved = 2 * (2 * 2 * 64 * 256 - cost(64, 256, "c_proj") - cost(256, 64, "c_fc"))
     assert flops.dense - flops.actual == saved
     assert flops.saving == pytest.approx(saved / flops.dense)
 
@@ -101,3 +105,11 @@ def test_memory_grows_with_what_is_used():
 
 def test_keeping_freed_memory_never_raises():
     assert hardware.keep_freed_memory() in (True, False)
+
+
+def test_the_record_of_the_machine_is_complete_and_json_able():
+    record = json.loads(json.dumps(hardware.machine_record(torch.device("cpu"), world_size=2)))
+    assert record["torch"] == torch.__version__ and record["packages"]["numpy"]
+    assert record["python"] == platform.python_version()
+    assert record["processes"] == 2 and record["device"].startswith("CPU")
+    assert record["molegrad_build"]["native"] in (True, False)

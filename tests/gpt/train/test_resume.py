@@ -32,27 +32,17 @@ from tests.gpt.train.test_loop import (
 )
 
 TANGENT = {**STREAM, "streaming_method": "tangent"}
-POWER = {**STREAM, "streaming_method": "power"}
-SAMPLED = {**PRESET, "streaming_gradient_mode": "dense"}
 INT8 = {**PRESET, "streaming_momentum_dtype": "int8"}
-PROJECTED = {
-    **STREAM,
-    "streaming_method": "projected",
-    "streaming_project_stride": 4,
-    "streaming_gradient_mode": "momentum",
-}
 METHODS = {
     "dense": {},
     "adamw": {"optimizer": "adamw", "grad_clip": 1.0},
     "tangent": {**TANGENT, "streaming_probes": 2},
-    "power": POWER,
-    "factored": {**FACTORED, "streaming_probes": 2, "grad_clip": 1.0},
-    "factored-adamw": {**FACTORED, "optimizer": "adamw"},
-    "factored-adaptive": {**FACTORED, **ADAPTIVE},
-    "sampled": SAMPLED,
+    "power": {**STREAM, "streaming_method": "power"},
+    "factors": {**FACTORED, "streaming_probes": 2, "grad_clip": 1.0},
+    "factors-adaptive": {**FACTORED, **ADAPTIVE},
+    "sampled": {**PRESET, "streaming_gradient_mode": "grad"},
     "momentum": PRESET,
     "momentum-int8": INT8,
-    "projected": PROJECTED,
 }
 
 
@@ -180,11 +170,14 @@ def with_rows(folder, rows, **values):
     return trainer(folder, loader=Rows(rows), device_batch_size=rows, **values)
 
 
-LINEAR = ["dense", "adamw", "factored", "factored-adamw", "factored-adaptive"]
+LINEAR = ["dense", "adamw", "factors", "factors-adaptive"]
 
 
-@pytest.mark.parametrize("rows", [2, 8])
-@pytest.mark.parametrize("method", [*LINEAR, "sampled", "momentum", "momentum-int8", "projected"])
+@pytest.mark.parametrize(
+    ("method", "rows"),
+    [(method, 2 if i % 2 else 8) for i, method in enumerate([*LINEAR, "sampled", "momentum"])]
+    + [("factors", 2), ("momentum-int8", 8)],
+)
 def test_other_micro_batches_make_the_same_steps(method, rows, tmp_path, capsys):
     values = {"steps": 6, "total_batch_size": 160, "save_every": 3, **METHODS[method]}
     whole = with_rows(tmp_path, 4, **values)
@@ -204,27 +197,14 @@ def test_other_micro_batches_make_the_same_steps(method, rows, tmp_path, capsys)
         assert losses(tmp_path) != recorded
 
 
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        (METHODS["tangent"], "method='tangent' in dense mode .*another method.*batch-size=4"),
-        (METHODS["power"], "method='power' in dense mode .*another method.*batch-size=4"),
-    ],
-    ids=["tangent", "power"],
-)
-def test_what_depends_on_micro_batches_is_refused(values, message, tmp_path):
-    values = {"steps": 2, "total_batch_size": 160, **values}
+@pytest.mark.parametrize("method", ["tangent", "power"])
+def test_what_depends_on_micro_batches_is_refused(method, tmp_path):
+    values = {"steps": 2, "total_batch_size": 160, **METHODS[method]}
     with_rows(tmp_path, 4, **values).run()
+    message = f"method='{method}' in weight.grad .*another method.*batch-size=4"
     with pytest.raises(ValueError, match=message):
         with_rows(tmp_path, 2, resume=2, **values)
     with_rows(tmp_path, 4, resume=2, **values)
-
-
-def test_factored_power_is_refused_before_its_first_step(tmp_path):
-    values = {"steps": 2, "total_batch_size": 80, **FACTORED, "streaming_method": "power"}
-    with_rows(tmp_path, 4, **values).run()
-    with pytest.raises(ValueError, match="takes one micro-batch a step.*device_batch_size=4"):
-        with_rows(tmp_path, 2, resume=2, **values)
 
 
 def test_another_number_of_tokens_is_another_step(tmp_path):
@@ -233,7 +213,7 @@ def test_another_number_of_tokens_is_another_step(tmp_path):
         with_rows(tmp_path, 4, resume=2, total_batch_size=320)
 
 
-@pytest.mark.parametrize("method", ["dense", "factored"])
+@pytest.mark.parametrize("method", ["dense", "factors"])
 def test_the_rest_of_a_step_may_have_other_micro_batches(method, tmp_path):
     values = {"steps": 3, "total_batch_size": 240, "save_every": -1, **METHODS[method]}
     whole = with_rows(tmp_path / "whole", 4, **values)
@@ -244,21 +224,10 @@ def test_the_rest_of_a_step_may_have_other_micro_batches(method, tmp_path):
     with pytest.raises(ValueError, match="4 sequences done.*no multiple of 6.*or a divisor of it"):
         with_rows(folder, 6, resume=1, **values)
     again = with_rows(folder, 2, resume=1, **values)
-    assert again.progress.micro == 2 and again.accumulation == 6
+    assert again.progress.micro == 2 and again.sizes.accumulation == 6
     again.run()
     assert_same(weights(again), weights(whole), exact=False)
     assert losses(folder) == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
-
-
-def test_checkpoints_that_do_not_say_their_sizes_go_by_their_configuration(tmp_path):
-    built = with_rows(tmp_path, 4, steps=1)
-    built.saved_config = {"device_batch_size": 2, "total_batch_size": 80}
-    built.run()
-    saved = newest(tmp_path)
-    del saved.extra["batches"]
-    assert "was 2 and is 4" in resume.check_batches(saved, built.config)[1]
-    saved.config = {}
-    assert resume.check_batches(saved, built.config, micro_done=1) == (1, "")
 
 
 # Several processes
@@ -274,8 +243,8 @@ def _signalled(rank, world, port, folder):
     patience = datetime.timedelta(seconds=40)  # for processes that wait for one another
     torch.distributed.init_process_group("gloo", rank=rank, world_size=world, timeout=patience)
     processes = Processes(rank, rank, world)
-    _stop_and_save(folder, processes)
-    processes.end()
+    with processes.joined(torch.device("cpu")):
+        _stop_and_save(folder, processes)
 
 
 def _stop_and_save(folder, processes):
@@ -285,7 +254,7 @@ def _stop_and_save(folder, processes):
     step = built.optimizers[0].step
 
     def signalled(*args):
-        if rank == 1 and built.progress.step == 3:  # after the others were told of step 4
+        if rank == 1 and built.progress.step == 3:  # after the others know of step 4
             stop_now()
         return step(*args)
 
@@ -417,3 +386,33 @@ def test_resume_takes_the_newest_whole_one(home, capsys):
     base(*words, "--overwrite")
     names = sorted(p.name for p in folder.glob("step_*"))
     assert names == ["step_000002", "step_000004"]
+
+
+@pytest.mark.parametrize(("stage", "loader"), [(base, PackedLoader), (tune, ConversationLoader)])
+def test_if_needed_does_what_is_left(stage, loader, home, monkeypatch, capsys):
+    name = "--run=needed" if stage is base else "--model-tag=needed"
+    words = [name, "--num-iterations=4", "--if-needed"]
+    with monkeypatch.context() as patch:
+        stop_at(patch, loader, 3)
+        cut = stage(*words)
+    assert cut["interrupted"] and newest(cut["folder"]).step == 2
+    capsys.readouterr()
+    ended = stage(*words)
+    assert not ended["interrupted"] and "at step 2" in capsys.readouterr().out
+    done = stage(*words)
+    text = capsys.readouterr().out
+    assert done == {"interrupted": False, "folder": cut["folder"], "step": 4}
+    assert "is done with these flags and data" in text and "step 0000" not in text
+    again = stage(*words, "--weight-decay=0.1")
+    text = capsys.readouterr().out
+    assert "trained with other weight_decay: it is trained again" in text
+    assert again["step"] == 4 and newest(cut["folder"]).config["weight_decay"] == 0.1
+
+
+def test_fine_tuning_is_needed_again_where_its_base_model_is_another(home, capsys):
+    words = ["--model-tag=after", "--num-iterations=1", "--if-needed"]
+    tune(*words)
+    base("--run=tiny", "--num-iterations=1", "--overwrite")
+    capsys.readouterr()
+    tune(*words)
+    assert "trained with other base_step, inputs: it is trained again" in capsys.readouterr().out

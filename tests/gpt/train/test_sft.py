@@ -69,16 +69,18 @@ def test_the_fine_tuned_model_predicts_answers_better_than_the_base_model(tiny):
     "words",
     [
         STREAM,
-        [*STREAM, "--streaming_gradient_mode=factored", "--total-batch-size=512"],
+        [*STREAM, "--total-batch-size=512"],
         ["--optimizer=adamw", "--grad-clip=1"],
         [*STREAM, *LEVERS],
     ],
-    ids=["streaming", "factored-accumulated", "adamw", "levers"],
+    ids=["streaming", "accumulated", "adamw", "levers"],
 )
 def test_the_flags_of_base_training_apply(tiny, words, capsys):
     result = tune("--model-tag=flags", "--num-iterations=6", "--overwrite", *words)
     assert not result["interrupted"] and result["val/loss"] < 7
-    assert ("MoleGrad takes" in capsys.readouterr().out) == ("--enable_streaming=True" in words)
+    log = capsys.readouterr().out
+    assert ("MoleGrad takes" in log) == ("--enable_streaming=True" in words)
+    assert ("method tangent" in log) == bool({"--total-batch-size=512", *LEVERS[:1]} & {*words})
 
 
 def test_a_resumed_run_repeats_the_uninterrupted_one(tiny):
@@ -104,7 +106,7 @@ def test_batches_without_targets_never_make_a_nan(tiny, monkeypatch):
         ]
 
     monkeypatch.setattr(sft, "render", mostly_mute)
-    monkeypatch.setattr(sft.checkpoint, "stage_dir", lambda *a: tiny / "mute")
+    monkeypatch.setattr(checkpoint, "stage_dir", lambda *a: tiny / "mute")
     (tiny / "mute").mkdir(exist_ok=True)
     result = tune("--num-iterations=40", "--device-batch-size=1", "--overwrite")
     assert result["skipped_rows"] > 0

@@ -5,8 +5,8 @@ import pytest
 
 from molegrad.gpt import paths
 from molegrad.gpt.data.corpus import open_corpus
-from molegrad.gpt.train.tok_train import TokTrainConfig, compression, limited_texts, main, tok_train
 from molegrad.gpt.data.tokenizer import Tokenizer
+from molegrad.gpt.train.tok_train import TokTrainConfig, compression, limited_texts, main, tok_train
 
 
 @pytest.fixture
