@@ -51,7 +51,7 @@ from molegrad.lab.methods import Method, parse_methods
 from molegrad.memory.plan import GIB
 from molegrad.memory.simulate import PER_TOKEN, simulate
 from molegrad.memory.table import table
-from molegrad.monitor.peak import peak_bytes
+from molegrad.monitor.memory import peak_bytes
 
 MIB = 2**20
 CHUNKS = "balanced:sequence_chunk={}:sequence_parts=all"

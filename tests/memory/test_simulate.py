@@ -11,10 +11,9 @@ from molegrad.gpt.model.gpt import GPT
 from molegrad.gpt.train import setup
 from molegrad.gpt.train.base import model_config
 from molegrad.gpt.train.config import BaseTrainConfig, compute_dtype, resolve
-from molegrad.gpt.train.flags import PREFIX
+from molegrad.gpt.train.flags import PREFIX, make
 from molegrad.memory import cuda as memory_cuda
 from molegrad.memory import simulate as memory_sim
-from molegrad.memory.plan import preset_flags as preset
 from molegrad.memory.simulate import PARTS, simulate
 from molegrad.monitor.peak import peak_bytes
 from molegrad.optim import muon
@@ -23,14 +22,18 @@ from molegrad.optim.clip import clip_grad_norm_
 VOCAB = 512
 SMALL = {"depth": 2, "aspect_ratio": 64, "device_batch_size": 2, "max_seq_len": 256}
 LOW_RANK = {"enable_streaming": True, "streaming_rank_k": 8}
-FACTORED = {**LOW_RANK, "streaming_gradient_mode": "factored"}
+FACTORED = {**LOW_RANK, "streaming_gradient_mode": "factors"}
 CHUNKS = {"sequence_chunk": 64, "sequence_parts": "all"}
+
+
+def preset(name: str) -> dict:
+    return {"streaming_preset": name}
 
 
 def resolved(device: str = "cpu", accumulation: int = 1, **values):
     values = {**SMALL, "num_iterations": 1, "compile": False, "device_type": "cpu", **values}
     micro = values["device_batch_size"] * values["max_seq_len"]
-    config = BaseTrainConfig(total_batch_size=accumulation * micro, **values)
+    config = make(BaseTrainConfig, total_batch_size=accumulation * micro, **values)
     return replace(resolve(config, torch.device(device)), device_type=device)
 
 

@@ -17,7 +17,7 @@ As |z| <= c, exp(z) cannot overflow for c <= 80 and no maximum is subtracted.
 import torch
 from torch import Tensor, nn
 
-from molegrad.chunked import chunked_gradient
+from molegrad.chunked import LayerGradient
 from molegrad.linear import MoleLinear
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -50,7 +50,7 @@ def linear_cross_entropy(
 
     Args:
         hidden: (..., C) floating point; under autocast computed in autocast's dtype.
-        head: its weight (V, C), or the layer without bias; a MoleLinear in factored mode with
+        head: its weight (V, C), or the layer without bias; a MoleLinear in mode "factors" with
             method "tangent" gets sketches instead of a (V, C) gradient.
         targets: (...) int64 in [0, V), or -1 for a position that does not count.
         cap: bound of the logits, which tanh bends towards it; 0 for none.
@@ -89,7 +89,7 @@ def linear_cross_entropy(
     if sketched is not None:
         parameters = (layer.basis_u, layer.basis_v)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            layer.steps.expect(layer)
+            layer.steps.expect(layer, device)
     losses = _LinearCrossEntropy.apply(
         sketched, weight.detach(), wanted, scale, options, flat, *parameters
     )
@@ -109,11 +109,11 @@ def require_head(layer: nn.Linear) -> None:
     if not isinstance(layer, MoleLinear) or not layer.trains:
         return
     mode, method = layer.config.gradient_mode, layer.config.method
-    if (mode, method) != ("factored", "tangent"):
+    if mode != "factors" or not layer.config.estimator.adds_up:
         raise ValueError(
             f"the output head {layer.name!r} has gradient_mode={mode!r} and method={method!r}, but "
             "its gradient is gathered while the chunks of logits exist, in the forward pass, and "
-            "scaled in the backward pass: choose gradient_mode='factored' with method='tangent', "
+            "scaled in the backward pass: choose gradient_mode='factors' with method='tangent', "
             "whose sketches allow that, or leave the head dense"
         )
 
@@ -193,13 +193,14 @@ class _Sketches:
     """Its sketches, as the gradients of a converted head's bases."""
 
     def __init__(self, layer: MoleLinear, cap: float) -> None:
-        self.gradient, self.factor = chunked_gradient(layer), cap or 1.0
+        self.gradient, self.factor = LayerGradient(layer), cap or 1.0
 
     def add(self, h: Tensor, dx: Tensor) -> None:
         self.gradient.add(h * self.factor, dx)
 
     def finish(self) -> tuple[Tensor, ...]:
-        return self.gradient.finish()
+        _, *sketches = self.gradient.finish()  # the weight itself has none
+        return tuple(sketches)
 
 
 def _all_chunks(layer, weight, targets, scale, options, hidden, needed):
