@@ -47,7 +47,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from molegrad import MoleLinear, clip_grad_norm_, ignored_by_ddp, offload, streaming
+from molegrad import MoleLinear, chunked, clip_grad_norm_, ignored_by_ddp, offload
 from molegrad.gpt.model import gpt as model_module
 from molegrad.gpt.model import loss as loss_module
 from molegrad.gpt.model.gpt import GPT, MLP, Attention, Block, GPTConfig
