@@ -10,26 +10,26 @@ import re
 import shlex
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from molegrad.convert import ConversionPlan, plan
+from molegrad.convert import ConversionPlan
 from molegrad.gpt import paths
 from molegrad.gpt import runs as stages
 from molegrad.gpt.data.tokenizer import FILE, Tokenizer
 from molegrad.gpt.evaluate import evaluate
 from molegrad.gpt.model.gpt import GPT, GPTConfig
-from molegrad.gpt.train import checkpoint
+from molegrad.gpt.train import checkpoint, flags, setup
 from molegrad.gpt.train.config import BaseTrainConfig
-from molegrad.gpt.train.flags import PREFIX
 from molegrad.gpt.train.logger import read_metrics
 from molegrad.gpt.train.sft import SFTConfig
 from molegrad.gpt.train.tok_train import TokTrainConfig
 from molegrad.monitor.instruments import HEALTH_RECORDS, SHADOW_RECORDS
 from molegrad.monitor.records import read_records
 
+PREFIX = "streaming_"  # of the flags of converted layers
 LEFT_OUT_STEPS = 5  # of the step time: warm-up
 # Settings in which runs must agree for their results to differ by the method alone.
 _COMPARED = (
@@ -172,10 +172,9 @@ class RunRecord:
         model = None if self.dense else self.model()
         if model is None:
             return None
-        values = {f.name: self.config[f.name] for f in fields(BaseTrainConfig)
-                  if f.name in self.config}  # fmt: skip
-        values |= {name: tuple(v) for name, v in values.items() if isinstance(v, list)}
-        return plan(model, BaseTrainConfig(**values).streaming_config())
+        script, kind = _SCRIPTS[self.stage][0]
+        words = shlex.split(command(script, kind, {**self.config, "machine": None}))
+        return setup.equip(model, flags.parse(kind, words[3:]))
 
     def commands(self) -> list[str]:
         """The commands that give this stage again: tokenizer, training, newest evaluation."""
@@ -250,23 +249,20 @@ def differences(records: Sequence[RunRecord]) -> list[str]:
     return lines
 
 
-def command(script: str, config_class, values: dict) -> str:
+def command(script: str, config_class: type, values: dict) -> str:
     """The command line that gives this resolved configuration: every flag that is not the default.
 
     Flags are spelt as the documentation does: --enable_streaming and --streaming_* with
     underscores, the others with dashes. A run of several processes gets torchrun.
     """
-    words = []
-    for field in fields(config_class):
-        value = values.get(field.name)
-        value = tuple(value) if isinstance(value, list) else value  # JSON knows no tuples
-        if field.name in _PAST or value is None or value == field.default:
+    defaults, words = flags.resolved(config_class()), []
+    for name, value in values.items():
+        streaming = name == "enable_streaming" or name.startswith(PREFIX)
+        known = name in defaults or (streaming and "enable_streaming" in defaults)
+        if not known or name in _PAST or value is None or value == defaults.get(name, []):
             continue
-        if isinstance(value, tuple):
-            value = ",".join(map(str, value))
-        underscores = field.name.startswith(PREFIX) or field.name == "enable_streaming"
-        name = field.name if underscores else field.name.replace("_", "-")
-        words.append(f"--{name}={value}")
+        text = ",".join(map(str, value)) if isinstance(value, list) else value
+        words.append(f"--{name if streaming else name.replace('_', '-')}={text}")
     processes = (values.get("machine") or {}).get("processes", 1)
     start = ["python", "-m", f"scripts.{script}"]
     if processes > 1:

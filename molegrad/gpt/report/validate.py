@@ -38,7 +38,7 @@ from molegrad.gpt import paths
 from molegrad.gpt import runs as stages
 from molegrad.gpt.data.corpus import open_corpus
 from molegrad.gpt.data.tokenizer import FILE, SPECIAL_TOKENS
-from molegrad.gpt.report.record import RunRecord, command, differences, read_runs
+from molegrad.gpt.report.record import PREFIX, RunRecord, command, differences, read_runs
 from molegrad.gpt.report.report import Section, code, number, sections, table, write
 from molegrad.gpt.train import checkpoint, flags, setup
 from molegrad.gpt.train.base import PROMPTS, sample_texts
@@ -154,14 +154,15 @@ class ValidateConfig(BaseTrainConfig, Limits):
 
     def trainings(self, tokenizer: str) -> dict[str, BaseTrainConfig]:
         """{"dense" and "molegrad": the flags of its base training}, alike but for the method."""
-        values = {f.name: getattr(self, f.name) for f in fields(BaseTrainConfig)}
+        values = flags.resolved(self)
         values |= {"num_iterations": self.steps, "tokenizer": tokenizer, "overwrite": False}
         if self.eval_every == -2:
             values["eval_every"] = -(-self.steps // 10)
-        molegrad = BaseTrainConfig(**values)
-        own = {f.name: f.default for f in fields(BaseTrainConfig)
-               if _is_streaming(f.name) or f.name == "head_rank"}  # fmt: skip
-        return {DENSE: replace(molegrad, run=f"{self.run}-dense", **own), MOLEGRAD: molegrad}
+        dense = {name: value for name, value in values.items()
+                 if name != "head_rank" and not _is_streaming(name)}  # fmt: skip
+        pair = {DENSE: {**dense, "run": f"{self.run}-dense"}, MOLEGRAD: values}
+        words = {k: shlex.split(command("base_train", BaseTrainConfig, v)) for k, v in pair.items()}
+        return {name: flags.parse(BaseTrainConfig, line[3:]) for name, line in words.items()}
 
 
 @flags.command("validate")
@@ -189,7 +190,7 @@ def with_preset(argv: list[str]) -> list[str]:
 
 
 def _is_streaming(name: str) -> bool:
-    return name.startswith((flags.PREFIX, "enable_streaming"))
+    return name.startswith((PREFIX, "enable_streaming"))
 
 
 def validate(config: ValidateConfig) -> dict:
