@@ -268,9 +268,7 @@ def test_resize_before_the_first_step_and_with_bad_shapes():
     optimizer.step()
     assert optimizer.state[layer.basis_u]["core"].shape == (2, 2)
     eye = torch.eye(40, 5)
-    with pytest.raises(
-        ValueError, match="no group of kind 'factors' of this optimizer"
-    ):
+    with pytest.raises(ValueError, match="no group of kind 'factors' of this optimizer"):
         optimizer.resize_rank(other.basis_u, other.basis_v, eye, eye[:24])
     for u, v in ((eye, eye), (eye, eye[:24, :4]), (eye[:, :1], eye[:24, :1])):
         with pytest.raises(ValueError, match=r"expected bases \(40, k \+ 1\) and \(24, k \+ 1\)"):
