@@ -4,7 +4,6 @@
     lowrank:rank=16:warm_start_decay=1    a name of METHODS with other values of base_train's flags
 <<<<<<< HEAD
     balanced:sampling_fraction=0.125           a streaming flag needs no prefix
-=======
     balanced:sampling_fraction=0.125      a streaming flag needs no prefix
 >>>>>>> lab-newcore
     adamw:matrix_lrs=0.001|0.002|0.004    with learning rates of its own
