@@ -11,9 +11,10 @@
 #include "cuda/grouped_paths.h"
 #include "cuda/paths.h"
 #ifdef MOLEGRAD_WITH_CUDA
-#include "cuda/info.h"
+#include <cuda_runtime_api.h>
+#include <dlfcn.h>
 
-// Of cuda/ops_products.h, without the headers of CUDA that what stands beside it may need.
+// Of cuda/sketch_op.h, without the headers of CUDA that what stands beside it may need.
 extern "C" __attribute__((visibility("default"))) int molegrad_sketch_path(int dtype, int64_t n,
                                                                            int64_t m,
                                                                            int64_t tokens,
@@ -83,30 +84,50 @@ py::dict sketch_paths(bool found) {
   return entry;
 }
 
+// torch has loaded its own cuBLASLt before this module; asking that copy, rather than linking one,
+// reports the library that will really be used.
+int loaded_cublaslt_version() {
+  using GetVersion = size_t (*)();
+  for (const char* name : {"libcublasLt.so.13", "libcublasLt.so.12"}) {
+    void* library = dlopen(name, RTLD_LAZY | RTLD_NOLOAD);
+    if (library == nullptr) continue;
+    const auto get = reinterpret_cast<GetVersion>(dlsym(library, "cublasLtGetVersion"));
+    const int version = get != nullptr ? static_cast<int>(get()) : 0;
+    dlclose(library);
+    return version;
+  }
+  return 0;
+}
+
 void add_cuda(py::dict& info) {
-  MolegradCudaInfo cuda;
-  molegrad_cuda_info(0, &cuda);
+  int runtime = 0, driver = 0, devices = 0;
+  cudaRuntimeGetVersion(&runtime);
+  cudaDriverGetVersion(&driver);
+  cudaDeviceProp device = {};
+  cudaError_t status = cudaGetDeviceCount(&devices);
+  if (status == cudaSuccess && devices > 0) status = cudaGetDeviceProperties(&device, 0);
+  const bool usable = status == cudaSuccess && devices > 0;
   py::dict built, found;
-  built["toolkit"] = cuda.toolkit;
+  built["toolkit"] = CUDART_VERSION;
   built["architectures"] = MOLEGRAD_CUDA_ARCHITECTURES;
-  found["runtime"] = cuda.runtime;
-  found["driver"] = cuda.driver;
-  found["cublaslt"] = cuda.cublaslt;
-  if (cuda.device_count > 0) {
-    found["device"] = cuda.name;
-    found["capability"] = py::make_tuple(cuda.major, cuda.minor);
-    found["multiprocessors"] = cuda.multiprocessors;
-    found["memory"] = cuda.memory;
+  found["runtime"] = runtime;
+  found["driver"] = driver;
+  found["cublaslt"] = loaded_cublaslt_version();
+  if (usable) {
+    found["device"] = device.name;
+    found["capability"] = py::make_tuple(device.major, device.minor);
+    found["multiprocessors"] = device.multiProcessorCount;
+    found["memory"] = device.totalGlobalMem;
   } else {
-    found["error"] = cuda.error;
+    found["error"] = status != cudaSuccess ? cudaGetErrorString(status) : "no CUDA device";
+    cudaGetLastError();  // the failed query must not surface in a later call of torch's
   }
   info["cuda"] = true;
   info["cuda_built"] = built;
   info["cuda_found"] = found;
-  const bool device = cuda.device_count > 0;
-  py::dict paths = cuda_paths(device ? 10 * cuda.major + cuda.minor : 0, cuda.cublaslt,
-                              MOLEGRAD_CUDA_ARCHITECTURES);
-  paths["sketch"] = sketch_paths(device);
+  py::dict paths = cuda_paths(usable ? 10 * device.major + device.minor : 0,
+                              loaded_cublaslt_version(), MOLEGRAD_CUDA_ARCHITECTURES);
+  paths["sketch"] = sketch_paths(usable);
   info["paths"] = paths;
 }
 #else

@@ -20,15 +20,15 @@ back on that stream while the block behind it is recomputed and differentiated:
 | the graph is freed | | the buffer goes back to the pool |
 
 The host waits for nothing: all waiting is between streams, by events. Both tensors on the device
-are allocated on the compute stream and freed after it waits for the copy, so that
-their memory can be used again at once, in the order of the program, however far the host runs
-ahead of the device. (`Tensor.record_stream` would put off the reuse until the host has seen the
-copy end, and let one x per block pile up.) The device holds two or three of the x at any time.
+are allocated on the compute stream and freed after it waits for the copy, so that their memory can
+be used again at once, in the order of the program, however far the host runs ahead of the device.
+(`Tensor.record_stream` would put off the reuse until the host has seen the copy end, and let one x
+per block pile up.) The device holds two or three of the x at any time.
 
-On a CPU the same happens with plain copies, for tests. Gradients are those of
-checkpointing alone, bit for bit. What works: several micro-batches, forward passes without a
-backward pass, retain_graph=True, shapes that differ from step to step, exceptions in either pass,
-several models with an object each.
+On a CPU the same happens with plain copies, for tests. Gradients are those of checkpointing alone,
+bit for bit. What works: several micro-batches, forward passes without a backward pass,
+retain_graph=True, shapes that differ from step to step, exceptions in either pass, several models
+with an object each.
 
 torch.compile: compile the blocks one by one (`block.compile()`) and leave the loop over them as it
 is. A graph cannot hold the loop, as streams and buffers are chosen while the program runs:

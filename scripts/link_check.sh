@@ -17,7 +17,7 @@ cd build/link
 MOLEGRAD_CUDA=ON "../../$venv/bin/python" setup.py build_ext --inplace
 "../../$venv/bin/python" - <<'PY'
 import torch, molegrad
-from molegrad.ops import OPS
+from molegrad.ops.registry import OPS
 
 info = molegrad.build_info()
 assert info["native"] and info["cuda"], info

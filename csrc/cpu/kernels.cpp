@@ -360,12 +360,12 @@ void update(const UpdateJob<C>& job, int64_t begin, int64_t end, C* scratch) {
 
 // ---- vectors of the small dense algebra ---------------------------------------------------------
 
-typedef double DoubleVec __attribute__((vector_size(MOLEGRAD_VECTOR_BYTES)));
-// The same, loadable from any address.
-typedef double LooseVec __attribute__((vector_size(MOLEGRAD_VECTOR_BYTES), aligned(8)));
+using DoubleVec = Simd<double>::Vec;
 
-inline const LooseVec* loose(const double* p) { return reinterpret_cast<const LooseVec*>(p); }
-inline LooseVec* loose(double* p) { return reinterpret_cast<LooseVec*>(p); }
+inline const Simd<double>::Loose* loose(const double* p) {
+  return reinterpret_cast<const Simd<double>::Loose*>(p);
+}
+inline Simd<double>::Loose* loose(double* p) { return reinterpret_cast<Simd<double>::Loose*>(p); }
 
 double dot(const double* x, const double* y, int64_t n) {
   constexpr int kLanes = Simd<double>::kLanes;

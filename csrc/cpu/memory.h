@@ -62,6 +62,13 @@ inline View part_of(const View& x, int64_t row, int64_t rows, int64_t column, in
   return {data, x.dtype, rows, cols, x.ld};
 }
 
+// Parts of so many tokens, one a thread: fewer than these do not pay for accumulators of their own.
+inline int64_t part_count(int64_t tokens) {
+  constexpr int64_t kTokensPerPart = 64;
+  const int64_t threads = torch::stable::get_num_threads();
+  return std::clamp<int64_t>(tokens / kTokensPerPart, 1, std::max<int64_t>(threads, 1));
+}
+
 // fn(part) for every part, each on one thread; nothing in `fn` may throw.
 template <typename F>
 void for_parts(int64_t parts, const F& fn) {
@@ -79,5 +86,8 @@ void for_each(int64_t parts, int64_t count, const F& fn) {
     for (int64_t i = next++; i < count; i = next++) fn(part, i);
   });
 }
+
+// Where the stream of random numbers of a counter and a seed begins: molegrad/ops/random.py.
+uint64_t random_stream(int64_t counter, int64_t seed);
 
 }  // namespace molegrad::cpu

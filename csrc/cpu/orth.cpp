@@ -8,11 +8,12 @@
 #include <vector>
 
 #include "products.h"
+#include "tensors.h"
 
 namespace molegrad::cpu {
 namespace {
 
-using Matrix = std::vector<double>;  // row-major
+using Numbers = std::vector<double>;  // row-major
 
 // Above this condition number the Gram matrix has lost too many of float64's digits.
 constexpr double kGramLimit = 1e6;
@@ -22,10 +23,10 @@ constexpr int kMaxSweeps = 40;
 // Cosine, in units of the result's rounding, below which two vectors count as orthogonal.
 constexpr double kJacobiTolerance = 0.25;
 
-View const_view(const Matrix& x, int64_t rows, int64_t cols) {
+View const_view(const Numbers& x, int64_t rows, int64_t cols) {
   return view_of(x.data(), rows, cols);
 }
-MutableView mutable_view(Matrix& x, int64_t rows, int64_t cols) {
+MutableView mutable_view(Numbers& x, int64_t rows, int64_t cols) {
   return view_of(x.data(), rows, cols);
 }
 
@@ -46,7 +47,7 @@ void store(const double* src, const MutableView& dst) {
 }
 
 // Column-wise largest magnitudes; false where an entry is NaN or infinite.
-bool column_maxima(const Matrix& z, int64_t k, std::vector<double>& maxima) {
+bool column_maxima(const Numbers& z, int64_t k, std::vector<double>& maxima) {
   maxima.assign(k, 0.0);
   bool finite = true;
   for (size_t i = 0; i < z.size(); i += k)
@@ -67,7 +68,7 @@ double power_of_two(double x) {
 }
 
 // Upper R with RᵀR = g, in place over g; false where a pivot is not positive.
-bool cholesky(Matrix& g, int64_t k) {
+bool cholesky(Numbers& g, int64_t k) {
   for (int64_t i = 0; i < k; ++i) {
     double* row = g.data() + i * k;
     if (!(row[i] > 0)) return false;
@@ -81,8 +82,8 @@ bool cholesky(Matrix& g, int64_t k) {
 }
 
 // Inverse of an upper triangular matrix.
-Matrix upper_inverse(const Matrix& r, int64_t k) {
-  Matrix inverse(k * k, 0.0);
+Numbers upper_inverse(const Numbers& r, int64_t k) {
+  Numbers inverse(k * k, 0.0);
   for (int64_t i = k - 1; i >= 0; --i) {
     double* row = inverse.data() + i * k;
     row[i] = 1;
@@ -93,33 +94,22 @@ Matrix upper_inverse(const Matrix& r, int64_t k) {
   return inverse;
 }
 
-Matrix upper_product(const Matrix& a, const Matrix& b, int64_t k) {
-  Matrix c(k * k, 0.0);
+Numbers upper_product(const Numbers& a, const Numbers& b, int64_t k) {
+  Numbers c(k * k, 0.0);
   for (int64_t i = 0; i < k; ++i)
     for (int64_t l = i; l < k; ++l)
       for (int64_t j = l; j < k; ++j) c[i * k + j] += a[i * k + l] * b[l * k + j];
   return c;
 }
 
-// A block Z (m, k) on its way to an orthonormal one, optionally orthogonal to a basis U (m, p).
+// A block Z (m, k) on its way to an orthonormal one.
 struct Block {
-  Matrix& z;
+  Numbers& z;
   int64_t m, k;
-  const Matrix* u;  // or null
-  int64_t p;
-  std::vector<double> reference;  // column norms before the projection against U
+  std::vector<double> reference;  // column norms
 };
 
-void project(const Block& block) {
-  if (block.u == nullptr) return;
-  Matrix h(block.p * block.k);
-  const View u = const_view(*block.u, block.m, block.p);
-  product_tn<double>(u, const_view(block.z, block.m, block.k), mutable_view(h, block.p, block.k));
-  product_nn<double>(u, const_view(h, block.p, block.k), mutable_view(block.z, block.m, block.k),
-                     true);
-}
-
-std::vector<double> column_norms(const Matrix& z, int64_t k) {
+std::vector<double> column_norms(const Numbers& z, int64_t k) {
   std::vector<double> norms(k, 0.0);
   for (size_t i = 0; i < z.size(); i += k)
     for (int64_t j = 0; j < k; ++j) norms[j] += z[i + j] * z[i + j];
@@ -128,11 +118,11 @@ std::vector<double> column_norms(const Matrix& z, int64_t k) {
 }
 
 // One CholeskyQR: z <- Q, r <- R. Returns the condition estimate ‖R⁻¹‖_F of the column-normalised
-// block (as in molegrad/reference.py), or 0 with nothing changed where the block has to go to
+// block (as in molegrad/ops/orth.py), or 0 with nothing changed where the block has to go to
 // Gram-Schmidt.
-double cholesky_qr(const Block& block, double tolerance, Matrix& r) {
+double cholesky_qr(const Block& block, double tolerance, Numbers& r) {
   const int64_t k = block.k;
-  Matrix gram(k * k);
+  Numbers gram(k * k);
   const View z = const_view(block.z, block.m, k);
   product_tn<double>(z, z, mutable_view(gram, k, k));
   std::vector<double> norms(k);
@@ -145,7 +135,7 @@ double cholesky_qr(const Block& block, double tolerance, Matrix& r) {
   if (!cholesky(gram, k)) return 0;
   for (int64_t j = 0; j < k; ++j)
     if (gram[j * k + j] <= tolerance) return 0;
-  Matrix inverse = upper_inverse(gram, k);
+  Numbers inverse = upper_inverse(gram, k);
   const double cond = std::sqrt(kernels().dot(inverse.data(), inverse.data(), k * k));
   if (!(cond <= kGramLimit)) return 0;
   for (int64_t i = 0; i < k; ++i)
@@ -160,33 +150,27 @@ double cholesky_qr(const Block& block, double tolerance, Matrix& r) {
 
 // Twice-iterated Gram-Schmidt; dependent columns are completed by the unit vector farthest from
 // the span so far. Whether there was one.
-bool gram_schmidt(const Block& block, double tolerance, Matrix& r) {
+bool gram_schmidt(const Block& block, double tolerance, Numbers& r) {
   const KernelTable& table = kernels();
-  const int64_t m = block.m, k = block.k, p = block.p;
-  Matrix columns((p + k) * m);          // columns of U, then of Z, each contiguous
+  const int64_t m = block.m, k = block.k;
+  Numbers columns(k * m);               // of Z, each contiguous
   std::vector<double> covered(m, 0.0);  // squared row norms of the basis so far
-  for (int64_t i = 0; i < m; ++i) {
-    for (int64_t j = 0; j < p; ++j) {
-      const double value = (*block.u)[i * p + j];
-      columns[j * m + i] = value;
-      covered[i] += value * value;
-    }
-    for (int64_t j = 0; j < k; ++j) columns[(p + j) * m + i] = block.z[i * k + j];
-  }
+  for (int64_t i = 0; i < m; ++i)
+    for (int64_t j = 0; j < k; ++j) columns[j * m + i] = block.z[i * k + j];
   r.assign(k * k, 0.0);
   // Subtracts from column j what lies in the span so far; its coefficients go to R.
   const auto clean = [&](int64_t j, bool record) {
-    double* column = columns.data() + (p + j) * m;
-    for (int64_t i = 0; i < p + j; ++i) {
+    double* column = columns.data() + j * m;
+    for (int64_t i = 0; i < j; ++i) {
       const double h = table.dot(columns.data() + i * m, column, m);
       if (h != 0) table.axpy(-h, columns.data() + i * m, column, m);
-      if (record && i >= p) r[(i - p) * k + j] += h;
+      if (record) r[i * k + j] += h;
     }
     return std::sqrt(table.dot(column, column, m));
   };
   bool deficient = false;
   for (int64_t j = 0; j < k; ++j) {
-    double* column = columns.data() + (p + j) * m;
+    double* column = columns.data() + j * m;
     double norm = 0;
     if (block.reference[j] > 0) {
       clean(j, true);
@@ -207,65 +191,28 @@ bool gram_schmidt(const Block& block, double tolerance, Matrix& r) {
     }
   }
   for (int64_t i = 0; i < m; ++i)
-    for (int64_t j = 0; j < k; ++j) block.z[i * k + j] = columns[(p + j) * m + i];
+    for (int64_t j = 0; j < k; ++j) block.z[i * k + j] = columns[j * m + i];
   return deficient;
 }
 
 // z <- Q, r <- R for a finite block whose columns cannot overflow a float64 Gram matrix. `eps` is
 // the rounding of the dtype that Z came from.
-OrthStatus factor(Block block, double cond_max, double eps, Matrix& r) {
+OrthStatus factor(Block block, double cond_max, double eps, Numbers& r) {
   const double tolerance = 8 * eps * std::sqrt(static_cast<double>(block.k));
   const bool is_double = eps < 1e-12;
   const double cond = cholesky_qr(block, tolerance, r);
   if (cond == 0) return gram_schmidt(block, tolerance, r) ? kRankDeficient : kIllConditioned;
-  if (is_double || cond > kOnePassLimit || block.u != nullptr) {
-    project(block);
+  if (is_double || cond > kOnePassLimit) {
     std::fill(block.reference.begin(), block.reference.end(), 1.0);
-    Matrix again;
+    Numbers again;
     if (cholesky_qr(block, tolerance, again) != 0) r = upper_product(again, r, block.k);
   }
   return cond <= cond_max ? kSafe : kIllConditioned;
 }
 
-void set_identity(Matrix& z, int64_t k) {
+void set_identity(Numbers& z, int64_t k) {
   std::fill(z.begin(), z.end(), 0.0);
   for (int64_t j = 0; j < k; ++j) z[j * k + j] = 1;
-}
-
-// Y = Q R, against U where it is given.
-template <typename C>
-OrthStatus orthonormalize_any(const View* u, const View& y, double cond_max, const MutableView& q,
-                              const MutableView& r) {
-  const int64_t m = y.rows, k = y.cols;
-  Matrix z(m * k), basis, triangle(k * k, 0.0);
-  load(y, z.data());
-  if (u != nullptr) {
-    basis.resize(m * u->cols);
-    load(*u, basis.data());
-  }
-  std::vector<double> scale;
-  const bool finite = column_maxima(z, k, scale);
-  OrthStatus status = kNonFinite;
-  if (!finite && u == nullptr) {
-    set_identity(z, k);
-  } else {
-    if (!finite) std::fill(z.begin(), z.end(), 0.0);  // the basis is then a completion of U
-    for (double& s : scale) s = finite ? power_of_two(s) : 1;
-    for (size_t i = 0; i < z.size(); i += k)
-      for (int64_t j = 0; j < k; ++j) z[i + j] /= scale[j];
-    Block block{
-        z, m, k, u == nullptr ? nullptr : &basis, u == nullptr ? 0 : u->cols, column_norms(z, k)};
-    project(block);
-    project(block);
-    const OrthStatus found = factor(block, cond_max, std::numeric_limits<C>::epsilon(), triangle);
-    if (finite) status = found;
-    for (int64_t i = 0; i < k; ++i)
-      for (int64_t j = i; j < k; ++j) triangle[i * k + j] *= scale[j];
-  }
-  if (!finite) std::fill(triangle.begin(), triangle.end(), std::nan(""));
-  store<C>(z.data(), q);
-  store<C>(triangle.data(), r);
-  return status;
 }
 
 }  // namespace
@@ -273,19 +220,41 @@ OrthStatus orthonormalize_any(const View* u, const View& y, double cond_max, con
 template <typename C>
 OrthStatus orthonormalize(const View& y, double cond_max, const MutableView& q,
                           const MutableView& r) {
-  return orthonormalize_any<C>(nullptr, y, cond_max, q, r);
+  const int64_t m = y.rows, k = y.cols;
+  Numbers z(m * k), triangle(k * k, 0.0);
+  load(y, z.data());
+  std::vector<double> scale;
+  OrthStatus status = kNonFinite;
+  if (column_maxima(z, k, scale)) {
+    for (double& s : scale) s = power_of_two(s);
+    for (size_t i = 0; i < z.size(); i += k)
+      for (int64_t j = 0; j < k; ++j) z[i + j] /= scale[j];
+    const Block block{z, m, k, column_norms(z, k)};
+    status = factor(block, cond_max, std::numeric_limits<C>::epsilon(), triangle);
+    for (int64_t i = 0; i < k; ++i)
+      for (int64_t j = i; j < k; ++j) triangle[i * k + j] *= scale[j];
+  } else {
+    set_identity(z, k);
+    std::fill(triangle.begin(), triangle.end(), std::nan(""));
+  }
+  store<C>(z.data(), q);
+  store<C>(triangle.data(), r);
+  return status;
 }
 
-template <typename C>
-OrthStatus orthonormalize_against(const View& u, const View& y, double cond_max,
-                                  const MutableView& q, const MutableView& r) {
-  return orthonormalize_any<C>(&u, y, cond_max, q, r);
-}
+template OrthStatus orthonormalize<float>(const View&, double, const MutableView&,
+                                          const MutableView&);
+template OrthStatus orthonormalize<double>(const View&, double, const MutableView&,
+                                           const MutableView&);
 
+namespace {
+
+// P = W (WᵀW)^(-1/2) (n, k); modes below the rounding of W are zero. NaN throughout for a W with
+// NaN or Inf.
 template <typename C>
 void polar_factor(const View& w, const MutableView& p) {
   const int64_t n = w.rows, k = w.cols;
-  Matrix z(n * k), r;
+  Numbers z(n * k), r;
   load(w, z.data());
   std::vector<double> maxima;
   if (!column_maxima(z, k, maxima)) {
@@ -296,11 +265,11 @@ void polar_factor(const View& w, const MutableView& p) {
   const double scale = power_of_two(*std::max_element(maxima.begin(), maxima.end()));
   for (double& value : z) value /= scale;
   const double eps = std::numeric_limits<C>::epsilon();
-  factor({z, n, k, nullptr, 0, column_norms(z, k)}, kGramLimit, eps, r);
+  factor({z, n, k, column_norms(z, k)}, kGramLimit, eps, r);
 
   // One-sided Jacobi on Rᵀ, whose columns are the rows of R: X = Rᵀ J has orthogonal columns of
   // length sigma, so R = J X ᵀ and polar(R) = sum over modes of J_i X_iᵀ / sigma_i.
-  Matrix rotations(k * k, 0.0);
+  Numbers rotations(k * k, 0.0);
   set_identity(rotations, k);
   const KernelTable& table = kernels();
   // Below the rounding of a float64 inner product nothing can be told apart.
@@ -321,24 +290,73 @@ void polar_factor(const View& w, const MutableView& p) {
     sigma[i] = std::sqrt(table.dot(r.data() + i * k, r.data() + i * k, k));
   const double largest = *std::max_element(sigma.begin(), sigma.end());
   const double tolerance = 8 * std::sqrt(static_cast<double>(k)) * eps * largest;
-  Matrix polar(k * k, 0.0);
+  Numbers polar(k * k, 0.0);
   for (int64_t i = 0; i < k; ++i) {
     if (!(sigma[i] > tolerance)) continue;
     for (int64_t l = 0; l < k; ++l)
       table.axpy(rotations[i * k + l] / sigma[i], r.data() + i * k, polar.data() + l * k, k);
   }
-  Matrix result(n * k);
+  Numbers result(n * k);
   product_nn<double>(const_view(z, n, k), const_view(polar, k, k), mutable_view(result, n, k));
   store<C>(result.data(), p);
 }
 
-#define MOLEGRAD_INSTANTIATE(C)                                                          \
-  template OrthStatus orthonormalize<C>(const View&, double, const MutableView&,         \
-                                        const MutableView&);                             \
-  template OrthStatus orthonormalize_against<C>(const View&, const View&, double,        \
-                                                const MutableView&, const MutableView&); \
-  template void polar_factor<C>(const View&, const MutableView&);
-MOLEGRAD_INSTANTIATE(float)
-MOLEGRAD_INSTANTIATE(double)
+// The i-th of the (rows, cols) matrices that follow each other in a contiguous tensor.
+template <typename C>
+MutableView slice(const Tensor& x, int64_t i, int64_t rows, int64_t cols) {
+  return view_of(memory_of<C>(x) + i * rows * cols, rows, cols);
+}
+
+// one(i) for every matrix of a batch. A batch that occupies all threads is spread over them; a
+// smaller one leaves them to the products inside.
+template <typename F>
+void for_each_matrix(int64_t count, const F& one) {
+  if (count < static_cast<int64_t>(torch::stable::get_num_threads())) {
+    for (int64_t i = 0; i < count; ++i) one(i);
+    return;
+  }
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) one(i);
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> orthonormalize_op(Tensor y, double cond_max) {
+  check_block("orthonormalize", y);
+  const Matrix y_in(y);
+  const int64_t m = y.size(y.dim() - 2), k = y.size(y.dim() - 1), count = y_in.rows / m;
+  Tensor q = new_tensor(y, other_last_sizes(y, 0, {}), acc_dtype(y));
+  Tensor r = new_tensor(y, other_last_sizes(y, 2, {k, k}), acc_dtype(y));
+  Tensor status = new_tensor(y, other_last_sizes(y, 2, {}), ScalarType::Int);
+  with_compute_type(acc_dtype(y), [&](auto zero) {
+    using C = decltype(zero);
+    auto* statuses = memory_of<int32_t>(status);
+    for_each_matrix(count, [&](int64_t i) {
+      statuses[i] = orthonormalize<C>(part_of(view_of(y_in), i * m, m, 0, k), cond_max,
+                                      slice<C>(q, i, m, k), slice<C>(r, i, k, k));
+    });
+  });
+  return {q, r, status};
+}
+
+Tensor polar_factor_op(Tensor w) {
+  check_block("polar_factor", w);
+  const Matrix w_in(w);
+  const int64_t n = w.size(w.dim() - 2), k = w.size(w.dim() - 1), count = w_in.rows / n;
+  Tensor p = new_tensor(w, other_last_sizes(w, 0, {}), acc_dtype(w));
+  with_compute_type(acc_dtype(w), [&](auto zero) {
+    using C = decltype(zero);
+    for_each_matrix(count, [&](int64_t i) {
+      polar_factor<C>(part_of(view_of(w_in), i * n, n, 0, k), slice<C>(p, i, n, k));
+    });
+  });
+  return p;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(molegrad, CPU, m) {
+  m.impl("orthonormalize", TORCH_BOX(&orthonormalize_op));
+  m.impl("polar_factor", TORCH_BOX(&polar_factor_op));
+}
 
 }  // namespace molegrad::cpu

@@ -1,4 +1,4 @@
-// Orthonormal bases and polar factors of tall matrices. k×k work and Gram matrices are float64.
+// Orthonormal bases of tall matrices. k×k work and Gram matrices are float64.
 #pragma once
 
 #include <cstdint>
@@ -15,15 +15,5 @@ enum OrthStatus : int32_t { kSafe = 0, kIllConditioned = 1, kRankDeficient = 2, 
 template <typename C>
 OrthStatus orthonormalize(const View& y, double cond_max, const MutableView& q,
                           const MutableView& r);
-
-// Orthonormal Q (m, k) with (I − UUᵀ) Y = Q R and UᵀQ = 0, also where Y lies in span(U).
-template <typename C>
-OrthStatus orthonormalize_against(const View& u, const View& y, double cond_max,
-                                  const MutableView& q, const MutableView& r);
-
-// P = W (WᵀW)^(-1/2) (n, k); modes below the rounding of W are zero. NaN throughout for a W with
-// NaN or Inf.
-template <typename C>
-void polar_factor(const View& w, const MutableView& p);
 
 }  // namespace molegrad::cpu

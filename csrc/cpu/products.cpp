@@ -12,20 +12,13 @@ namespace {
 // past it once per chunk.
 constexpr int64_t kKeptBytes = 512 * 1024;
 constexpr int64_t kMaxChunk = 96, kMinChunk = 48;
-// Fewer tokens than this do not pay for accumulators of their own.
-constexpr int64_t kTokensPerPart = 64;
 // Rows of a small parallel loop that are worth a thread.
-constexpr int64_t kRowsPerThread = 512, kPanelsPerThread = 16;
+constexpr int64_t kRowsPerThread = 512;
 
 template <typename C>
 int64_t chunk_tokens(int64_t kept_columns) {
   const int64_t fit = kKeptBytes / std::max<int64_t>(1, kept_columns * sizeof(C));
   return std::clamp(fit / kRowUnit * kRowUnit, kMinChunk, kMaxChunk);
-}
-
-int64_t part_count(int64_t tokens) {
-  const int64_t threads = torch::stable::get_num_threads();
-  return std::clamp<int64_t>(tokens / kTokensPerPart, 1, std::max<int64_t>(threads, 1));
 }
 
 template <typename F>
@@ -138,39 +131,13 @@ void product_nn(const View& a, const View& s, const MutableView& out, bool subtr
   });
 }
 
-template <typename C>
-void rank_update(const MutableView& weight, const View& u, const View& w, double keep,
-                 double alpha) {
-  const KernelSet<C>& set = kernel_set<C>();
-  const Panels panels(set.lanes, w.cols, w.rows);
-  Buffer<C> wt(panels.size());
-  torch::stable::parallel_for(0, panels.count(), kPanelsPerThread, [&](int64_t begin, int64_t end) {
-    set.pack_transposed(w, begin, end, wt.data());
-  });
-  UpdateJob<C> job;
-  job.weight = weight;
-  job.u = u;
-  job.wt = wt.data();
-  job.k = u.cols;
-  job.keep = static_cast<C>(keep);
-  job.alpha = static_cast<C>(alpha);
-  const int64_t parts = part_count(weight.rows);
-  const int64_t scratch_size = round_up(set.update_scratch(job), kAlignment);
-  Buffer<C> scratch(parts * scratch_size);
-  for_parts(parts, [&](int64_t part) {
-    set.update(job, weight.rows * part / parts, weight.rows * (part + 1) / parts,
-               scratch.data() + part * scratch_size);
-  });
-}
-
 #define MOLEGRAD_INSTANTIATE(C)                                                         \
   template void sketch<C>(const View&, const View&, const View&, const View&, const C*, \
                           const MutableView&, const MutableView&, bool);                \
   template void sketch_left<C>(const View&, const View&, const View&, const C*,         \
                                const MutableView&);                                     \
   template void product_tn<C>(const View&, const View&, const MutableView&);            \
-  template void product_nn<C>(const View&, const View&, const MutableView&, bool);      \
-  template void rank_update<C>(const MutableView&, const View&, const View&, double, double);
+  template void product_nn<C>(const View&, const View&, const MutableView&, bool);
 MOLEGRAD_INSTANTIATE(float)
 MOLEGRAD_INSTANTIATE(double)
 

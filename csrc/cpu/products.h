@@ -31,9 +31,4 @@ void product_tn(const View& b, const View& p, const MutableView& g);
 template <typename C>
 void product_nn(const View& a, const View& s, const MutableView& out, bool subtract = false);
 
-// weight (m, n) = keep * weight + alpha * u wᵀ.
-template <typename C>
-void rank_update(const MutableView& weight, const View& u, const View& w, double keep,
-                 double alpha);
-
 }  // namespace molegrad::cpu

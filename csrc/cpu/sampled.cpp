@@ -1,20 +1,16 @@
-#include "sampled.h"
-
-#include <torch/csrc/stable/macros.h>
-#include <torch/csrc/stable/ops.h>
-
+// Sampled weight gradients, by the formulas of molegrad/ops/sampled.py: threshold, chunks of
+// tokens, slices of features on threads.
 #include <algorithm>
 #include <cmath>
 #include <limits>
 #include <vector>
 
-#include "memory.h"
-#include "rademacher.h"
+#include "tensors.h"
 
 namespace molegrad::cpu {
 namespace {
 
-// As in molegrad/reference.py: tokens that decide the threshold, and its steps.
+// As in molegrad/ops/sampled.py: tokens that decide the threshold, and its steps.
 constexpr int64_t kThresholdTokens = 512, kThresholdSteps = 8;
 // Features of a slice. Its sums, a panel of Z and its sample of X fit a per-core L2; a span of Z,
 // several chunks of tokens, an L3. Properties of the machine are left out of this, so that they
@@ -27,9 +23,9 @@ constexpr int64_t kTokens = 64, kScores = 1 << 16, kNumbers = 1 << 14;
 
 int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
-// τ with mean(min(1, score / τ)) ≈ share, from every (T / kThresholdTokens)-th token.
+// τ with mean(min(1, score / τ)) ≈ fraction, from every (T / kThresholdTokens)-th token.
 template <typename C>
-C find_threshold(const SampledKernels<C>& kernels, const SampleRule<C>& rule, double share,
+C find_threshold(const SampledKernels<C>& kernels, const SampleRule<C>& rule, double fraction,
                  int64_t threads) {
   const int64_t stride = std::max<int64_t>(1, rule.x.rows / kThresholdTokens);
   const int64_t rows = ceil_div(rule.x.rows, stride), blocks = ceil_div(rule.x.cols, rule.block);
@@ -56,7 +52,7 @@ C find_threshold(const SampledKernels<C>& kernels, const SampleRule<C>& rule, do
   C threshold = mean_clipped(std::numeric_limits<C>::infinity()) + tiny;
   for (int64_t step = 0; step < kThresholdSteps; ++step) {
     const C expected = mean_clipped(threshold) / threshold;
-    const C ratio = expected / static_cast<C>(share);
+    const C ratio = expected / static_cast<C>(fraction);
     threshold *= ratio < C(0.1) ? C(0.1) : ratio > C(10) ? C(10) : ratio;
   }
   return threshold < tiny ? tiny : threshold;
@@ -99,12 +95,24 @@ struct Workspace {
                starts.data(), tokens.data(), tile.data()} {}
 };
 
-}  // namespace
-
 template <typename C>
-void sampled_grad(const SampledGrad<C>& args, float* stats) {
+struct SampledGrad {
+  View x, z;  // (T, F), (T, d): the wider, the narrower operand
+  const C *x_scale = nullptr, *z_scale = nullptr;  // (T), the factor of each row; null is 1
+  int64_t counter = 0, seed = 0, block = 1;
+  double fraction = 1, alpha = 1;
+  // The gradient: its element of feature f of X and column c of Z.
+  void* grad = nullptr;
+  DType grad_dtype = DType::kFloat32;
+  int64_t feature_stride = 0, column_stride = 0;
+};
+
+// grad += alpha Ĝ; stats (2): the share taken and the relative noise. The number of threads has no
+// influence on the result. A score that is NaN makes its block of the gradient NaN.
+template <typename C>
+void add_sampled(const SampledGrad<C>& args, float* stats) {
   const int64_t tokens = args.x.rows, features = args.x.cols, d = args.z.cols;
-  const bool sampling = args.share < 1 && tokens > 0;
+  const bool sampling = args.fraction < 1 && tokens > 0;
   stats[0] = sampling ? 0.0f : 1.0f;
   stats[1] = 0.0f;
   if (tokens == 0 || features == 0 || d == 0) return;
@@ -122,7 +130,7 @@ void sampled_grad(const SampledGrad<C>& args, float* stats) {
   rule.sampling = sampling;
   rule.stream = random_stream(args.counter, args.seed);
   const double threshold =
-      sampling ? static_cast<double>(find_threshold(kernels, rule, args.share, threads)) : 1.0;
+      sampling ? static_cast<double>(find_threshold(kernels, rule, args.fraction, threads)) : 1.0;
 
   const WidePanels wide(set.lanes, d);
   const Plan plan(features, rule.block, wide.cols * static_cast<int64_t>(sizeof(C)));
@@ -196,7 +204,37 @@ void sampled_grad(const SampledGrad<C>& args, float* stats) {
   stats[1] = total.energy > 0 ? static_cast<float>(total.noise / total.energy) : 0.0f;
 }
 
-template void sampled_grad<float>(const SampledGrad<float>&, float*);
-template void sampled_grad<double>(const SampledGrad<double>&, float*);
+Tensor sampled_grad_(Tensor grad, Tensor a, Tensor b, std::optional<Tensor> a_scale, Tensor counter,
+                     double fraction, int64_t block, double alpha, int64_t seed) {
+  check_sampled_grad(grad, a, b, a_scale, counter, block);
+  const Matrix a_in(a), b_in(b);
+  const bool wide_a = a_in.cols > b_in.cols;
+  Tensor scale = new_tensor(b, {a_scale.has_value() ? a_in.rows : 0}, acc_dtype(b));
+  if (a_scale.has_value())
+    torch::stable::copy_(scale, torch::stable::reshape(*a_scale, std::vector<int64_t>{a_in.rows}));
+  Tensor stats = new_tensor(b, {2}, ScalarType::Float);
+  with_compute_type(acc_dtype(b), [&](auto zero) {
+    using C = decltype(zero);
+    SampledGrad<C> args;
+    args.x = view_of(wide_a ? a_in : b_in);
+    args.z = view_of(wide_a ? b_in : a_in);
+    if (a_scale.has_value()) (wide_a ? args.x_scale : args.z_scale) = read_memory_of<C>(scale);
+    args.counter = *read_memory_of<int64_t>(counter);
+    args.seed = seed;
+    args.block = block;
+    args.fraction = fraction;
+    args.alpha = alpha;
+    args.grad = grad.mutable_data_ptr();
+    args.grad_dtype = static_cast<DType>(dtype_code(grad));
+    args.feature_stride = grad.stride(wide_a ? 1 : 0);
+    args.column_stride = grad.stride(wide_a ? 0 : 1);
+    add_sampled<C>(args, memory_of<float>(stats));
+  });
+  return stats;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(molegrad, CPU, m) { m.impl("sampled_grad_", TORCH_BOX(&sampled_grad_)); }
 
 }  // namespace molegrad::cpu

@@ -1,9 +1,17 @@
-// From the DType code of a matrix to the type of its elements, for launchers.
+// What launchers share: from the DType code of a matrix to the type of its elements, scratch
+// memory.
 #pragma once
 
 #include <cstdint>
 
 #include "elements.cuh"
+
+// One launch after the other, up to the first that fails.
+#define MOLEGRAD_TRY(call)                      \
+  do {                                          \
+    const auto status_ = (call);                \
+    if (status_ != cudaSuccess) return status_; \
+  } while (false)
 
 namespace molegrad::cuda {
 
@@ -43,5 +51,20 @@ struct Width {
 };
 
 inline int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
+inline int64_t round_up(int64_t x, int64_t unit) { return ceil_div(x, unit) * unit; }
+
+// Pieces of the caller's scratch memory, 256-byte aligned; without memory it only adds up, and what
+// has no numbers is null.
+struct Scratch {
+  char* base;
+  int64_t used = 0;
+  explicit Scratch(void* memory) : base(static_cast<char*>(memory)) {}
+  template <typename T>
+  T* take(int64_t count) {
+    const int64_t at = used;
+    used += round_up(count * static_cast<int64_t>(sizeof(T)), 256);
+    return base == nullptr || count == 0 ? nullptr : reinterpret_cast<T*>(base + at);
+  }
+};
 
 }  // namespace molegrad::cuda

@@ -11,7 +11,7 @@
 #pragma once
 
 #include "grouped_plan.h"
-#include "sketch.cuh"
+#include "sketch_gather.cuh"
 
 namespace molegrad::cuda {
 

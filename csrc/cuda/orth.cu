@@ -1,7 +1,10 @@
+// Orthonormal bases, as molegrad/ops/orth.py has them. Matrices are row-major, `ld` numbers from
+// row to row, those of a batch below one another; what is computed is float64 for float64, else
+// float32. Scratch memory is 256-byte aligned.
 #include "orth.cuh"
-#include "orth.h"
 #include "orth_block.cuh"
 #include "tall.h"
+#include "tensors.h"
 
 using namespace molegrad::cuda;
 
@@ -29,7 +32,7 @@ struct OrthScratch {
   double *sums, *gram, *squares;
   C *q1, *inverse, *first_r, *norms, *last_norms, *work;
   int *part_exponents, *gram_exponents, *exponents, *route;
-  OrthScratch(void* memory, int64_t batch, int64_t m, int64_t k) : scratch(memory), parts(m, k, k) {
+  OrthScratch(void* memory, int64_t batch, int64_t m, int64_t k) : scratch(memory), parts(m, k) {
     sums = scratch.take<double>(batch * parts.count * k * k);
     part_exponents = scratch.take<int>(batch * parts.count * k);
     const int64_t combined = k > kCombineAbove ? batch * k : 0;
@@ -37,7 +40,6 @@ struct OrthScratch {
     gram_exponents = scratch.take<int>(combined);
     const bool fits = factor_shared<double>(k) <= kSharedBytes;
     squares = scratch.take<double>(fits ? 0 : batch * k * square_ld(k));
-    if (fits) squares = nullptr;
     q1 = scratch.take<C>(batch * m * k);
     inverse = scratch.take<C>(batch * k * k);
     first_r = scratch.take<C>(batch * k * k);
@@ -63,19 +65,16 @@ struct OrthJob {
   template <typename G, bool kScaled>
   cudaError_t gram(const TallBatch& x, const int* route, int wanted, TallSums& sums) {
     const TallProduct p{x,
-                        x,
                         m,
-                        k,
                         k,
                         s.parts.rows,
                         static_cast<int>(s.parts.count),
-                        true,
                         s.sums,
                         kScaled ? s.part_exponents : nullptr,
                         route,
                         wanted};
     MOLEGRAD_TRY((launch_product<G, kScaled>(p, batch, route == nullptr, stream)));
-    sums = {s.sums, p.exponents, k, k, p.parts};
+    sums = {s.sums, p.exponents, k, p.parts};
     if (k <= kCombineAbove) return cudaSuccess;
     return launch_combine<G>(sums, s.gram, kScaled ? s.gram_exponents : nullptr, batch, route,
                              wanted, stream);
@@ -109,10 +108,8 @@ struct OrthJob {
   }
 
   TallApply apply(const TallBatch& x, const int* exponents, C* out) const {
-    return {x,         m,    k,     k,     exponents,
-            s.inverse, k,    k * k, false, true,
-            false,     out,  k,     m * k, packs_of_four<C>(out, k, m * k),
-            s.route,   false};
+    return {x,       m,    k, exponents, s.inverse, true, out, packs_of_four<C>(out, k, m * k),
+            s.route, false};
   }
 
   cudaError_t run() {
@@ -166,73 +163,9 @@ int64_t orthonormalize_scratch(int64_t batch, int64_t m, int64_t k, bool in_bloc
   return scratch.used;
 }
 
-// ---- the tangent estimate -----------------------------------------------------------------------
-
-// left <- [U, (I - UUᵀ)² Y], made orthonormal with triangle R; right <- [W, V] Rᵀ.
-template <typename C>
-struct TangentScratch {
-  Scratch scratch;
-  TallParts parts;
-  C *block, *sides, *sums, *inner, *r;
-  int32_t* status;
-  void* orth;
-  TangentScratch(void* memory, int64_t m, int64_t n, int64_t k, bool in_block)
-      : scratch(memory), parts(m, k, k) {
-    block = scratch.take<C>(m * 2 * k);
-    sides = scratch.take<C>(n * 2 * k);
-    sums = scratch.take<C>(parts.count * k * k);
-    inner = scratch.take<C>(k * k);
-    r = scratch.take<C>(4 * k * k);
-    status = scratch.take<int32_t>(1);
-    orth = scratch.take<char>(orthonormalize_scratch<C>(1, m, 2 * k, in_block));
-  }
-};
-
-template <typename C>
-cudaError_t tangent_factors(const TallBatch& u, const TallBatch& v, const TallBatch& y,
-                            const TallBatch& w, int64_t m, int64_t n, int64_t k, double cond_max,
-                            bool in_block, C* left, C* right, void* scratch, cudaStream_t stream) {
-  const TangentScratch<C> s(scratch, m, n, k, in_block);
-  const int code = sizeof(C) == 4 ? 0 : 1;
-  const TallBatch block{s.block, code, 2 * k, 0}, rest{s.block + k, code, 2 * k, 0};
-  const SideBySide pairs{{u, w}, {y, v}, {s.block, s.sides}, {m, n}, k};
-  MOLEGRAD_TRY(launch(side_by_side_kernel<C>, grid_of(ceil_div((m + n) * 2 * k, kTallThreads)),
-                      dim3(kTallThreads), 0, stream, pairs));
-  for (int pass = 0; pass < 2; ++pass) {  // twice is enough (Kahan, Parlett)
-    const TallProduct product{
-        u,     rest,   m,       k,       k, s.parts.rows, static_cast<int>(s.parts.count),
-        false, s.sums, nullptr, nullptr, 0};
-    MOLEGRAD_TRY((launch_product<C, false>(product, 1, false, stream)));
-    TallSums sums{s.sums, nullptr, k, k, product.parts};
-    MOLEGRAD_TRY(launch_combine<C>(sums, s.inner, nullptr, 1, nullptr, 0, stream));
-    const TallApply subtract{u,    m,           k,     k, nullptr, s.inner, k,    0, false, false,
-                             true, s.block + k, 2 * k, 0, false,   nullptr, false};
-    MOLEGRAD_TRY(launch_apply<C>(subtract, 1, stream));
-  }
-  MOLEGRAD_TRY(orthonormalize<C>(block, 1, m, 2 * k, cond_max, in_block, left, s.r, s.status,
-                                 s.orth, stream));
-  const TallApply last{{s.sides, code, 2 * k, 0},
-                       n,
-                       2 * k,
-                       2 * k,
-                       nullptr,
-                       s.r,
-                       2 * k,
-                       0,
-                       true,
-                       false,
-                       false,
-                       right,
-                       2 * k,
-                       0,
-                       packs_of_four<C>(right, 2 * k, 0),
-                       nullptr,
-                       false};
-  return launch_apply<C>(last, 1, stream);
-}
-
 }  // namespace
 
+// Whether one block can do a matrix on its own.
 extern "C" int molegrad_orthonormalize_in_block(int64_t m, int64_t k, int dtype) {
   if (k > kBlockColumns || m * k * k > kBlockWork) return 0;
   const int64_t number = dtype == 1 ? 8 : 4;
@@ -245,6 +178,7 @@ extern "C" int64_t molegrad_orthonormalize_scratch(int64_t batch, int64_t m, int
                     : orthonormalize_scratch<float>(batch, m, k, in_block != 0);
 }
 
+// y (batch, m, k), 1 <= k <= m; q (batch, m, k), r (batch, k, k), status (batch).
 extern "C" int molegrad_orthonormalize(const void* y, int dtype, int64_t ld, int64_t batch,
                                        int64_t m, int64_t k, double cond_max, int in_block, void* q,
                                        void* r, int32_t* status, void* scratch,
@@ -259,25 +193,36 @@ extern "C" int molegrad_orthonormalize(const void* y, int dtype, int64_t ld, int
                                static_cast<float*>(r), status, scratch, stream);
 }
 
-extern "C" int64_t molegrad_tangent_factors_scratch(int64_t m, int64_t n, int64_t k, int dtype) {
-  const bool in_block = molegrad_orthonormalize_in_block(m, 2 * k, dtype) != 0;
-  return dtype == 1 ? TangentScratch<double>(nullptr, m, n, k, in_block).scratch.used
-                    : TangentScratch<float>(nullptr, m, n, k, in_block).scratch.used;
+// ---- the ops ------------------------------------------------------------------------------------
+
+#ifdef MOLEGRAD_HOST
+namespace molegrad::cuda {
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor> orthonormalize_op(Tensor y, double cond_max) {
+  check_block("orthonormalize", y);
+  const Place place(y);
+  const Matrix from(y);
+  const int64_t m = y.size(y.dim() - 2), k = y.size(y.dim() - 1), batch = from.rows / m;
+  Tensor q = new_tensor(y, other_last_sizes(y, 0, {}), acc_dtype(y));
+  Tensor r = new_tensor(y, other_last_sizes(y, 2, {k, k}), acc_dtype(y));
+  Tensor status = new_tensor(y, other_last_sizes(y, 2, {}), ScalarType::Int);
+  const int in_block = molegrad_orthonormalize_in_block(m, k, from.dtype);
+  const Tensor scratch =
+      new_scratch(y, molegrad_orthonormalize_scratch(batch, m, k, from.dtype, in_block));
+  check_launch("orthonormalize",
+               molegrad_orthonormalize(from.data, from.dtype, from.ld, batch, m, k, cond_max,
+                                       in_block, q.mutable_data_ptr(), r.mutable_data_ptr(),
+                                       memory_of<int32_t>(status), scratch.mutable_data_ptr(),
+                                       place.stream()));
+  return {q, r, status};
 }
 
-extern "C" int molegrad_tangent_factors(const void* u, int64_t u_ld, const void* v, int64_t v_ld,
-                                        const void* y, int64_t y_ld, const void* w, int64_t w_ld,
-                                        int dtype, int64_t m, int64_t n, int64_t k, double cond_max,
-                                        void* left, void* right, void* scratch,
-                                        cudaStream_t stream) {
-  const bool in_block = molegrad_orthonormalize_in_block(m, 2 * k, dtype) != 0;
-  const TallBatch u_in{u, dtype, u_ld, 0}, v_in{v, dtype, v_ld, 0}, y_in{y, dtype, y_ld, 0},
-      w_in{w, dtype, w_ld, 0};
-  if (dtype == 1)
-    return tangent_factors<double>(u_in, v_in, y_in, w_in, m, n, k, cond_max, in_block,
-                                   static_cast<double*>(left), static_cast<double*>(right), scratch,
-                                   stream);
-  return tangent_factors<float>(u_in, v_in, y_in, w_in, m, n, k, cond_max, in_block,
-                                static_cast<float*>(left), static_cast<float*>(right), scratch,
-                                stream);
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(molegrad, CUDA, m) {
+  m.impl("orthonormalize", TORCH_BOX(&orthonormalize_op));
 }
+
+}  // namespace molegrad::cuda
+#endif

@@ -1,5 +1,5 @@
 // Y = Q R for batches of tall blocks: CholeskyQR2 (Yamamoto et al. 2015), the way of each block
-// decided on the device, as molegrad/reference.py defines it.
+// decided on the device, as molegrad/ops defines it.
 //
 // Blocks too large for one multiprocessor go through eight launches: Gram matrix, its factor, both
 // again in float64 for the blocks whose condition number is too large for float32, Q1 = Y R1⁻¹, the

@@ -1,16 +1,10 @@
 // Launching what works on the products' parts, for launchers.
 #pragma once
 
+#include "dtypes.h"
 #include "launch.h"
 #include "parts.cuh"
 #include "sketch_plan.h"
-
-// Leaves the function where a launch has failed.
-#define MOLEGRAD_TRY(call)                    \
-  do {                                        \
-    const int status = (call);                \
-    if (status != cudaSuccess) return status; \
-  } while (false)
 
 namespace molegrad::cuda {
 

@@ -1,4 +1,5 @@
-// Products in float32 and float64, of any shape and strides, and what surrounds those of cuBLASLt.
+// Products in float32 and float64, of any shape and strides, what surrounds those of cuBLASLt
+// (products.cu), and float8 operands made wider (float8.cu).
 #pragma once
 
 #include <cstdint>
@@ -29,4 +30,10 @@ int molegrad_join(const float* p, int64_t tokens, int rank, uint16_t* out, cudaS
 // out (rows, k) = or += the first `rank` columns of sums (rows, 2 rank) plus the others.
 int molegrad_add_pieces(const float* sums, int64_t rows, int64_t k, int rank, float* out,
                         int64_t ld, int add, cudaStream_t stream);
+
+// out (rows, cols), of any dtype but float8, is x, float8, times scales: one a row, or with stride
+// 0 the first.
+int molegrad_dequantize(int dtype, const void* x, int64_t rows, int64_t cols, int64_t ld,
+                        const float* scales, int64_t stride, int out_dtype, void* out,
+                        cudaStream_t stream);
 }

@@ -1,5 +1,5 @@
 // Random numbers that are a pure function of seed, counter and position: splitmix64 (Steele, Lea,
-// Flood 2014), bit for bit as molegrad/reference.py has them.
+// Flood 2014), bit for bit as molegrad/ops has them.
 #pragma once
 
 #include "device.cuh"

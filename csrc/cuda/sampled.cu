@@ -1,37 +1,45 @@
+// Sampled weight gradients, as molegrad/ops/sampled.py has them.
 #include "dtypes.h"
 #include "sampled.cuh"
-#include "sampled.h"
 #include "sampled_product.cuh"
+#include "tensors.h"
 
 using namespace molegrad::cuda;
 
+// dtypes are DType codes. Memory is the device's.
+struct MolegradSampled {
+  // The wider operand X (T, F) and the narrower Z (T, d), of `dtype`, that of the output gradients,
+  // or float8; rows are `ld` elements apart. Scales (T), float64 for float64 and else float32, may
+  // be null.
+  int64_t tokens, dtype;
+  const void* x;
+  int64_t x_dtype, x_ld, features;
+  const void* x_scale;
+  const void* z;
+  int64_t z_dtype, z_ld, columns;
+  const void* z_scale;
+  // The sample; block >= 1 features, fraction > 0.
+  const int64_t* counter;
+  int64_t seed, block;
+  double fraction, alpha;
+  // The gradient; its element of feature f of X and column c of Z lies at f feature_stride + c
+  // column_stride.
+  void* grad;
+  int64_t grad_dtype, feature_stride, column_stride;
+  // Bytes that X̃ may take: features are taken in as many parts as that needs.
+  int64_t memory;
+  // Columns of a block's tile where numbers have 16 bits, 128 or 256; 0 decides.
+  int64_t tile;
+};
+
 namespace {
 
-// As in molegrad/reference.py: tokens that decide the threshold.
+// As in molegrad/ops: tokens that decide the threshold.
 constexpr int64_t kThresholdTokens = 512;
 // Scores that one block can do with; more are shared among so many blocks at most.
 constexpr int64_t kScoresOfBlock = 1 << 16, kThresholdBlocks = 128;
 // Blocks that are enough for tiles to be wide: one for each multiprocessor of an H100.
 constexpr int64_t kEnoughBlocks = 132;
-
-int64_t round_up(int64_t x, int64_t step) { return ceil_div(x, step) * step; }
-
-// Pieces of the scratch memory, one after the other; only counted where there is none.
-class Scratch {
- public:
-  explicit Scratch(void* memory) : memory_(static_cast<char*>(memory)) {}
-  template <typename T>
-  T* take(int64_t count) {
-    T* piece = memory_ != nullptr ? reinterpret_cast<T*>(memory_ + used_) : nullptr;
-    used_ += round_up(count * static_cast<int64_t>(sizeof(T)), 256);
-    return count > 0 ? piece : nullptr;
-  }
-  int64_t used() const { return used_; }
-
- private:
-  char* memory_;
-  int64_t used_ = 0;
-};
 
 // Numbers of type V: what is done with them, and where it is kept.
 template <typename V>
@@ -50,7 +58,7 @@ struct Plan {
   int64_t bytes;
 
   Plan(const MolegradSampled& a, void* memory) : args(a) {
-    sampling = a.share < 1 && a.tokens > 0;
+    sampling = a.fraction < 1 && a.tokens > 0;
     copies_x = sampling || !direct(a.x_dtype, a.x, a.x_ld, a.features, a.x_scale);
     copies_z = !direct(a.z_dtype, a.z, a.z_ld, a.columns, a.z_scale);
     z_width = round_up(a.columns, kStrip);
@@ -82,7 +90,7 @@ struct Plan {
     marks = scratch.take<uint32_t>(if_x * part * words);
     values = scratch.take<V>(if_x * part * a.tokens * group_features);
     z_copy = scratch.take<V>((copies_z ? 1 : 0) * a.tokens * z_width);
-    bytes = scratch.used();
+    bytes = scratch.used;
   }
 
   // Whether the product can read an operand where it lies.
@@ -136,7 +144,7 @@ cudaError_t launch_threshold(const Plan<V>& plan, cudaStream_t stream) {
                                plan.threshold_rows,
                                plan.threshold_stride,
                                plan.pairs,
-                               static_cast<C>(plan.args.share),
+                               static_cast<C>(plan.args.fraction),
                                tiny,
                                plan.limits,
                                plan.threshold_sums};
@@ -264,15 +272,138 @@ cudaError_t run(const MolegradSampled& a, float* stats, void* scratch, cudaStrea
 
 }  // namespace
 
+// Bytes of scratch memory, 256-byte aligned, that the call with these arguments needs.
 extern "C" int64_t molegrad_sampled_scratch(const MolegradSampled* args) {
   return with_dtype(static_cast<int>(args->dtype), [&](auto type) {
     return Plan<typename decltype(type)::Element>(*args, nullptr).bytes;
   });
 }
 
+// grad += alpha Ĝ; stats (2): the fraction taken and the relative noise. Sums have a fixed order.
 extern "C" int molegrad_sampled_grad(const MolegradSampled* args, float* stats, void* scratch,
                                      cudaStream_t stream) {
   return with_dtype(static_cast<int>(args->dtype), [&](auto type) {
     return run<typename decltype(type)::Element>(*args, stats, scratch, stream);
   });
 }
+
+// ---- the ops ------------------------------------------------------------------------------------
+
+#ifdef MOLEGRAD_HOST
+#include "cublaslt.h"
+#include "products.h"
+#ifdef MOLEGRAD_EMULATED
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+#else
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
+#endif
+
+namespace molegrad::cuda {
+namespace {
+
+constexpr const char* kOp = "sampled_grad_";
+constexpr int kBFloat16 = 2;
+
+// grad += alpha BᵀA, all of one dtype, by torch's library.
+void add_product(const Tensor& grad, const Tensor& a, const Tensor& b, double alpha) {
+#ifdef MOLEGRAD_EMULATED
+  const auto addmm_out = aoti_torch_cpu_addmm_out;
+#else
+  const auto addmm_out = aoti_torch_cuda_addmm_out;
+#endif
+  const Tensor left = torch::stable::transpose(b, 0, 1);
+  STABLE_TORCH_ERROR_CODE_CHECK(addmm_out(grad.get(), grad.get(), left.get(), a.get(), 1.0, alpha));
+}
+
+// The same for a float32 grad beside bfloat16 A and B; false where it has not been done.
+bool add_to_wide(const Tensor& grad, const Matrix& a, const Matrix& b, double alpha,
+                 const Place& place) {
+  const bool by_rows = grad.stride(1) == 1;
+  if (!by_rows && grad.stride(0) != 1) return false;
+  const Matrix &left = by_rows ? b : a, &right = by_rows ? a : b;
+  const Gpu gpu(grad);
+  const Tensor workspace = new_scratch(grad, kLtWorkspace);
+  const LtStatus status = lt_product(
+      {kBFloat16, true, left.cols, right.cols, left.rows, left.data, left.ld, right.data, right.ld,
+       grad.mutable_data_ptr(), grad.stride(by_rows ? 0 : 1), true, alpha},
+      workspace.mutable_data_ptr(), kLtWorkspace, gpu.device, gpu.multiprocessors, place.stream());
+  require(status != LtStatus::kFailed, kOp, "cuBLASLt failed");
+  return status == LtStatus::kDone;
+}
+
+// All of grad += alpha BᵀA by a library, which adds to grad by itself, A in float8 as numbers of
+// B's dtype; false where none takes these dtypes. `scale` holds a number for each row of A, if any.
+bool add_whole(const Tensor& grad, const Matrix& a, const Matrix& b, const Tensor& scale,
+               double alpha, const Place& place) {
+  const int to = dtype_code(grad);
+  if (to != b.dtype && (to != 0 || b.dtype != kBFloat16)) return false;
+  const bool scaled = scale.numel() > 0;
+  const auto add = [&](const Matrix& whole) {
+    if (to != b.dtype) return add_to_wide(grad, whole, b, alpha, place);
+    add_product(grad, whole.tensor, b.tensor, alpha);
+    return true;
+  };
+  if (!scaled) return a.dtype == b.dtype && add(a);
+  if (!is_float8(a.tensor) || b.dtype == 1) return false;
+  const Tensor numbers = new_tensor(grad, {a.rows, a.cols}, b.tensor.scalar_type());
+  check_launch(
+      kOp, molegrad_dequantize(a.dtype, a.data, a.rows, a.cols, a.ld, read_memory_of<float>(scale),
+                               1, b.dtype, numbers.mutable_data_ptr(), place.stream()));
+  return add(Matrix(numbers));
+}
+
+// Bytes for what is taken of X; where more is needed, features are taken in parts.
+constexpr int64_t kSampleMemory = 128 << 20;
+
+Tensor sampled_grad_(Tensor grad, Tensor a, Tensor b, std::optional<Tensor> a_scale, Tensor counter,
+                     double fraction, int64_t block, double alpha, int64_t seed) {
+  check_sampled_grad(grad, a, b, a_scale, counter, block);
+  const Place place(b);
+  const Matrix a_in(a), b_in(b);
+  const bool wide_a = a_in.cols > b_in.cols;
+  const Matrix &x = wide_a ? a_in : b_in, &z = wide_a ? b_in : a_in;
+  const Tensor step = beside(counter, b);
+  Tensor scale = new_tensor(b, {a_scale.has_value() ? a_in.rows : 0}, acc_dtype(b));
+  if (a_scale.has_value())
+    torch::stable::copy_(scale, torch::stable::reshape(*a_scale, std::vector<int64_t>{a_in.rows}));
+  const void* factors = a_scale.has_value() ? scale.const_data_ptr() : nullptr;
+
+  MolegradSampled args = {};
+  args.tokens = x.rows;
+  args.dtype = b_in.dtype;
+  args.x = x.data;
+  args.x_dtype = x.dtype;
+  args.x_ld = x.ld;
+  args.features = x.cols;
+  args.x_scale = wide_a ? factors : nullptr;
+  args.z = z.data;
+  args.z_dtype = z.dtype;
+  args.z_ld = z.ld;
+  args.columns = z.cols;
+  args.z_scale = wide_a ? nullptr : factors;
+  args.counter = read_memory_of<int64_t>(step);
+  args.seed = seed;
+  args.block = block;
+  args.fraction = fraction;
+  args.alpha = alpha;
+  args.grad = grad.mutable_data_ptr();
+  args.grad_dtype = dtype_code(grad);
+  args.feature_stride = grad.stride(wide_a ? 1 : 0);
+  args.column_stride = grad.stride(wide_a ? 0 : 1);
+  args.memory = kSampleMemory;
+  if (fraction >= 1 && a_in.rows > 0 && add_whole(grad, a_in, b_in, scale, alpha, place))
+    args.tokens = 0;  // nothing is left but to say that all was taken
+
+  Tensor stats = new_tensor(b, {2}, ScalarType::Float);
+  Tensor scratch = new_scratch(b, molegrad_sampled_scratch(&args));
+  check_launch(kOp, molegrad_sampled_grad(&args, memory_of<float>(stats),
+                                          scratch.mutable_data_ptr(), place.stream()));
+  return stats;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(molegrad, CUDA, m) { m.impl("sampled_grad_", TORCH_BOX(&sampled_grad_)); }
+
+}  // namespace molegrad::cuda
+#endif

@@ -1,7 +1,7 @@
 #include "dtypes.h"
 #include "parts.h"
-#include "sketch.cuh"
 #include "sketch.h"
+#include "sketch_gather.cuh"
 
 namespace molegrad::cuda {
 namespace {

@@ -1,5 +1,5 @@
-// Batches of tall matrices in float32 or float64: XᵀZ in parts, and X S row by row, for the k x k
-// work of orth.cuh and polar.cuh.
+// Batches of tall matrices in float32 or float64: XᵀX in parts, and X S row by row, for the k x k
+// work of orth.cuh and polar.cu.
 //
 // Sums are float32 FMA, not tensor cores: at k = 32 and 12 matrices of 3072 rows XᵀX is 38 million
 // FMA, 3 us on an H100, which is what launching costs anyway, and CholeskyQR needs all 24 bits. A
@@ -90,15 +90,14 @@ __device__ constexpr C rounding_of() {
   return sizeof(C) == 4 ? C(1.1920928955078125e-7) : C(2.220446049250313e-16);
 }
 
-// ---- XᵀZ ----------------------------------------------------------------------------------------
+// ---- XᵀX ----------------------------------------------------------------------------------------
 
 struct TallProduct {
-  TallBatch x, z;
-  int64_t rows, kx, kz, part_rows;  // part_rows is a multiple of kPartRows
+  TallBatch x;
+  int64_t rows, k, part_rows;  // part_rows is a multiple of kPartRows
   int parts;
-  bool symmetric;    // z is x: only tiles that touch the upper triangle
-  void* sums;        // (batch, parts, kx, kz)
-  int* exponents;    // (batch, parts, kx), of columns that are scaled to [0, 1); else null
+  void* sums;        // (batch, parts, k, k): only tiles that touch the upper triangle
+  int* exponents;    // (batch, parts, k), of columns that are scaled to [0, 1); else null
   const int* route;  // (batch) or null: only matrices of route `wanted`
   int wanted;
 };
@@ -183,20 +182,14 @@ __global__ void __launch_bounds__(kTallThreads) tall_product_kernel(TallProduct 
   C* left = reinterpret_cast<C*>(memory);
   C* right = left + kPartRows * kTile;
   auto& scales = *reinterpret_cast<ColumnScales<C>*>(right + kPartRows * kTile);
-  const int64_t tiles_x = (p.kx + kTile - 1) / kTile, tiles_z = (p.kz + kTile - 1) / kTile;
-  const int64_t tiles = p.symmetric ? tiles_x * (tiles_x + 1) / 2 : tiles_x * tiles_z;
+  const int64_t wide = (p.k + kTile - 1) / kTile, tiles = wide * (wide + 1) / 2;
   const int64_t part = blockIdx.x % p.parts, matrix = blockIdx.x / p.parts / tiles;
   if (p.route != nullptr && p.route[matrix] != p.wanted) return;
   int64_t tile = blockIdx.x / p.parts % tiles, row_tile = 0;
-  if (p.symmetric) {
-    for (; tile >= tiles_x - row_tile; ++row_tile) tile -= tiles_x - row_tile;
-    tile += row_tile;
-  } else {
-    row_tile = tile / tiles_z;
-    tile %= tiles_z;
-  }
+  for (; tile >= wide - row_tile; ++row_tile) tile -= wide - row_tile;
+  tile += row_tile;
   const int64_t first_i = row_tile * kTile, first_j = tile * kTile;
-  const bool same = p.symmetric && first_i == first_j;
+  const bool same = first_i == first_j;
   if (same) right = left;
   const int thread = threadIdx.x, group = thread / 64;
   const int i = thread % 64 / 8 * 4, j = thread % 8 * 4;
@@ -205,8 +198,8 @@ __global__ void __launch_bounds__(kTallThreads) tall_product_kernel(TallProduct 
   int64_t end = (part + 1) * p.part_rows;
   if (end > p.rows) end = p.rows;
   for (int64_t row = part * p.part_rows; row < end; row += kPartRows) {
-    load_tile<C, kPartRows, kTile>(left, p.x, matrix, row, end, first_i, p.kx);
-    if (!same) load_tile<C, kPartRows, kTile>(right, p.z, matrix, row, end, first_j, p.kz);
+    load_tile<C, kPartRows, kTile>(left, p.x, matrix, row, end, first_i, p.k);
+    if (!same) load_tile<C, kPartRows, kTile>(right, p.x, matrix, row, end, first_j, p.k);
     __syncthreads();
     if constexpr (kScaled) scale_tiles(left, scales, same ? kTile : 2 * kTile, sums);
 #pragma unroll 4
@@ -226,64 +219,64 @@ __global__ void __launch_bounds__(kTallThreads) tall_product_kernel(TallProduct 
 #pragma unroll
     for (int t = 0; t < 4; ++t) groups[(group * 16 + s * 4 + t) * 64 + thread % 64] = sums[s][t];
   __syncthreads();
-  C* out = static_cast<C*>(p.sums) + (matrix * p.parts + part) * p.kx * p.kz;
+  C* out = static_cast<C*>(p.sums) + (matrix * p.parts + part) * p.k * p.k;
   for (int e = thread; e < kTile * kTile; e += kTallThreads) {
     const int r = e / kTile, c = e % kTile;
-    if (first_i + r >= p.kx || first_j + c >= p.kz) continue;
+    if (first_i + r >= p.k || first_j + c >= p.k) continue;
     const C* from = groups + (r % 4 * 4 + c % 4) * 64 + r / 4 * 8 + c / 4;
-    out[(first_i + r) * p.kz + first_j + c] =
+    out[(first_i + r) * p.k + first_j + c] =
         (from[0] + from[16 * 64]) + (from[32 * 64] + from[48 * 64]);
   }
-  if (kScaled && same && thread < kTile && first_i + thread < p.kx)
-    p.exponents[(matrix * p.parts + part) * p.kx + first_i + thread] = scales.exponent[thread];
+  if (kScaled && same && thread < kTile && first_i + thread < p.k)
+    p.exponents[(matrix * p.parts + part) * p.k + first_i + thread] = scales.exponent[thread];
 }
 
 // ---- the parts' sum -----------------------------------------------------------------------------
 
 struct TallSums {
-  const void* sums;      // (batch, parts, kx, kz)
-  const int* exponents;  // (batch, parts, kx) or null
-  int64_t kx, kz;
+  const void* sums;      // (batch, parts, k, k)
+  const int* exponents;  // (batch, parts, k) or null
+  int64_t k;
   int parts;
 };
 
 // The largest exponent of a column; kEmpty for a column of zeros.
 __device__ __forceinline__ int column_exponent(const TallSums& p, int64_t matrix, int64_t column) {
-  const int* exponents = p.exponents + matrix * p.parts * p.kx + column;
+  const int* exponents = p.exponents + matrix * p.parts * p.k + column;
   int largest = kEmpty;
 #pragma unroll 8
   for (int part = 0; part < p.parts; ++part) {
-    const int e = exponents[part * p.kx];
+    const int e = exponents[part * p.k];
     largest = e > largest ? e : largest;
   }
   return largest;
 }
 
-// Element (i, j) of XᵀZ, its columns divided by 2 to their exponents.
+// Element (i, j) of XᵀX, its columns divided by 2 to their exponents.
 template <typename C>
 __device__ __forceinline__ C sum_of_parts(const TallSums& p, int64_t matrix, int64_t i, int64_t j,
                                           int exponent_i, int exponent_j) {
-  const C* sums = static_cast<const C*>(p.sums) + matrix * p.parts * p.kx * p.kz + i * p.kz + j;
+  const C* sums = static_cast<const C*>(p.sums) + matrix * p.parts * p.k * p.k + i * p.k + j;
   C sum = 0;
   if (p.exponents == nullptr) {
 #pragma unroll 8
-    for (int part = 0; part < p.parts; ++part) sum += sums[part * p.kx * p.kz];
+    for (int part = 0; part < p.parts; ++part) sum += sums[part * p.k * p.k];
     return sum;
   }
-  const int* exponents = p.exponents + matrix * p.parts * p.kx;
+  const int* exponents = p.exponents + matrix * p.parts * p.k;
 #pragma unroll 8
   for (int part = 0; part < p.parts; ++part)
-    sum += sums[part * p.kx * p.kz] *
-           (static_cast<C>(small_power(exponents[part * p.kx + i] - exponent_i)) *
-            static_cast<C>(small_power(exponents[part * p.kx + j] - exponent_j)));
+    sum += sums[part * p.k * p.k] *
+           (static_cast<C>(small_power(exponents[part * p.k + i] - exponent_i)) *
+            static_cast<C>(small_power(exponents[part * p.k + j] - exponent_j)));
   return sum;
 }
 
 struct TallCombine {
   TallSums from;
   int64_t count;       // of all matrices' elements
-  void* sum;           // (batch, kx, kz)
-  int* sum_exponents;  // (batch, kx) or null, as from.exponents is
+  void* sum;           // (batch, k, k)
+  int* sum_exponents;  // (batch, k) or null, as from.exponents is
   const int* route;    // as in TallProduct
   int wanted;
 };
@@ -293,15 +286,15 @@ template <typename C>
 __global__ void __launch_bounds__(kTallThreads) tall_combine_kernel(TallCombine p) {
   in_sequence();
   const int64_t e = static_cast<int64_t>(blockIdx.x) * kTallThreads + threadIdx.x;
-  const int64_t kx = p.from.kx, kz = p.from.kz, matrix = e / (kx * kz);
+  const int64_t k = p.from.k, matrix = e / (k * k);
   if (e >= p.count || (p.route != nullptr && p.route[matrix] != p.wanted)) return;
-  const int64_t i = e / kz % kx, j = e % kz;
+  const int64_t i = e / k % k, j = e % k;
   int exponent_i = 0, exponent_j = 0;
   if (p.sum_exponents != nullptr) {
     if (j < i) return;  // a symmetric product
     exponent_i = column_exponent(p.from, matrix, i);
     exponent_j = column_exponent(p.from, matrix, j);
-    if (i == j) p.sum_exponents[matrix * kx + i] = exponent_i;
+    if (i == j) p.sum_exponents[matrix * k + i] = exponent_i;
   }
   static_cast<C*>(p.sum)[e] = sum_of_parts<C>(p.from, matrix, i, j, exponent_i, exponent_j);
 }
@@ -310,14 +303,12 @@ __global__ void __launch_bounds__(kTallThreads) tall_combine_kernel(TallCombine 
 
 struct TallApply {
   TallBatch x;
-  int64_t rows, inner, cols;
-  const int* exponents;  // (batch, inner): columns of x are divided by 2 to them first; or null
-  const void* s;         // (batch, inner, cols), or (batch, cols, inner) where `transposed`
-  int64_t s_ld, s_stride;
-  bool transposed, upper, subtract;  // upper: s is triangular; subtract: out -= x s
-  void* out;                         // (batch, rows, cols)
-  int64_t out_ld, out_stride;
-  bool in_packs;     // out can be written four numbers at a time
+  int64_t rows, k;
+  const int* exponents;  // (batch, k): columns of x are divided by 2 to them first; or null
+  const void* s;         // (batch, k, k)
+  bool upper;            // s is triangular
+  void* out;             // (batch, rows, k)
+  bool in_packs;         // out can be written four numbers at a time
   const int* route;  // (batch) or null: matrices of another route than 0 are left alone, or become
   bool nan;          // NaN
 };
@@ -336,27 +327,25 @@ __device__ __forceinline__ int64_t apply_tiles(int64_t rows, int64_t cols) {
 template <typename C>
 __device__ __forceinline__ void apply_tile(const TallApply& p, int64_t matrix, int64_t tile,
                                            ApplyTiles<C>& tiles) {
-  const int64_t wide = (p.cols + kTile - 1) / kTile;
+  const int64_t wide = (p.k + kTile - 1) / kTile;
   const int64_t row = tile / wide * kApplyRows, col = tile % wide * kTile;
   const int thread = threadIdx.x, ty = thread / 8, tx = thread % 8 * 4;
-  const C* s = static_cast<const C*>(p.s) + matrix * p.s_stride;
+  const C* s = static_cast<const C*>(p.s) + matrix * p.k * p.k;
   C sums[4][4] = {};
-  for (int64_t slab = 0; slab < p.inner; slab += kTile) {
+  for (int64_t slab = 0; slab < p.k; slab += kTile) {
     if (p.upper && slab >= col + kTile) break;
-    load_tile<C, kApplyRows, kApplyLd>(&tiles.x[0][0], p.x, matrix, row, p.rows, slab, p.inner);
-    if (p.exponents != nullptr && slab + thread % kTile < p.inner) {
+    load_tile<C, kApplyRows, kApplyLd>(&tiles.x[0][0], p.x, matrix, row, p.rows, slab, p.k);
+    if (p.exponents != nullptr && slab + thread % kTile < p.k) {
       // A thread scales what it has loaded.
-      const int e = p.exponents[matrix * p.inner + slab + thread % kTile];
+      const int e = p.exponents[matrix * p.k + slab + thread % kTile];
       if (e != 0)
         for (int r = thread / kTile; r < kApplyRows; r += kTallThreads / kTile)
           tiles.x[r][thread % kTile] = times_power(tiles.x[r][thread % kTile], -e);
     }
     for (int e = thread; e < kTile * kTile; e += kTallThreads) {
-      const int l = p.transposed ? e % kTile : e / kTile, c = p.transposed ? e / kTile : e % kTile;
-      const bool inside = slab + l < p.inner && col + c < p.cols;
-      const int64_t at =
-          p.transposed ? (col + c) * p.s_ld + slab + l : (slab + l) * p.s_ld + col + c;
-      tiles.s[l][c] = inside ? s[at] : C(0);
+      const int l = e / kTile, c = e % kTile;
+      const bool inside = slab + l < p.k && col + c < p.k;
+      tiles.s[l][c] = inside ? s[(slab + l) * p.k + col + c] : C(0);
     }
     __syncthreads();
 #pragma unroll 2
@@ -376,12 +365,12 @@ __device__ __forceinline__ void apply_tile(const TallApply& p, int64_t matrix, i
     }
     __syncthreads();
   }
-  C* out = static_cast<C*>(p.out) + matrix * p.out_stride;
+  C* out = static_cast<C*>(p.out) + matrix * p.rows * p.k;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     if (row + ty + 32 * i >= p.rows) continue;
-    C* to = out + (row + ty + 32 * i) * p.out_ld + col + tx;
-    if (p.in_packs && !p.subtract && col + tx + 4 <= p.cols) {
+    C* to = out + (row + ty + 32 * i) * p.k + col + tx;
+    if (p.in_packs && col + tx + 4 <= p.k) {
       Pack<C, 4> pack;
 #pragma unroll
       for (int j = 0; j < 4; ++j) pack.at[j] = sums[i][j];
@@ -390,7 +379,7 @@ __device__ __forceinline__ void apply_tile(const TallApply& p, int64_t matrix, i
     }
 #pragma unroll
     for (int j = 0; j < 4; ++j)
-      if (col + tx + j < p.cols) to[j] = p.subtract ? to[j] - sums[i][j] : sums[i][j];
+      if (col + tx + j < p.k) to[j] = sums[i][j];
   }
 }
 
@@ -398,19 +387,19 @@ __device__ __forceinline__ void apply_tile(const TallApply& p, int64_t matrix, i
 template <typename C, typename F>
 __device__ __forceinline__ void fill_tile(const TallApply& p, int64_t matrix, int64_t tile,
                                           const F& value) {
-  const int64_t wide = (p.cols + kTile - 1) / kTile;
+  const int64_t wide = (p.k + kTile - 1) / kTile;
   const int64_t row = tile / wide * kApplyRows, col = tile % wide * kTile;
-  C* out = static_cast<C*>(p.out) + matrix * p.out_stride;
+  C* out = static_cast<C*>(p.out) + matrix * p.rows * p.k;
   const int64_t c = col + threadIdx.x % kTile;
   for (int r = threadIdx.x / kTile; r < kApplyRows; r += kTallThreads / kTile)
-    if (row + r < p.rows && c < p.cols) out[(row + r) * p.out_ld + c] = value(row + r, c);
+    if (row + r < p.rows && c < p.k) out[(row + r) * p.k + c] = value(row + r, c);
 }
 
 template <typename C>
 __global__ void __launch_bounds__(kTallThreads) tall_apply_kernel(TallApply p) {
   MOLEGRAD_SHARED(memory);
   in_sequence();
-  const int64_t tiles = apply_tiles(p.rows, p.cols);
+  const int64_t tiles = apply_tiles(p.rows, p.k);
   const int64_t matrix = blockIdx.x / tiles, tile = blockIdx.x % tiles;
   if (p.route == nullptr || p.route[matrix] == 0) {
     apply_tile(p, matrix, tile, *reinterpret_cast<ApplyTiles<C>*>(memory));
@@ -418,30 +407,6 @@ __global__ void __launch_bounds__(kTallThreads) tall_apply_kernel(TallApply p) {
     fill_tile<C>(p, matrix, tile,
                  [](int64_t, int64_t) { return static_cast<C>(from_bits(0x7fc00000u)); });
   }
-}
-
-// ---- copies -------------------------------------------------------------------------------------
-
-// out[i] (rows[i], 2k) = [left[i], right[i]].
-struct SideBySide {
-  TallBatch left[2], right[2];
-  void* out[2];
-  int64_t rows[2], k;
-};
-
-template <typename C>
-__global__ void __launch_bounds__(kTallThreads) side_by_side_kernel(SideBySide p) {
-  in_sequence();
-  int64_t e = static_cast<int64_t>(blockIdx.x) * kTallThreads + threadIdx.x;
-  const int which = e < p.rows[0] * 2 * p.k ? 0 : 1;
-  if (which == 1) e -= p.rows[0] * 2 * p.k;
-  const int64_t row = e / (2 * p.k), col = e % (2 * p.k);
-  if (row >= p.rows[which]) return;
-  const TallBatch& x = col < p.k ? p.left[which] : p.right[which];
-  with_elements(x, [&](const auto* data) {
-    const int64_t from = row * x.ld + (col < p.k ? col : col - p.k);
-    static_cast<C*>(p.out[which])[e] = static_cast<C>(widen(data[from]));
-  });
 }
 
 }  // namespace molegrad::cuda

@@ -5,13 +5,6 @@
 #include "launch.h"
 #include "tall.cuh"
 
-// One launch after the other, up to the first that fails.
-#define MOLEGRAD_TRY(call)                      \
-  do {                                          \
-    const cudaError_t status_ = (call);         \
-    if (status_ != cudaSuccess) return status_; \
-  } while (false)
-
 namespace molegrad::cuda {
 
 // What every GPU from compute capability 9.0 on has for a block: 12.0 the least.
@@ -36,24 +29,11 @@ constexpr int64_t kCombineAbove = 64;
 // Parts follow from the shape alone, so that results do, too.
 struct TallParts {
   int64_t rows, count;
-  TallParts(int64_t m, int64_t kx, int64_t kz) {
-    const int64_t room = (int64_t{1} << 22) / (kx * kz);
+  TallParts(int64_t m, int64_t k) {
+    const int64_t room = (int64_t{1} << 22) / (k * k);
     const int64_t most = room < 1 ? 1 : room > 32 ? 32 : room;
     rows = ceil_div(ceil_div(m, kPartRows), most) * kPartRows;
     count = m > 0 ? ceil_div(m, rows) : 1;
-  }
-};
-
-// Pieces of the caller's scratch memory, 256-byte aligned; without memory it only adds up.
-struct Scratch {
-  char* base;
-  int64_t used = 0;
-  explicit Scratch(void* memory) : base(static_cast<char*>(memory)) {}
-  template <typename T>
-  T* take(int64_t count) {
-    const int64_t at = used;
-    used += ceil_div(count * static_cast<int64_t>(sizeof(T)), 256) * 256;
-    return base == nullptr ? nullptr : reinterpret_cast<T*>(base + at);
   }
 };
 
@@ -62,8 +42,7 @@ inline dim3 grid_of(int64_t blocks) { return dim3(static_cast<unsigned>(blocks))
 // `first`: of several launches.
 template <typename C, bool kScaled>
 cudaError_t launch_product(const TallProduct& p, int64_t batch, bool first, cudaStream_t stream) {
-  const int64_t tiles_x = ceil_div(p.kx, kTile), tiles_z = ceil_div(p.kz, kTile);
-  const int64_t tiles = p.symmetric ? tiles_x * (tiles_x + 1) / 2 : tiles_x * tiles_z;
+  const int64_t wide = ceil_div(p.k, kTile), tiles = wide * (wide + 1) / 2;
   const size_t shared = 2 * kPartRows * kTile * sizeof(C) + sizeof(ColumnScales<C>);
   const dim3 grid = grid_of(batch * tiles * p.parts), block(kTallThreads);
   return first ? launch(tall_product_kernel<C, kScaled>, grid, block, shared, stream, p)
@@ -74,7 +53,7 @@ cudaError_t launch_product(const TallProduct& p, int64_t batch, bool first, cuda
 template <typename C>
 cudaError_t launch_combine(TallSums& sums, void* sum, int* exponents, int64_t batch,
                            const int* route, int wanted, cudaStream_t stream) {
-  const TallCombine p{sums, batch * sums.kx * sums.kz, sum, exponents, route, wanted};
+  const TallCombine p{sums, batch * sums.k * sums.k, sum, exponents, route, wanted};
   sums.sums = sum;
   sums.exponents = exponents;
   sums.parts = 1;
@@ -93,8 +72,8 @@ inline int64_t count_apply_tiles(int64_t rows, int64_t cols) {
 
 template <typename C>
 cudaError_t launch_apply(const TallApply& p, int64_t batch, cudaStream_t stream) {
-  if (batch * count_apply_tiles(p.rows, p.cols) == 0) return cudaSuccess;
-  return launch_early(tall_apply_kernel<C>, grid_of(batch * count_apply_tiles(p.rows, p.cols)),
+  if (batch * count_apply_tiles(p.rows, p.k) == 0) return cudaSuccess;
+  return launch_early(tall_apply_kernel<C>, grid_of(batch * count_apply_tiles(p.rows, p.k)),
                       dim3(kTallThreads), sizeof(ApplyTiles<C>), stream, p);
 }
 

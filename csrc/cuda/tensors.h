@@ -1,19 +1,16 @@
-// What the CUDA ops share on the host: tensors as plain memory, the current stream, errors. Through
-// LibTorch's stable ABI only, as csrc/ops.cpp.
+// What the CUDA ops share on the host: the current stream, errors, scratch memory. Device passes of
+// nvcc and NVRTC read none of it: torch's headers would take them as long as the kernels.
 #pragma once
+
+#include "launch.h"
+
+#if !defined(__CUDA_ARCH__) && !defined(__CUDACC_RTC__)
+#define MOLEGRAD_HOST
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/macros.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
-#include <cstdint>
-#include <vector>
-
-#include "checks.h"
-#include "launch.h"
+#include "../tensors.h"
 
 #ifndef STABLE_TORCH_ERROR_CODE_CHECK  // its name in torch 2.10 and 2.11
 #define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
@@ -65,28 +62,6 @@ inline void check_launch(const char* op, int status) {
                   : "");
 }
 
-// As kernels know it: DType of csrc/cpu/kernels.h.
-inline int dtype_code(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Double:
-      return 1;
-    case ScalarType::BFloat16:
-      return 2;
-    case ScalarType::Half:
-      return 3;
-    case ScalarType::Float8_e4m3fn:
-      return 4;
-    case ScalarType::Float8_e5m2:
-      return 5;
-    default:
-      return 0;
-  }
-}
-inline int dtype_code(const Tensor& x) { return dtype_code(x.scalar_type()); }
-
-inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
-  return torch::stable::new_empty(like, sizes, dtype);
-}
 // Memory of torch's allocator, at least 256-byte aligned; it may be reused, in the order of the
 // stream, once the tensor is gone.
 inline Tensor new_scratch(const Tensor& like, int64_t bytes) {
@@ -101,22 +76,15 @@ inline Tensor beside(const Tensor& x, const Tensor& like) {
   return copy;
 }
 
-// A tensor read as a matrix of its last dimension's vectors; copied only where those are not
-// contiguous or the leading dimensions do not collapse. Nothing is said about alignment.
-struct Matrix {
-  Tensor tensor;
-  const void* data;
-  int dtype;
-  int64_t rows, cols, ld;
+struct Gpu {
+  int device, multiprocessors = 0, shared_memory = 0, l2 = 0;
 
-  explicit Matrix(const Tensor& x) : tensor(x), dtype(dtype_code(x)), rows(1) {
-    cols = x.size(x.dim() - 1);
-    for (int64_t i = 0; i + 1 < x.dim(); ++i) rows *= x.size(i);
-    if (x.dim() != 2) tensor = torch::stable::reshape(tensor, std::vector<int64_t>{rows, cols});
-    if (cols > 1 && tensor.stride(1) != 1) tensor = torch::stable::contiguous(tensor);
-    data = tensor.const_data_ptr();
-    ld = rows > 1 ? tensor.stride(0) : cols;
+  explicit Gpu(const Tensor& x) : device(x.get_device_index()) {
+    cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    cudaDeviceGetAttribute(&shared_memory, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+    cudaDeviceGetAttribute(&l2, cudaDevAttrL2CacheSize, device);
   }
 };
 
 }  // namespace molegrad::cuda
+#endif

@@ -5,7 +5,7 @@
 
 Every method, named as for bench_step, trains at every length, alone, with one sequence, and its
 peak is measured over all of it, from the making of the model to the end of the second step
-(`molegrad.monitor.peak`); beside it stands what `molegrad.memory.simulate` predicts.
+(`molegrad.monitor.memory`); beside it stands what `molegrad.memory.simulate` predicts.
 
 Slopes are those of the peaks of a forward and a backward pass, which are measured apart (an
 optimizer's step, whose work does not depend on the sequence, would hide them where it needs more):

@@ -47,7 +47,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from molegrad import MoleLinear, clip_grad_norm_, ignored_by_ddp, offload, streaming
+from molegrad import MoleLinear, chunked, clip_grad_norm_, ignored_by_ddp, offload
 from molegrad.gpt.model import gpt as model_module
 from molegrad.gpt.model import loss as loss_module
 from molegrad.gpt.model.gpt import GPT, MLP, Attention, Block, GPTConfig
@@ -339,7 +339,7 @@ def _birth_sites() -> dict[CodeType, object]:
     add(loss_module._LinearCrossEntropy, "logits")
     # What a streamed part gives: q, k and v (B, T, H, D), or the stream (B, T, C).
     whole = lambda tensor: "stream" if tensor.dim() == 3 else "attention"  # noqa: E731
-    sites[streaming._Stream.forward.__code__] = whole
+    sites[chunked._Chunks.forward.__code__] = whole
     sites[offload._Lane._allocate.__code__] = HOST
     sites[offload._Saved.fetch.__code__] = "stream"
     return sites

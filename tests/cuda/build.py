@@ -1,31 +1,38 @@
-"""Kernels of csrc/cuda under test: compiled for the CPU with emulation.h, or for a GPU.
+"""Kernels of csrc/cuda under test: all of csrc/cuda as one library, compiled for the CPU with
+emulation.h.
 
 A function that launches kernels is `extern "C" int name(...)`; it takes pointers, int, int64_t and
-double, and a stream at the end, and returns 0 or a cudaError_t.
+double, and a stream at the end, and returns 0 or a cudaError_t. Loading the library registers the
+ops for CUDA too; `call_op` runs them on tensors of the CPU.
 
-MOLEGRAD_TEST_ON_GPU=folder runs the same tests on the GPU instead: tensors are copied there for a
-call and back after it. Libraries that lie in the folder are used, others are built with nvcc, for
-MOLEGRAD_TEST_ARCHITECTURE (default native). `python -m tests.cuda.build` builds all of them.
+MOLEGRAD_TEST_ON_GPU=1 runs the launchers of the installed extension on the GPU instead: tensors are
+copied there for a call and back after it.
 """
 
 from __future__ import annotations
 
 import ctypes
+import fcntl
+import functools
+import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import pytest
 import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ROOT / "csrc" / "cuda"
 HERE = Path(__file__).resolve().parent
+CACHE = ROOT / "build" / "emulated"
+ON_GPU = os.environ.get("MOLEGRAD_TEST_ON_GPU", "") not in ("", "0")
 
-CODES = {  # DType of csrc/cuda
+CODES = {  # DType of csrc/cpu/kernels.h
     torch.float32: 0,
     torch.float64: 1,
     torch.bfloat16: 2,
@@ -33,79 +40,123 @@ CODES = {  # DType of csrc/cuda
     torch.float8_e4m3fn: 4,
     torch.float8_e5m2: 5,
 }
+INCLUDES = (ROOT / "csrc", KERNELS, HERE)
+FLAGS = [
+    "-O2",
+    "-std=c++17",
+    "-fPIC",
+    *(f"-I{folder}" for folder in INCLUDES),
+    "-DMOLEGRAD_EMULATED",
+]
+# Products and sums round as they are written, and a library's symbols are its own.
+FLAGS += ["-ffp-contract=off", "-fno-gnu-unique", "-U_FORTIFY_SOURCE", "-fno-strict-aliasing"]
+FLAGS += ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-attributes"]
 
 
-GPU_LIBRARIES = os.environ.get("MOLEGRAD_TEST_ON_GPU")
+def missing() -> str | None:
+    """Why the kernels cannot be emulated here, or None."""
+    if torch.version.cuda is not None:
+        return "emulated kernels: this torch has CUDA itself"
+    if shutil.which(compiler()) is None:
+        return f"emulated kernels: no compiler {compiler()}"
+    return None
 
 
-ARCHITECTURE = os.environ.get("MOLEGRAD_TEST_ARCHITECTURE", "native")
+def compiler() -> str:
+    return os.environ.get("CXX", "g++")
 
 
-def compiler() -> str | None:
-    """The compiler that the tests need, or None."""
-    if GPU_LIBRARIES:  # what is there need not be compiled
-        return shutil.which("nvcc") or next(map(str, Path(GPU_LIBRARIES).glob("*.so")), None)
-    return shutil.which(os.environ.get("CXX", "g++"))
+def sources() -> list[Path]:
+    kernels = [KERNELS / "sketch_op.cpp", *KERNELS.glob("*.cu")]
+    return sorted(
+        x for x in (*kernels, *HERE.glob("*.cu"), *HERE.glob("*.cpp")) if x.stem != "info"
+    )
 
 
 def shared_memory() -> int:
     """Bytes of a multiprocessor: of the GPU under test, else of an H100."""
-    if not GPU_LIBRARIES:
+    if not ON_GPU:
         return 228 << 10
     return torch.cuda.get_device_properties(0).shared_memory_per_multiprocessor
 
 
-def build(folder: Path, *sources: Path, extra: tuple[str, ...] = ()) -> Library:
-    """Compiles sources into one library in `folder` and loads it."""
-    library = folder / f"lib{sources[0].stem}.so"
-    flags = ["-O2", "-shared", "-std=c++17", f"-I{ROOT / 'csrc'}"]
-    if GPU_LIBRARIES:
-        library = Path(GPU_LIBRARIES) / library.name
-        if library.exists():
-            return Library(library)
-        flags += [f"-arch={ARCHITECTURE}", "-Xcompiler=-fPIC"]
-    else:
-        # Products and sums round as they are written, and a library's symbols are its own.
-        flags += ["-ffp-contract=off", "-fno-gnu-unique", "-Wl,-Bsymbolic", "-U_FORTIFY_SOURCE"]
-        flags += ["-fno-strict-aliasing", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
-        flags += ["-DMOLEGRAD_EMULATED", f"-I{HERE}", "-x", "c++"]
-    command = [compiler(), "-o", str(library), *flags, *map(str, sources), *extra]
+@functools.cache
+def load() -> Library:
+    """The library, with the ops registered. What has been compiled from the same text by the same
+    command is taken from build/emulated, whoever of several processes has compiled it."""
+    if ON_GPU:
+        from molegrad import _C
+
+        return Library(Path(_C.__file__))
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with open(CACHE / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
+        path = _build()
+    torch.ops.load_library(path)
+    return Library(path)
+
+
+def _build() -> Path:
+    torch_root = Path(torch.__file__).parent
+    version = subprocess.run([compiler(), "--version"], capture_output=True, check=True).stdout
+    flags = [
+        *FLAGS,
+        f"-isystem{torch_root / 'include'}",
+        "-DTORCH_TARGET_VERSION=0x020a000000000000",
+    ]
+    salt = f"{version!r} {torch.__version__} {flags}"
+    with ThreadPoolExecutor(max(2, len(os.sched_getaffinity(0)))) as pool:
+        objects = list(pool.map(lambda source: _object(source, flags, salt), sources()))
+    names = " ".join(path.name for path in objects)
+    library = CACHE / f"libemulated-{_digest(names)}.so"
+    if not library.exists():
+        link = ["-shared", "-Wl,-Bsymbolic", f"-L{torch_root / 'lib'}", "-ltorch_cpu", "-lc10"]
+        _run([compiler(), "-o", library, *objects, *link], library)
+    return library
+
+
+def _object(source: Path, flags: list[str], salt: str) -> Path:
+    """The compiled source, named by what went into it."""
+    texts = "".join(text for _, text in sorted(_texts(source, {}).items()))
+    path = CACHE / f"{source.stem}-{_digest(salt + texts)}.o"
+    if not path.exists():
+        _run([compiler(), "-c", "-o", path, *flags, "-x", "c++", source], path)
+    return path
+
+
+def _texts(source: Path, seen: dict[str, str]) -> dict[str, str]:
+    """The text of a source and of all files of ours that it includes, by path."""
+    seen[str(source)] = text = source.read_text()
+    for name in re.findall(r'#include "([^"]+)"', text):
+        for folder in (source.parent, *INCLUDES):
+            found = (folder / name).resolve()
+            if found.is_file():
+                if str(found) not in seen:
+                    _texts(found, seen)
+                break
+    return seen
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _run(command: list, output: Path) -> None:
+    """Runs a compiler; the output appears when it is whole, and replaces those of its name."""
+    unfinished = output.with_name(f"unfinished-{output.name}")
+    command = [str(unfinished if part == output else part) for part in command]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
-    return Library(library)
+    for old in CACHE.glob(f"{output.name.rpartition('-')[0]}-{'?' * 16}{output.suffix}"):
+        old.unlink()
+    unfinished.rename(output)
 
 
-def beside_torch() -> tuple[str, ...]:
-    """Flags of the compiler for sources that use torch's stable ABI."""
-    root = Path(torch.__file__).parent
-    flags = (f"-isystem{root / 'include'}", "-DTORCH_TARGET_VERSION=0x020a000000000000")
-    return (*flags, f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10")
-
-
-def build_op(folder: Path, name: str, *kernels: str) -> None:
-    """Registers csrc/cuda/ops_<name>.cpp with its emulated kernels, those of <name>.cu where no
-    other files are named: `call_op` runs them."""
-    sources = [KERNELS / f"ops_{name}.cpp"]
-    sources += [KERNELS / f"{kernel}.cu" for kernel in kernels or (name,)]
-    sources.append(HERE / "cublaslt_stub.cpp")
-    torch.ops.load_library(build(folder, *sources, extra=beside_torch()).path)
-
-
-def build_products(folder: Path, *sources: str) -> Path:
-    """The library of files of csrc/cuda that need cuBLASLt, with a stub in its place; for
-    `run_check`. Skips the test where emulated ops cannot be built."""
-    if GPU_LIBRARIES or compiler() is None or torch.version.cuda is not None:
-        pytest.skip("emulated ops: for a torch without CUDA, with a C++ compiler")
-    files = (*(KERNELS / name for name in sources), HERE / "cublaslt_stub.cpp")
-    return build(folder, *files, extra=beside_torch()).path
-
-
-def run_check(check: str, library: Path, **environment: str) -> subprocess.CompletedProcess:
-    """Runs Python text, with `library` as its argument, in a process of its own: variables of the
-    environment are its own, and the ops are registered there alone."""
+def run_check(check: str, **environment: str) -> subprocess.CompletedProcess:
+    """Runs Python text in a process of its own."""
     return subprocess.run(
-        [sys.executable, "-c", check, str(library)],
+        [sys.executable, "-c", check],
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment,
         capture_output=True,
         text=True,
@@ -149,7 +200,7 @@ class Memory:
         self.copies = {}
 
     def address(self, x: Tensor) -> int:
-        if not GPU_LIBRARIES:
+        if not ON_GPU:
             return x.data_ptr()
         storage = x.untyped_storage()
         if storage.data_ptr() not in self.copies:
@@ -187,9 +238,3 @@ def _argument(x, memory: Memory):
     if isinstance(x, float):
         return ctypes.c_double(x)
     return ctypes.c_int64(x)
-
-
-if __name__ == "__main__":
-    for source in (HERE / "probe.cu", *sorted(KERNELS.glob("*.cu"))):
-        if source.with_suffix(".cuh").exists() or source.parent == HERE:
-            print(build(Path(GPU_LIBRARIES), source).path, flush=True)

@@ -1,38 +1,39 @@
-"""Kernels of csrc/cuda, compiled once per test process."""
+"""The kernels of csrc/cuda for every test of this folder; see build.py."""
+
+import os
+from pathlib import Path
 
 import pytest
-import torch
 
 from tests.cuda import build
 
+if os.environ.get("MOLEGRAD_BUILD") == "0":
+    collect_ignore_glob = ["test_*.py"]  # the kernels are the same without the extension
 
-@pytest.fixture(scope="session")
-def emulated(tmp_path_factory):
-    """emulated(name): csrc/cuda/<name>.cu as a `build.Library`."""
-    if build.compiler() is None:
-        pytest.skip("emulated kernels: no compiler was found")
-    folder, libraries = tmp_path_factory.mktemp("emulated"), {}
 
-    def library(name: str) -> build.Library:
-        if name not in libraries:
-            libraries[name] = build.build(folder, build.KERNELS / f"{name}.cu")
-        return libraries[name]
-
-    return library
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker("emulated")
 
 
 @pytest.fixture(scope="session")
-def emulated_op(tmp_path_factory):
-    """emulated_op(name, *kernels) registers csrc/cuda/ops_<name>.cpp, for `build.call_op`."""
-    if torch.version.cuda is not None:
-        pytest.skip("emulated ops: this torch has CUDA itself")
-    if build.compiler() is None or build.GPU_LIBRARIES:
-        pytest.skip("emulated ops: no C++ compiler was found")
-    folder, done = tmp_path_factory.mktemp("emulated_ops"), set()
+def emulated():
+    """csrc/cuda as a `build.Library`."""
+    if not build.ON_GPU and build.missing():
+        pytest.skip(build.missing())
+    return build.load()
 
-    def register(name: str, *kernels: str) -> None:
-        if name not in done:
-            build.build_op(folder, name, *kernels)
-            done.add(name)
 
-    return register
+@pytest.fixture(scope="session")
+def emulated_ops(emulated):
+    """The ops registered for CUDA, for `build.call_op`."""
+    if build.ON_GPU:
+        pytest.skip("emulated ops: a GPU has its own, which tests/gpu looks at")
+    return build.call_op
+
+
+@pytest.fixture(params=["forward", "reverse"])
+def order(request, monkeypatch):
+    """Blocks and threads one after the other, or the last one first."""
+    monkeypatch.setenv("MOLEGRAD_EMULATION_ORDER", request.param)

@@ -1,8 +1,5 @@
 """The emulation itself: what each instruction of csrc/cuda/device.cuh does to plain memory."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -12,21 +9,11 @@ from tests.samples import randn
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 
-@pytest.fixture(scope="module")
-def probe(tmp_path_factory):
-    if build.compiler() is None:
-        pytest.skip("emulated kernels: no C++ compiler was found")
-    return build.build(tmp_path_factory.mktemp("probe"), build.HERE / "probe.cu")
-
-
-emulated_only = pytest.mark.skipif(
-    build.GPU_LIBRARIES is not None, reason="a GPU does not promise what the emulation does"
-)
-
-
-@pytest.fixture(params=["forward", "reverse"])
-def order(request, monkeypatch):
-    monkeypatch.setenv("MOLEGRAD_EMULATION_ORDER", request.param)
+@pytest.fixture
+def probe(emulated):
+    if build.ON_GPU:
+        pytest.skip("a GPU does not promise what the emulation does")
+    return emulated
 
 
 @pytest.mark.parametrize("threads", [1, 33, 96])
@@ -88,7 +75,6 @@ def test_products_in_tf32(probe, order, rounded):
     torch.testing.assert_close(d, expected.float(), rtol=1e-6, atol=1e-6)
 
 
-@emulated_only
 def test_copies_arrive_when_they_are_waited_for(probe, order):
     n = 40
     source = randn(2 * n, 4)
@@ -136,7 +122,6 @@ def test_conversions(probe):
     same(out[6].view(F32), codes.to(torch.int16).view(F16).float())
 
 
-@emulated_only
 @pytest.mark.parametrize(
     "kind, message",
     [
@@ -147,6 +132,5 @@ def test_conversions(probe):
     ],
 )
 def test_threads_that_never_meet_end_the_process(probe, kind, message):
-    code = f"import ctypes; ctypes.CDLL({str(probe.path)!r}).probe_stuck({kind}, None)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = build.run_check(f"from tests.cuda import build\nbuild.load().probe_stuck({kind})")
     assert done.returncode != 0 and f"emulation: {message}" in done.stderr

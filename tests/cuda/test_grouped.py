@@ -23,11 +23,6 @@ MIXED = [  # T, n, m, kv, ku: one padded rank
 ]
 
 
-@pytest.fixture(params=["forward", "reverse"])
-def order(request, monkeypatch):
-    monkeypatch.setenv("MOLEGRAD_EMULATION_ORDER", request.param)
-
-
 def layer_of(shape, dtype, seed=0, basis=torch.float32):
     """A, B, U and V."""
     t, n, m, kv, ku = shape
@@ -70,7 +65,7 @@ def assert_right(sums, layers, times=1):
 def test_mixed_shapes(emulated, order, rank, dtype):
     shapes = [(t, n, m, kv * rank // 16, ku * rank // 16) for t, n, m, kv, ku in MIXED]
     layers = [layer_of(shape, dtype, i) for i, shape in enumerate(shapes)]
-    assert_right(run(emulated("grouped"), layers), layers)
+    assert_right(run(emulated, layers), layers)
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16])
@@ -79,19 +74,19 @@ def test_chunks_of_any_size(emulated, order, kilobytes, dtype):
     """From a tile of tokens at a time to several layers: cut in the middle of a layer or not."""
     shapes = [(300, 40, 56, 5, 4), (129, 24, 300, 8, 3), (1, 24, 16, 2, 3), (513, 72, 40, 6, 6)]
     layers = [layer_of(shape, dtype, i) for i, shape in enumerate(shapes)]
-    assert_right(run(emulated("grouped"), layers, chunk=kilobytes << 10), layers)
+    assert_right(run(emulated, layers, chunk=kilobytes << 10), layers)
 
 
 @pytest.mark.parametrize("processors", [1, 7, 132])
 def test_any_gpu(emulated, processors):
     layers = [layer_of((260, 200, 300, 16, 16), BF16), layer_of((70, 64, 90, 3, 10), BF16, 1)]
     for shared in (100 << 10, 228 << 10):
-        assert_right(run(emulated("grouped"), layers, device=(processors, shared)), layers)
+        assert_right(run(emulated, layers, device=(processors, shared)), layers)
 
 
 def test_more_layers_than_a_table_holds(emulated):
     layers = [layer_of((20 + i, 8 + i % 5, 9 + i % 7, 3, 4), BF16, i) for i in range(70)]
-    library = emulated("grouped")
+    library = emulated
     assert_right(run(library, layers), layers)
     assert_right(run(library, layers, chunk=5000), layers)
 
@@ -99,7 +94,7 @@ def test_more_layers_than_a_table_holds(emulated):
 @pytest.mark.parametrize("dtype", [BF16, F16])
 def test_sums_are_added_to_and_repeat_bit_for_bit(emulated, dtype):
     layers = [layer_of(shape, dtype, i) for i, shape in enumerate(MIXED[2:5])]
-    library = emulated("grouped")
+    library = emulated
     once = run(library, layers, chunk=60_000)
     again = run(library, layers, chunk=60_000)
     for first, second in zip(once, again, strict=True):
@@ -108,7 +103,7 @@ def test_sums_are_added_to_and_repeat_bit_for_bit(emulated, dtype):
 
 
 def test_strides_alignment_and_bases_of_any_dtype(emulated):
-    library = emulated("grouped")
+    library = emulated
     layers = [layer_of((70, 40, 48, 6, 5), BF16), layer_of((33, 24, 16, 2, 3), BF16, 3)]
     expected = run(library, layers)
     for left, gap in ((0, 8), (8, 24), (1, 5), (3, 8)):
@@ -129,7 +124,7 @@ def test_strides_alignment_and_bases_of_any_dtype(emulated):
 def test_what_is_not_finite_stays_in_its_layer(emulated, bad):
     layers = [layer_of((150, 24, 16, 5, 3), BF16, i) for i in range(3)]
     layers[1][0][140, 7] = bad
-    sums = run(emulated("grouped"), layers)
+    sums = run(emulated, layers)
     assert not sums[1][0].isfinite().any() and not sums[1][1][7].isfinite().any()
     assert_right([sums[0], sums[2]], [layers[0], layers[2]])
 
@@ -142,7 +137,7 @@ def test_float16_of_very_different_sizes(emulated):
         b = scale * b
         b[:130] *= 0.01
         layers.append(((1e3 * a).clamp(-6e4, 6e4).half(), b.half(), 30 * u.float(), 30 * v.float()))
-    assert_right(run(emulated("grouped"), layers, chunk=60_000), layers)
+    assert_right(run(emulated, layers, chunk=60_000), layers)
 
 
 def test_orthonormal_bases_of_a_training_step(emulated):
@@ -151,4 +146,4 @@ def test_orthonormal_bases_of_a_training_step(emulated):
         (*tokens(t, n, m, BF16, seed=i), orthonormal(m, 32, i), orthonormal(n, 32, i + 1))
         for i, (t, n, m) in enumerate(shapes)
     ]
-    assert_right(run(emulated("grouped"), layers, chunk=300_000), layers)
+    assert_right(run(emulated, layers, chunk=300_000), layers)

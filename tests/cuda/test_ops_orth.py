@@ -1,21 +1,18 @@
-"""The ops of csrc/cuda/ops_orth.cpp with emulated kernels, on tensors of the CPU."""
+"""The ops of csrc/cuda/{orth,polar,update}.cu with emulated kernels, on tensors of the CPU."""
 
 import pytest
 import torch
 
-from molegrad.ops.checks import acc_dtype
 from molegrad.ops.orth import orthonormalize_reference, polar_factor_reference
 from molegrad.ops.update import lowrank_update_many_reference, lowrank_update_reference
 from tests.cuda.build import call_op
-from tests.samples import orthonormal, randn, tangent_truth
+from tests.samples import randn
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 DTYPES = [F32, F64, BF16, F16]
 
 
-@pytest.fixture(autouse=True)
-def ops(emulated_op):
-    emulated_op("orth", "orth", "polar", "update")
+pytestmark = pytest.mark.usefixtures("emulated_ops")
 
 
 def close(x, expected, tolerance=1e-3):
@@ -33,17 +30,6 @@ def test_batches_and_layouts(dtype):
         ):
             close(got, expected)
         close(call_op("polar_factor", x), polar_factor_reference(x))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_tangent_factors(dtype):
-    acc = acc_dtype(dtype)
-    u, v = orthonormal(30, 4, 1, acc).to(dtype), orthonormal(9, 4, 2, acc).to(dtype)
-    y, w = randn(30, 4, dtype=dtype), randn(4, 9, dtype=dtype).mT
-    left, right = call_op("tangent_factors", u, v, y, w, 1e3)
-    plain = tangent_truth(u, v, y, w)
-    close(left @ right.mT, plain[0] @ plain[1].mT)
-    close(left, plain[0])
 
 
 def layouts(weight):
@@ -85,55 +71,3 @@ def test_stochastic_rounding_is_the_references_in_any_layout():
     call_op("lowrank_update_many_", weights, u, w, *rest)
     lowrank_update_many_reference(expected, u, w, *rest)
     assert all(torch.equal(x, other) for x, other in zip(weights, expected, strict=True))
-
-
-NOTHING = (1.0, 0.0, False, None, 0)
-RANDOM = (1.0, 0.0, True, None, 0)
-U, W = randn(1, 3, 2), randn(1, 4, 2)
-
-
-@pytest.mark.parametrize(
-    "name, args, message",
-    [
-        ("orthonormalize", (randn(3, 4), 1e3), "rank k=4"),
-        ("polar_factor", (randn(3),), "w needs at least two dimensions"),
-        (
-            "tangent_factors",
-            (randn(5, 3), randn(4, 3), randn(5, 3), randn(4, 3), 1e3),
-            "rank k=3 needs 1 <= 2k <= m=5",
-        ),
-        ("lowrank_update_", (randn(3, 4), randn(3, 2), randn(4, 1), 1.0, 0.0), "of one rank k"),
-        ("lowrank_update_many_", ([], U, W, *NOTHING), "expected at least one weight, got none"),
-        (
-            "lowrank_update_many_",
-            ([randn(3, 4), randn(4, 3)], U, W, *NOTHING),
-            "got (3, 4) of torch.float32 on cpu and, at 1, (4, 3) of torch.float32 on cpu",
-        ),
-        (
-            "lowrank_update_many_",
-            ([randn(3, 4)], U[0], W, *NOTHING),
-            "expected u (1, 3, k), got (3, 2)",
-        ),
-        ("lowrank_update_many_", ([randn(3, 4)], U, W[..., :1], *NOTHING), "u and w of one rank k"),
-        (
-            "lowrank_update_many_",
-            ([randn(3, 4)], U, W, *RANDOM),
-            "stochastic rounding is for weights of torch.bfloat16, got torch.float32",
-        ),
-        (
-            "lowrank_update_many_",
-            ([randn(3, 4, dtype=BF16)], U, W, *RANDOM),
-            "stochastic rounding needs a counter, got none",
-        ),
-        (
-            "lowrank_update_many_",
-            ([randn(3, 4, dtype=BF16)], U, W, 1.0, 0.0, True, torch.tensor(1.0), 0),
-            "expected counter as an int64 scalar",
-        ),
-    ],
-)
-def test_bad_input_is_named_in_the_words_of_the_reference(name, args, message):
-    for call in (call_op, lambda name, *args: getattr(torch.ops.molegrad, name)(*args)):
-        with pytest.raises(RuntimeError) as caught:
-            call(name, *args)
-        assert str(caught.value).startswith(f"molegrad::{name}: ") and message in str(caught.value)

@@ -1,25 +1,22 @@
-"""Orthonormal bases and tangent factors of csrc/cuda against the reference."""
+"""Orthonormal bases of csrc/cuda against the reference."""
 
 import pytest
 import torch
 
 from molegrad.ops.checks import acc_dtype
 from molegrad.ops.orth import orthonormalize_reference
-from tests.samples import error, orthonormal, randn, tangent_truth
+from tests.cuda.pairs import pairwise
+from tests.samples import error, orthonormal, randn
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 SAFE, ILL, DEFICIENT, NON_FINITE = 0, 1, 2, 3
+ORDERS, WAYS = ["forward", "reverse"], ["launches", "in one block"]
 
 
-@pytest.fixture(params=["forward", "reverse"])
-def order(request, monkeypatch):
-    monkeypatch.setenv("MOLEGRAD_EMULATION_ORDER", request.param)
-
-
-@pytest.fixture(params=["launches", "in one block"])
+@pytest.fixture(params=WAYS)
 def library(request, emulated):
     """orthonormalize(y, cond_max) as the op calls it, both ways of doing it."""
-    return emulated("orth"), request.param == "in one block"
+    return emulated, request.param == "in one block"
 
 
 def orthonormalize(library, y, cond_max=1e3):
@@ -60,10 +57,16 @@ def conditioned(m, k, log_cond, seed=0):
     return orthonormal(m, k, seed + 1, F64) @ columns @ orthonormal(k, k, seed + 2, F64).mT
 
 
-@pytest.mark.parametrize("dtype", [F32, F64])
-@pytest.mark.parametrize("m, k", [(1, 1), (7, 7), (70, 1), (101, 33), (257, 32), (33, 33)])
-@pytest.mark.parametrize("log_cond", [0, 2.5, 4, 5, 9])
-def test_every_condition_number(library, m, k, log_cond, dtype):
+SHAPES = [(1, 1), (7, 7), (70, 1), (101, 33), (257, 32), (33, 33)]
+
+
+@pytest.mark.parametrize(
+    "library, shape, log_cond, dtype",
+    pairwise(WAYS, SHAPES, [0, 2.5, 4, 5, 9], [F32, F64]),
+    indirect=["library"],
+)
+def test_every_condition_number(library, shape, log_cond, dtype):
+    m, k = shape
     y = conditioned(m, k, log_cond).to(dtype)
     q, r, status = orthonormalize(library, y)
     eps = torch.finfo(dtype).eps
@@ -99,8 +102,11 @@ def test_order_of_threads_does_not_matter(library, monkeypatch):
     assert results[0][2].tolist() == [SAFE, ILL, DEFICIENT]
 
 
-@pytest.mark.parametrize("dtype", [F32, F64])
-@pytest.mark.parametrize("scale", [1e-30, 1e30, 1e-42])
+@pytest.mark.parametrize(
+    "library, order, dtype, scale",
+    pairwise(WAYS, ORDERS, [F32, F64], [1e-30, 1e30, 1e-42]),
+    indirect=["library", "order"],
+)
 def test_scales(library, order, dtype, scale):
     y = (conditioned(90, 5, 1) * scale).to(dtype)
     q, r, status = orthonormalize(library, y)
@@ -127,10 +133,14 @@ def test_scales_of_columns(library):
     torch.testing.assert_close(q, orthonormal(140, 6), rtol=1e-5, atol=1e-6)
 
 
+CASES = ["zero", "zero column", "repeated", "rank 1", "square", "tiny rest"]
+
+
 @pytest.mark.parametrize(
-    "case", ["zero", "zero column", "repeated", "rank 1", "square", "tiny rest"]
+    "library, order, case, dtype",
+    pairwise(WAYS, ORDERS, CASES, [F32, F64]),
+    indirect=["library", "order"],
 )
-@pytest.mark.parametrize("dtype", [F32, F64])
 def test_deficient_blocks_are_completed(library, order, case, dtype):
     m, k = 70, 5
     y = randn(m, k, dtype=dtype)
@@ -155,7 +165,11 @@ def test_deficient_blocks_are_completed(library, order, case, dtype):
     assert torch.equal(r, r.triu()) and (r.diagonal() >= 0).all()
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(
+    "library, order, bad",
+    pairwise(WAYS, ORDERS, [float("nan"), float("inf"), -float("inf")]),
+    indirect=["library", "order"],
+)
 def test_non_finite_blocks(library, order, bad):
     y = randn(3, 80, 3)
     y[1, 74, 2] = bad
@@ -166,7 +180,11 @@ def test_non_finite_blocks(library, order, bad):
     assert distance_from_orthonormal(q) < 2e-6 and r[0].isfinite().all() and r[2].isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", [BF16, F16, F32])
+@pytest.mark.parametrize(
+    "library, order, dtype",
+    pairwise(WAYS, ORDERS, [BF16, F16, F32]),
+    indirect=["library", "order"],
+)
 def test_dtypes_rows_and_batches(library, order, dtype):
     wide = randn(2, 3, 75, 40, dtype=dtype)
     y = wide[..., 3:20]
@@ -193,48 +211,3 @@ def test_the_condition_number_that_is_allowed(library):
     assert orthonormalize(library, y, 1.5e3)[2].item() == SAFE
     q, r, status = orthonormalize(library, y, 10.0)
     assert status.item() == ILL and distance_from_orthonormal(q) < 2e-6
-
-
-def tangent_factors(kernels, u, v, y, w, cond_max=1e3):
-    (m, k), n = u.shape, len(v)
-    dtype = acc_dtype(u.dtype)
-    left, right = torch.full((m, 2 * k), 7.0, dtype=dtype), torch.full((n, 2 * k), 7.0, dtype=dtype)
-    size = kernels.value("molegrad_tangent_factors_scratch", m, n, k, u.dtype)
-    scratch = torch.full((size + 256,), 0xFF, dtype=torch.uint8)
-    arguments = [part for x in (u, v, y, w) for part in (x, x.stride(0))]
-    kernels.molegrad_tangent_factors(
-        *arguments, u.dtype, m, n, k, cond_max, left, right, scratch[-scratch.data_ptr() % 256 :]
-    )
-    return left, right
-
-
-@pytest.mark.parametrize("dtype", [F32, F64, BF16])
-@pytest.mark.parametrize("inside", [0.0, 1.0, 1 - 1e-4])
-@pytest.mark.parametrize("m, n, k", [(101, 37, 13), (300, 40, 33), (8, 5, 4), (2, 1, 1)])
-def test_tangent_factors(emulated, order, m, n, k, inside, dtype):
-    if k > n:
-        pytest.skip("no such basis")
-    acc = acc_dtype(dtype)
-    u, v, w = (
-        orthonormal(m, k, 1, acc).to(dtype),
-        orthonormal(n, k, 2, acc).to(dtype),
-        randn(n, k, dtype=dtype),
-    )
-    y = inside * (u.double() @ randn(k, k, seed=4, dtype=F64)) + (1 - inside) * randn(m, k).double()
-    y = y.to(dtype)
-    wide = torch.zeros(m, k + 3, dtype=dtype)
-    wide[:, 1 : k + 1] = y
-    left, right = tangent_factors(emulated("orth"), u, v, wide[:, 1 : k + 1], w)
-    tolerance = 20 * torch.finfo(acc).eps
-    assert distance_from_orthonormal(left) < tolerance * k
-    truth = tangent_truth(u.double(), v.double(), y.double(), w.double())
-    truth = truth[0] @ truth[1].mT
-    assert error(left.double() @ right.double().mT, truth) < tolerance * (1 if dtype != BF16 else 9)
-
-
-def test_tangent_factors_of_a_non_finite_y(emulated):
-    u, v, y = orthonormal(20, 3, 1), orthonormal(9, 3, 2), randn(20, 3)
-    y[4, 1] = torch.nan
-    left, right = tangent_factors(emulated("orth"), u, v, y, randn(9, 3))
-    plain = tangent_truth(u, v, y, randn(9, 3))
-    assert torch.equal(left, plain[0]) and right.isnan().all()

@@ -5,18 +5,14 @@ import torch
 
 from molegrad.ops.checks import acc_dtype
 from molegrad.ops.orth import polar_factor_reference
+from tests.cuda.pairs import pairwise
 from tests.samples import error, orthonormal, randn
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 
 
-@pytest.fixture(params=["forward", "reverse"])
-def order(request, monkeypatch):
-    monkeypatch.setenv("MOLEGRAD_EMULATION_ORDER", request.param)
-
-
 def polar_factor(emulated, w):
-    kernels = emulated("polar")
+    kernels = emulated
     *batch, n, k = w.shape
     count = w.numel() // (n * k)
     p = torch.full(w.shape, 7.0, dtype=acc_dtype(w.dtype))
@@ -35,11 +31,14 @@ def with_modes(n, k, singular):
     return left @ torch.diag(singular.double()) @ right.mT, left @ right.mT
 
 
-@pytest.mark.parametrize("dtype", [F32, F64])
-@pytest.mark.parametrize("n, k", [(1, 1), (5, 1), (33, 33), (149, 7), (211, 32), (64, 64)])
-@pytest.mark.parametrize("rank", [0.3, 0.6, 1.0])
-@pytest.mark.parametrize("log_cond", [0, 2, 4])
-def test_every_rank_and_condition_number(emulated, n, k, rank, log_cond, dtype):
+SHAPES = [(1, 1), (5, 1), (33, 33), (149, 7), (211, 32), (64, 64)]
+
+
+@pytest.mark.parametrize(
+    "shape, rank, log_cond, dtype", pairwise(SHAPES, [0.3, 0.6, 1.0], [0, 2, 4], [F32, F64])
+)
+def test_every_rank_and_condition_number(emulated, shape, rank, log_cond, dtype):
+    n, k = shape
     w, truth = with_modes(n, k, torch.logspace(0, -log_cond, max(1, int(rank * k))))
     p = polar_factor(emulated, w.to(dtype))
     plain = polar_factor_reference(w.to(dtype))
@@ -79,8 +78,11 @@ def test_modes_below_rounding_are_zero(emulated, order):
     torch.testing.assert_close(p, column / column.norm())
 
 
-@pytest.mark.parametrize("dtype", [F32, F64])
-@pytest.mark.parametrize("scale", [1e-30, 1e30, 1e-40])
+@pytest.mark.parametrize(
+    "order, dtype, scale",
+    pairwise(["forward", "reverse"], [F32, F64], [1e-30, 1e30, 1e-40]),
+    indirect=["order"],
+)
 def test_scales(emulated, order, scale, dtype):
     w, truth = with_modes(75, 6, torch.logspace(0, -1, 6))
     tolerance = 1e-5 if scale > 1e-35 else 1e-3  # subnormal numbers

@@ -6,11 +6,11 @@ import torch
 from tests.cuda import build
 
 
-@pytest.fixture(scope="module")
-def rules(tmp_path_factory):
-    if build.GPU_LIBRARIES or build.compiler() is None:
-        pytest.skip("plain C++: for the CPU, with a compiler")
-    return build.build(tmp_path_factory.mktemp("rules"), build.HERE / "rules.cu")
+@pytest.fixture
+def rules(emulated):
+    if build.ON_GPU:
+        pytest.skip("plain C++: for the CPU")
+    return emulated
 
 
 def test_parts_fill_the_device_once(rules):

@@ -11,6 +11,7 @@ import torch
 from molegrad.ops.checks import acc_dtype
 from molegrad.ops.sketch import sketch_reference
 from tests.cuda import build
+from tests.cuda.pairs import pairwise
 from tests.samples import error, orthonormal, randn, tokens
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -18,7 +19,7 @@ FACTOR = 4.0
 # With two 16-bit numbers for each of a basis, of P and of R. A GPU's tensor cores cut off what does
 # not fit a sum, so that long sums come out a little small; the emulation cuts the sums of one
 # instruction only.
-TWO_PIECES = 1e-4 if build.GPU_LIBRARIES else 2e-5
+TWO_PIECES = 1e-4 if build.ON_GPU else 2e-5
 SHARED = build.shared_memory()
 DEVICE = (4, SHARED)  # multiprocessors, shared memory of each: few, so that sums are cut up
 SHAPES = [  # T, n, m, k
@@ -33,16 +34,9 @@ SHAPES = [  # T, n, m, k
 ]
 
 
-@pytest.fixture(params=["forward", "reverse"])
-def order(request, monkeypatch):
-    monkeypatch.setenv("MOLEGRAD_EMULATION_ORDER", request.param)
-
-
 @pytest.fixture
 def kernels(emulated):
-    """Launchers by dtype: float32 and float64 have plain products."""
-    products, sketch = emulated("products"), emulated("sketch")
-    return {F32: products, F64: products, BF16: sketch, F16: sketch}
+    return emulated
 
 
 def scratch(bytes_):
@@ -65,7 +59,7 @@ def run(kernels, a, b, u, v, add_to=None, chunk=None, device=DEVICE):
     kv, ku = (0 if basis is None else basis.shape[1] for basis in (v, u))
     dtype = acc_dtype(a.dtype)
     y, w = add_to or (torch.full(size, torch.nan, dtype=dtype) for size in ((m, kv), (n, ku)))
-    library = kernels[a.dtype]
+    library = kernels
     if a.dtype in (F32, F64):
         for x, z, s, out in ((a, b, v, y), (b, a, u, w)):
             if s is not None:
@@ -120,8 +114,11 @@ def assert_as_good(x, plain, true, dtype):
     assert bias(x, true) <= FACTOR * max(error(plain, true), eps)
 
 
-@pytest.mark.parametrize("dtype", [F32, F64, BF16, F16])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    "order, shape, dtype",
+    pairwise(["forward", "reverse"], SHAPES, [F32, F64, BF16, F16]),
+    indirect=["order"],
+)
 def test_against_float64(kernels, order, shape, dtype):
     t, n, m, k = shape
     a, b = tokens(t, n, m, dtype)
@@ -257,7 +254,7 @@ def test_many_tokens(kernels, dtype):
 @pytest.mark.parametrize("dtype", [F32, F64, BF16, F16])
 def test_pieces_around_the_products_of_a_library(emulated, dtype):
     """What surrounds a library's products of bfloat16: numbers in two pieces, there and back."""
-    library = emulated("products")
+    library = emulated
     t, n, m, k, rank = 50, 12, 20, 5, 8
     a, b = tokens(t, n, m, BF16)
     v = orthonormal(n, k, dtype=dtype)
@@ -312,9 +309,9 @@ def test_fused(emulated, order, shape, processors, numbers):
     u, v = orthonormal(m, min(m, k - 1), 1), randn(n, k, seed=2, dtype=F64)
     true, plain = truth(a, b, u, v), chain(a, b, u, v)
     device = (processors, SHARED)
-    library = emulated("sketch_fused")
+    library = emulated
     if library.value("molegrad_fused_scratch", t, n, m, k, k, numbers, *device) == 0:
-        assert build.GPU_LIBRARIES, "these fit an H100"
+        assert build.ON_GPU, "these fit an H100"
         pytest.skip(f"does not fit {SHARED} bytes of shared memory")
     got = run_fused(library, a, b, u, v, numbers, device=device)
     for x, p, exact in zip(got, plain, true, strict=True):
@@ -324,7 +321,7 @@ def test_fused(emulated, order, shape, processors, numbers):
 
 
 def test_fused_strides_and_sums(emulated):
-    library = emulated("sketch_fused")
+    library = emulated
     a, b = tokens(60, 40, 64, BF16)
     u, v = orthonormal(64, 9, 1), orthonormal(40, 12, 2)
     expected = run_fused(library, a, b, u, v)
@@ -344,7 +341,7 @@ def test_fused_strides_and_sums(emulated):
 
 @pytest.mark.parametrize("dtype", [F32, F64])
 def test_norms_and_statuses(emulated, dtype):
-    library = emulated("estimate")
+    library = emulated
     memory = scratch(library.value("molegrad_norm_scratch"))
     for rows, k, r in ((300, 7, 3), (1, 1, 1), (2000, 40, 0)):
         g, overlap = randn(rows, k + r, dtype=dtype), randn(k, r, dtype=dtype)

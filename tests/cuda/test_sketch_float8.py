@@ -8,7 +8,7 @@ import torch
 from molegrad.ops.checks import FLOAT8
 from molegrad.ops.float8 import quantize_rows_reference, quantize_tensor_reference
 from molegrad.ops.sketch import sketch_reference
-from tests.cuda.test_sketch import DEVICE, TWO_PIECES, order, scratch  # noqa: F401
+from tests.cuda.test_sketch import DEVICE, TWO_PIECES, scratch
 from tests.samples import error, orthonormal, randn, tokens
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -59,12 +59,12 @@ def run(library, a, a_scale, b, b_scale, u, v, add_to=None, chunk=None, device=D
 
 @pytest.fixture
 def library(emulated):
-    return emulated("sketch")
+    return emulated
 
 
 @pytest.mark.parametrize("kinds", ["rows", "tensor"])
 @pytest.mark.parametrize("dtypes", PAIRS, ids=lambda pair: "-".join(str(d)[6:] for d in pair))
-def test_every_pair_and_scale(library, order, dtypes, kinds):  # noqa: F811
+def test_every_pair_and_scale(library, order, dtypes, kinds):
     for t, n, m, k in SHAPES:
         a, b = tokens(t, n, m)
         a, b = a * (2 * randn(t, 1, seed=7)).exp(), 1e-4 * b  # tokens of different sizes

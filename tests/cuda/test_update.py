@@ -6,23 +6,16 @@ import torch
 from molegrad.ops.checks import acc_dtype
 from molegrad.ops.update import lowrank_update_many_reference
 from tests.cuda.build import Struct
+from tests.cuda.pairs import pairwise
 from tests.samples import randn
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 DTYPES = [F32, F64, BF16, F16]
 
 
-@pytest.fixture(params=["forward", "reverse"])
-def order(request, monkeypatch):
-    monkeypatch.setenv("MOLEGRAD_EMULATION_ORDER", request.param)
-
-
 def update(emulated, weight, u, w, alpha, decay=0.0):
     """weight (m, n) with rows of any length."""
-    emulated("update").molegrad_lowrank_update(
-        weight, weight.dtype, weight.stride(0), u, u.dtype, u.stride(0), w, w.dtype, w.stride(0),
-        *weight.shape, u.shape[1], 1.0 - decay, alpha,
-    )  # fmt: skip
+    update_many(emulated, [weight], u[None], w[None], alpha, decay)
 
 
 def update_many(emulated, weights, u, w, alpha, decay=0.0, counter=None, seed=0, layers=None):
@@ -33,7 +26,7 @@ def update_many(emulated, weights, u, w, alpha, decay=0.0, counter=None, seed=0,
     left, right = (w, u) if transposed else (u, w)
     steps = (1, n) if transposed else (n, 1)
     lds = Struct(*(x.stride(1 if transposed else 0) for x in weights))
-    emulated("update").molegrad_lowrank_update_many(
+    emulated.molegrad_lowrank_update_many(
         Struct(*weights), lds, Struct(*(layers or range(len(weights)))), len(weights),
         weights[0].dtype, left, left.dtype, left.stride(1), right, right.dtype, right.stride(1),
         rows, cols, u.shape[2], 1.0 - decay, alpha, int(counter is not None), *steps,
@@ -48,11 +41,14 @@ def assert_rounded_once(weight, truth, k):
     assert ((weight.double() - truth).abs() <= bound).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+SHAPES = [(1, 1, 1), (2, 5, 1), (53, 101, 7), (130, 264, 33), (64, 128, 64), (70, 136, 5)]
+
+
 @pytest.mark.parametrize(
-    "m, n, k", [(1, 1, 1), (2, 5, 1), (53, 101, 7), (130, 264, 33), (64, 128, 64), (70, 136, 5)]
+    "order, shape, dtype", pairwise(["forward", "reverse"], SHAPES, DTYPES), indirect=["order"]
 )
-def test_update(emulated, order, m, n, k, dtype):
+def test_update(emulated, order, shape, dtype):
+    m, n, k = shape
     weight, u, w = randn(m, n, dtype=dtype), randn(m, k, seed=1), randn(n, k, seed=2)
     truth = weight.double() * 0.75 + 0.5 * u.double() @ w.double().mT
     for width, offset in ((n, 0), (n + 3, 1), ((n + 15) // 8 * 8, 8)):
@@ -100,8 +96,11 @@ def test_to_nearest_even(emulated, dtype):
     assert weight.isnan().all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    "order, dtype, transposed",
+    pairwise(["forward", "reverse"], DTYPES, [False, True]),
+    indirect=["order"],
+)
 def test_many(emulated, order, dtype, transposed):
     m, n, k, count = 33, 141, 6, 67  # more than one launch takes
     if dtype in (F64, F16):

@@ -46,7 +46,7 @@ class WithDropoutAndNorm(nn.Module):
         return self.norm(logits.flatten(0, 1)).view_as(logits)
 
 
-@pytest.mark.parametrize("fields", EVERY, ids=label)
+@pytest.mark.parametrize("fields", [*LOW_RANK[::3], LOW_RANK[7], *SAMPLED[::3]], ids=label)
 def test_training_is_the_same_to_the_bit(fields):
     ends = []
     parts = 2 if accumulates(fields) else 1
@@ -133,7 +133,7 @@ def test_the_extra_pass_keeps_no_inputs_for_weight_gradients():
         hook.remove()
 
 
-@pytest.mark.parametrize("fields", [EVERY[1], EVERY[5], SAMPLED[1]], ids=label)
+@pytest.mark.parametrize("fields", [EVERY[5], SAMPLED[1]], ids=label)
 def test_compiled_graphs_stay_valid(fields):
     from torch._dynamo.testing import CompileCounter  # slow to import
 
@@ -156,14 +156,9 @@ def test_compiled_graphs_stay_valid(fields):
 
 @pytest.mark.parametrize("mode", ["grad", "factors"])
 def test_adaptive_ranks_may_change_between_steps(mode):
-    fields = {
-        "gradient_mode": mode,
-        "method": "tangent",
-        "rank_k": 4,
-        "probes": 4,
-        "energy_target": 0.95,
-    }
-    model, optimizers = build({**fields, "rank_interval": 1, "rank_budget": 0, "rank_min": 2})
+    adaptive = {"energy_target": 0.95, "rank_interval": 1, "rank_budget": 0, "rank_min": 2}
+    fields = {"gradient_mode": mode, "method": "tangent", "rank_k": 4, "probes": 4}
+    model, optimizers = build({**fields, **adaptive})
     layer = model.get_submodule(LAYER)
     controller = RankController(model, optimizers, layer.config)
     shadow, ranks, energies = Shadow(model, LAYER, optimizers), [], []

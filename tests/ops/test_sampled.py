@@ -190,6 +190,7 @@ def test_zeros_give_exactly_nothing(n, m, fraction):
     check(grad, a * first, b, None, fraction, 4)
 
 
+@needs_native
 @pytest.mark.parametrize("n, m", [(0, 5), (5, 0), (0, 0)])
 def test_no_features(n, m):
     arguments = torch.zeros(m, n), torch.zeros(3, n), torch.zeros(3, m)
@@ -250,6 +251,7 @@ def test_alpha_zero_and_opposite_calls():
     assert (got - grad).abs().max() < 1e-4
 
 
+@needs_native
 @pytest.mark.parametrize("n, m, block", [(24, 900, 4), (900, 24, 7)])
 def test_threads_do_not_change_a_bit(n, m, block):
     a, b = sparse_tokens(1200, n, m)

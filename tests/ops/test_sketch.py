@@ -109,6 +109,7 @@ def test_many_layers_at_once_are_each_layer_by_itself():
         torch.testing.assert_close(layer[:2], tuple(sums))
 
 
+@needs_native
 def test_layouts():
     a, b = tokens(60, 24, 18)
     u, v = orthonormal(18, 4), orthonormal(24, 5)

@@ -44,8 +44,7 @@ def test_factored_is_dense_where_the_basis_is_axis_aligned(method):
         torch.testing.assert_close(layer.basis_u.detach(), torch.eye(40, 4, dtype=F64))
 
 
-@pytest.mark.parametrize("method", ["tangent", "power"])
-@pytest.mark.parametrize("decay", [1.0, 0.75])
+@pytest.mark.parametrize(("method", "decay"), [("tangent", 1.0), ("power", 0.75)])
 def test_steps_follow_the_formulas_when_the_basis_turns(method, decay):
     layer = factored_layer(method=method, warm_start_decay=decay)
     (b1, b2), lr, eps = (0.8, 0.9), 0.01, 1e-4

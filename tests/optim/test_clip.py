@@ -3,8 +3,8 @@ import torch
 
 from molegrad import clip_grad_norm_
 from tests.models import perceptron
-from tests.samples import tangent_truth
-from tests.optim.common import config, estimate as layer_estimate
+from tests.optim.common import config
+from tests.optim.common import estimate as layer_estimate
 
 
 def model_with_gradients(mode, method="tangent"):

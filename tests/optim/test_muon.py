@@ -1,9 +1,10 @@
 import pytest
 import torch
 
-from molegrad import reference
+from molegrad.ops.power import lowrank_grad_reference
 from molegrad.optim import Muon, matrix_param_groups, newton_schulz
 from molegrad.optim.muon import lr_scale
+from molegrad.optim.muon import polar as polar_of_cores
 from tests.optim.common import F64, factored_layer
 from tests.samples import randn, tokens
 
@@ -109,3 +110,10 @@ def test_scale_does_not_matter_and_zero_stays_zero():
     g = randn(6, 9)
     torch.testing.assert_close(newton_schulz(g), newton_schulz(1e4 * g), rtol=1e-3, atol=1e-4)
     assert torch.equal(newton_schulz(torch.zeros(4, 6)), torch.zeros(4, 6))
+
+
+@pytest.mark.parametrize("shape", [(5, 5), (9, 4), (4, 9)])
+def test_the_polar_factor_of_cores_of_every_shape(shape):
+    core = randn(2, *shape, dtype=F64)
+    expected = torch.stack([polar(each) for each in core])
+    torch.testing.assert_close(polar_of_cores(core), expected, rtol=1e-6, atol=1e-7)

@@ -66,7 +66,7 @@ def test_small_steps_do_not_vanish_in_the_mean(name, kind):
     assert (got * wanted).sum() / wanted.square().sum() == pytest.approx(1.0, abs=0.15)
 
 
-@each_case
+@pytest.mark.parametrize(("name", "kind"), CASES[::3])
 def test_a_small_weight_decay_does_not_vanish(name, kind):
     rounded, nearest = layer(kind), layer(kind)
     for model in (rounded, nearest):
@@ -132,7 +132,7 @@ def test_the_sum_is_rounded_to_a_neighbour_without_bias():
     assert not torch.equal(first, other)
 
 
-@each_case
+@pytest.mark.parametrize(("name", "kind"), CASES[::2])
 @pytest.mark.parametrize("before", [False, True])
 def test_a_state_of_the_other_rounding_is_taken_and_the_option_stays(name, kind, before):
     model = layer(kind)

@@ -20,7 +20,7 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from rich.console import Console
@@ -48,6 +48,8 @@ TASKS = {
 @dataclass(frozen=True)
 class EvalConfig:
     """What both evaluations share; the two below name the stage, which decides the tasks."""
+
+    stage: ClassVar[str]  # "base" or "sft"
 
     run: str = flag("dummy", "name of the run")
     model_tag: str = flag("", "suffix of the stage's folder, as in training")

@@ -27,7 +27,6 @@ from molegrad.gpt.evaluate import evaluate
 from molegrad.gpt.report.plots import COURSE, ESTIMATES, QUALITY, Plot, bars, curve, spectra, svg
 from molegrad.gpt.report.record import (
     RunRecord,
-    command,
     device_of,
     differences,
     peaks,
@@ -119,7 +118,7 @@ def report(config: ReportConfig) -> Path:
     """
     records = read_runs(config.names)
     folder = Path(config.output).expanduser() if config.output else paths.report_dir()
-    own = command("report", ReportConfig, flags.resolved(config))
+    own = f"python -m scripts.report --runs={','.join(config.names)}"
     title = f"Report: {', '.join(config.names)}"
     path = write(folder / "report.md", title, sections(records, own))
     if config.show:

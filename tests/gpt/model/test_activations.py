@@ -11,32 +11,30 @@ import torch
 import torch.multiprocessing as mp
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from molegrad import MoleGradConfig, convert, linear
-from molegrad.config import METHODS
+from molegrad import MoleGradConfig, convert
 from molegrad.gpt.model.activations import Activations
 from molegrad.gpt.train import checkpoint, setup
 from molegrad.gpt.train.config import BaseTrainConfig, resolve
-from molegrad.gpt.train.flags import make
 from molegrad.monitor import Shadow
 from tests.gpt.model.test_gpt import small, stirred, tokens
-from tests.gpt.train.test_loop import FACTORED, PRESET, assert_same, trainer, weights
+from tests.gpt.train.test_loop import PRESET, assert_same, trainer, weights
 
-LOW_RANK = {"rank_k": 4, "target_layers": "all", "min_layer_utilization": 0.0}
-EXACT = {"sample_share": 1.0, "gradient_mode": "momentum", "target_layers": "all"}
+LOW_RANK = {"rank_k": 4, "target_layers": "all", "min_layer_utilization": 0.0, "method": "tangent"}
+FACTORS = {**LOW_RANK, "gradient_mode": "factors"}
+EXACT = {"method": "exact", "gradient_mode": "momentum", "target_layers": "all"}
 MODES = {
     "dense": None,
-    "tangent": {**LOW_RANK, "method": "tangent", "probes": 2, "trust_scaling": True},
-    "factored": {**LOW_RANK, "gradient_mode": "factored", "probes": 2},
-    "factored, fp8": {**LOW_RANK, "gradient_mode": "factored", "products": "fp8"},
-    "factored, grouped": {**LOW_RANK, "gradient_mode": "factored", "group_mib": 1},
-    "sampled": {"sample_share": 1.0, "target_layers": "all"},
+    "tangent": {**LOW_RANK, "probes": 2, "trust_scaling": True},
+    "factors": {**FACTORS, "probes": 2},
+    "factors, fp8": {**FACTORS, "products": "fp8"},
+    "factors, grouped": {**FACTORS, "group_mib": 1},
+    "exact": {"method": "exact", "target_layers": "all"},
     "momentum": EXACT,
     "momentum, bfloat16": {**EXACT, "momentum_dtype": "bfloat16"},
 }
 WHOLE_INPUT = {  # refused with sequence_chunk, at home with recompute
     "power": {**LOW_RANK, "method": "power"},
-    "factored power": {**LOW_RANK, "method": "power", "gradient_mode": "factored"},
-    "projected": {**LOW_RANK, "method": "projected", "project_stride": 4},
+    "factors, power": {**FACTORS, "method": "power"},
 }
 LEVERS = {
     f"chunk={chunk} {parts} {recompute}{' offload' if offload else ''}": Activations(
@@ -52,9 +50,10 @@ LEVERS = {
 def model_of(values: dict | None, head_rank: int = 0):
     model = stirred(small())
     if values is not None:
-        convert(model, MoleGradConfig(**values))
+        convert(model, MoleGradConfig.of(**values))
     if head_rank:
-        convert(model, setup._head_config(BaseTrainConfig(head_rank=head_rank)))
+        head = {**FACTORS, "rank_k": head_rank, "target_layers": ("lm_head",)}
+        convert(model, MoleGradConfig.of(**head))
     return model
 
 
@@ -79,8 +78,11 @@ def assert_close(ours: dict, theirs: dict, tolerance: float) -> None:
         assert (x - y).float().norm() <= tolerance * y.float().norm() + 1e-12, key
 
 
-@pytest.mark.parametrize("levers", list(LEVERS))
-@pytest.mark.parametrize("mode", list(MODES))
+# Each mode with four levers or three, each lever with two modes.
+PAIRS = [(list(MODES)[i % len(MODES)], list(LEVERS)[i % len(LEVERS)]) for i in range(30)]
+
+
+@pytest.mark.parametrize(("mode", "levers"), PAIRS)
 def test_gradients_agree_to_rounding(mode, levers):
     """Over two micro-batches, which add up."""
     model = model_of(MODES[mode])
@@ -89,45 +91,36 @@ def test_gradients_agree_to_rounding(mode, levers):
     assert_close(ours, expected, 1e-2 if "bfloat16" in mode or "fp8" in mode else 2e-5)
 
 
-@pytest.mark.parametrize("levers", ["chunk=14 all none", "chunk=14 mlp selective offload"])
-@pytest.mark.parametrize("mode", ["dense", "factored", "momentum"])
+@pytest.mark.parametrize(
+    ("mode", "levers"),
+    [
+        ("dense", "chunk=14 all none"),
+        ("factors", "chunk=14 mlp selective offload"),
+        ("momentum", "chunk=14 all none"),
+    ],
+)
 def test_gradients_agree_under_autocast(mode, levers):
     model = model_of(MODES[mode])
     expected = trained(copy.deepcopy(model), Activations(), dtype=torch.bfloat16)
     assert_close(trained(model, LEVERS[levers], dtype=torch.bfloat16), expected, 1e-2)
 
 
-@pytest.mark.parametrize("levers", [n for n in LEVERS if "chunk=0" in n and "none" not in n])
-@pytest.mark.parametrize("mode", list(WHOLE_INPUT))
-def test_recomputed_blocks_take_the_other_methods_too(mode, levers):
+@pytest.mark.parametrize(
+    ("mode", "levers"),
+    [("power", "chunk=0 mlp selective"), ("factors, power", "chunk=0 mlp block offload")],
+)
+def test_recomputed_blocks_take_methods_that_need_their_whole_input(mode, levers):
     model = model_of(WHOLE_INPUT[mode])
     expected = trained(copy.deepcopy(model), Activations(), micro_batches=1)
     assert_close(trained(model, LEVERS[levers], micro_batches=1), expected, 2e-5)
 
 
-@pytest.mark.parametrize("levers", list(LEVERS))
-def test_the_low_rank_head_goes_with_all_of_them(levers):
+@pytest.mark.parametrize("levers", ["chunk=0 mlp none", "chunk=14 all block offload"])
+def test_the_low_rank_head_goes_with_them(levers):
     model = model_of(MODES["momentum"], head_rank=4)
     expected = trained(copy.deepcopy(model), Activations())
     assert "grad lm_head.basis_u" in expected and "grad lm_head.weight" not in expected
     assert_close(trained(model, LEVERS[levers]), expected, 2e-5)
-
-
-@pytest.mark.parametrize("mode", list(WHOLE_INPUT))
-def test_methods_that_need_their_whole_input_are_refused_where_they_would_stream(mode):
-    values = {f"streaming_{key}": value for key, value in WHOLE_INPUT[mode].items()}
-    flags = {**values, "enable_streaming": True, "sequence_chunk": 8}
-
-    def equip(**more):
-        config = resolve(make(BaseTrainConfig, **{**flags, **more}), torch.device("cpu"))
-        return setup.equip(stirred(small()), config)
-
-    with pytest.raises(ValueError, match=r"mlp.c_fc: method=.* --sequence_chunk cannot"):
-        equip()
-    with pytest.raises(ValueError, match=r"attn.c_q: method="):
-        equip(streaming_target_layers="attention_only", sequence_parts="all")
-    assert equip(streaming_target_layers="attention_only").taken  # only mlp runs in chunks
-    assert set(WHOLE_INPUT[mode]["method"] for mode in WHOLE_INPUT) <= set(METHODS)
 
 
 @pytest.mark.parametrize(
@@ -212,23 +205,25 @@ def check_compiled(model, levers: Activations, micro_batches: int = 2) -> None:
     assert_close(trained(model, levers, compiled, micro_batches=micro_batches), expected, 2e-5)
 
 
-@pytest.mark.parametrize("levers", ["chunk=14 all none", "chunk=14 mlp block", "chunk=0 mlp block"])
-@pytest.mark.parametrize("mode", ["dense", "tangent", "factored", "sampled", "momentum"])
+@pytest.mark.parametrize(
+    ("mode", "levers"),
+    [
+        ("dense", "chunk=14 all none"),
+        ("tangent", "chunk=14 mlp block"),
+        ("factors", "chunk=0 mlp block"),
+        ("momentum", "chunk=14 all none"),
+    ],
+)
 def test_compiled_models_give_the_same_gradients(mode, levers, compiler):
-    check_compiled(model_of(MODES[mode]), LEVERS[levers])
+    check_compiled(model_of(MODES[mode], head_rank=4), LEVERS[levers])
 
 
-@pytest.mark.parametrize("levers", ["chunk=0 mlp none", "chunk=0 mlp selective"])
-@pytest.mark.parametrize("mode", list(WHOLE_INPUT))
-def test_compiled_models_take_the_other_methods_too(mode, levers, compiler, monkeypatch):
-    # A projection for each layer, as compiled code has it.
-    monkeypatch.setattr(linear, "_makes_anew", lambda x: True)
+@pytest.mark.parametrize(
+    ("mode", "levers"),
+    [("power", "chunk=0 mlp none"), ("factors, power", "chunk=0 mlp selective")],
+)
+def test_compiled_models_take_the_other_methods_too(mode, levers, compiler):
     check_compiled(model_of(WHOLE_INPUT[mode]), LEVERS[levers], micro_batches=1)
-
-
-@pytest.mark.parametrize("levers", ["chunk=0 mlp none", "chunk=14 all selective"])
-def test_compiled_models_take_a_low_rank_head(levers, compiler):
-    check_compiled(model_of(MODES["momentum"], head_rank=4), LEVERS[levers])
 
 
 def test_the_inductor_compiles_around_the_chunks(compiler):
@@ -239,10 +234,9 @@ def test_the_inductor_compiles_around_the_chunks(compiler):
     assert_close(trained(model, levers, compiled), expected, 2e-5)
 
 
-@pytest.mark.parametrize("values", [{}, FACTORED, PRESET], ids=["dense", "factored", "balanced"])
-def test_a_run_with_every_lever_resumes_bit_for_bit(values, tmp_path):
+def test_a_run_with_every_lever_resumes_bit_for_bit(tmp_path):
     flags = {
-        **values,
+        **PRESET,
         "sequence_chunk": 32,
         "sequence_parts": "all",
         "recompute": "selective",
@@ -262,7 +256,7 @@ def test_a_run_with_every_lever_resumes_bit_for_bit(values, tmp_path):
 def test_shadow_layers_see_streamed_layers():
     """Chosen layers run as a whole in the extra pass, the others in chunks; training notices
     nothing."""
-    model = model_of(MODES["factored"])
+    model = model_of(MODES["factors"])
     model.set_activations(LEVERS["chunk=14 all none"])
     plain = copy.deepcopy(model)
     plain.set_activations(Activations())
@@ -315,7 +309,7 @@ def _found(model) -> tuple[dict, dict]:
     return {k: p.grad for k, p in parameters.items() if p.grad is not None}, momenta
 
 
-@pytest.mark.parametrize("mode", ["dense", "factored", "momentum"])
+@pytest.mark.parametrize("mode", ["dense", "factors", "momentum"])
 def test_data_parallel_processes_average_streamed_gradients(mode):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

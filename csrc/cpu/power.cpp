@@ -1,8 +1,9 @@
-#include "estimators.h"
-
+// The block power estimate, by the formulas of molegrad/ops/power.py.
 #include <algorithm>
 
+#include "orth.h"
 #include "products.h"
+#include "tensors.h"
 
 namespace molegrad::cpu {
 namespace {
@@ -34,28 +35,28 @@ double sum_of_squares(const MutableView& x) {
   return sum;
 }
 
-// out = xᵀ of a small square matrix.
-template <typename C>
-void transpose(const C* x, C* out, int64_t k) {
-  for (int64_t i = 0; i < k; ++i)
-    for (int64_t j = 0; j < k; ++j) out[j * k + i] = x[i * k + j];
-}
-
 // out (n, k) = v rᵀ.
 template <typename C>
 void times_transposed(const View& v, const Buffer<C>& r, const MutableView& out) {
   const int64_t k = v.cols;
   Buffer<C> rt(k * k);
-  transpose(r.data(), rt.data(), k);
+  for (int64_t i = 0; i < k; ++i)
+    for (int64_t j = 0; j < k; ++j) rt.data()[j * k + i] = r.data()[i * k + j];
   product_nn<C>(v, read(view_of(rt.data(), k, k)), out);
 }
 
-}  // namespace
-
 template <typename C>
-LowrankGrad<C> lowrank_grad(const View& a, const View& b, const View& v, int64_t power_iters,
-                            const View& probes, double cond_max, const C* token_scale,
-                            const MutableView& u, const MutableView& w) {
+struct LowrankGrad {
+  C norm_sq;
+  OrthStatus status;
+};
+
+// U (m, k) and W = GᵀU (n, k) by `power_iters` power iterations from V; `probes` (n, r) has no
+// columns where no norm estimate is wanted; `token_scale` as in products.h.
+template <typename C>
+LowrankGrad<C> estimate(const View& a, const View& b, const View& v, int64_t power_iters,
+                        const View& probes, double cond_max, const C* token_scale,
+                        const MutableView& u, const MutableView& w) {
   const int64_t n = a.cols, m = b.cols, k = v.cols, r = probes.cols;
   Buffer<C> start(n * (k + r)), product(m * (k + r)), triangle(k * k);
   const MutableView start_view = view_of(start.data(), n, k + r);
@@ -90,25 +91,31 @@ LowrankGrad<C> lowrank_grad(const View& a, const View& b, const View& v, int64_t
   return {static_cast<C>(norm_sq), status};
 }
 
-template <typename C>
-void tangent_factors(const View& u, const View& v, const View& y, const View& w, double cond_max,
-                     const MutableView& left, const MutableView& right) {
-  const int64_t k = u.cols;
-  Buffer<C> triangle(k * k);
-  copy<C>(u, columns_of<C>(left, 0, k));
-  copy<C>(w, columns_of<C>(right, 0, k));
-  orthonormalize_against<C>(u, y, cond_max, columns_of<C>(left, k, k),
-                            view_of(triangle.data(), k, k));
-  times_transposed<C>(v, triangle, columns_of<C>(right, k, k));
+std::tuple<Tensor, Tensor, Tensor, Tensor> lowrank_grad(
+    Tensor a, Tensor b, Tensor v, int64_t power_iters, std::optional<Tensor> probes,
+    double cond_max, std::optional<Tensor> a_scale, std::optional<Tensor> b_scale) {
+  check_lowrank_grad(a, b, v, probes, a_scale, b_scale);
+  const Matrix a_in(a), b_in(b), v_in(v);
+  std::optional<Matrix> probes_in;
+  if (probes.has_value()) probes_in.emplace(*probes);
+  const int64_t k = v_in.cols;
+  const ScalarType dtype = acc_dtype(a, b);
+  Tensor u = new_tensor(a, {b_in.cols, k}, dtype), w = new_tensor(a, {a_in.cols, k}, dtype);
+  Tensor norm_sq = new_tensor(a, {}, dtype), status = new_tensor(a, {}, ScalarType::Int);
+  with_compute_type(dtype, [&](auto zero) {
+    using C = decltype(zero);
+    const std::vector<C> scale = token_scale<C>(a_in.rows, a_scale, b_scale);
+    const auto result = estimate<C>(view_of(a_in), view_of(b_in), view_of(v_in), power_iters,
+                                    probes_in.has_value() ? view_of(*probes_in) : View{}, cond_max,
+                                    scale.empty() ? nullptr : scale.data(), output(u), output(w));
+    *memory_of<C>(norm_sq) = result.norm_sq;
+    *memory_of<int32_t>(status) = result.status;
+  });
+  return {u, w, norm_sq, status};
 }
 
-#define MOLEGRAD_INSTANTIATE(C)                                                                \
-  template LowrankGrad<C> lowrank_grad<C>(const View&, const View&, const View&, int64_t,      \
-                                          const View&, double, const C*, const MutableView&,   \
-                                          const MutableView&);                                 \
-  template void tangent_factors<C>(const View&, const View&, const View&, const View&, double, \
-                                   const MutableView&, const MutableView&);
-MOLEGRAD_INSTANTIATE(float)
-MOLEGRAD_INSTANTIATE(double)
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(molegrad, CPU, m) { m.impl("lowrank_grad", TORCH_BOX(&lowrank_grad)); }
 
 }  // namespace molegrad::cpu

@@ -1,31 +1,31 @@
-// The CUDA kernels of torch.ops.molegrad.sketch, sketch_accumulate_ and lowrank_grad. Nothing here
-// waits for the device; all scratch memory is torch's.
-#include "ops_products.h"
+// The products of a sketch on whichever path: kernels of ours, cuBLASLt, one fused launch. Nothing
+// here waits for the device; all scratch memory is torch's.
+#pragma once
 
 #include <array>
-#include <cstdlib>
 #include <mutex>
 #include <optional>
 #include <string>
-#include <tuple>
 
 #include "cpu/kernels.h"
 #include "cublaslt.h"
-#include "estimate.h"
 #include "product_paths.h"
 #include "products.h"
-#include "quantized.h"
 #include "sketch.h"
 #include "sketch_fused.h"
 #include "sketch_plan.h"
 #include "tensors.h"
 
 namespace molegrad::cuda {
-namespace {
 
-constexpr const char* kPathVariable = "MOLEGRAD_SKETCH_PATH";
+// What MOLEGRAD_SKETCH_PATH wants for a call; an error where it is malformed.
+SketchPath wanted_sketch_path(const SketchCall& call);
 
-Tensor in_dtype(const Tensor& x, ScalarType dtype) {
+// sketch_accumulate_ in the name of `op`, arguments checked.
+void add_sketch(const char* op, const Tensor& y, const Tensor& w, const Tensor& a, const Tensor& b,
+                const Tensor& u, const Tensor& v);
+
+inline Tensor in_dtype(const Tensor& x, ScalarType dtype) {
   if (x.scalar_type() == dtype) return x;
   Tensor copy = torch::stable::new_empty(x, x.sizes(), dtype);
   return torch::stable::copy_(copy, x);
@@ -144,7 +144,8 @@ class Products {
     std::call_once(said, [&] {
       const std::string message =
           std::string("molegrad::") + op_ + ": a float8 operand beside one of " +
-          dtype_name(dtype_) + " is converted to that first, which takes the memory and time " +
+          (dtype_ == ScalarType::Double ? "torch.float64" : "torch.float32") +
+          " is converted to that first, which takes the memory and time " +
           "that float8 saves: give the other one 16 bits or float8 (said once)";
       aoti_torch_warn(op_, __FILE__, __LINE__, message.c_str());
     });
@@ -271,128 +272,13 @@ class Products {
   ScalarType dtype_;
 };
 
-std::tuple<Tensor, Tensor> sketch(Tensor a, Tensor b, Tensor u, Tensor v,
-                                  std::optional<Tensor> a_scale, std::optional<Tensor> b_scale) {
-  check_sketch("sketch", a, b, u, v, a_scale, b_scale);
-  Products products("sketch", a, b, a_scale, b_scale);
-  const ScalarType dtype = acc_dtype(a, b);
-  Tensor y = new_tensor(a, {u.size(0), v.size(1)}, dtype);
-  Tensor w = new_tensor(a, {v.size(0), u.size(1)}, dtype);
-  products.sketch(&v, &u, Output(y), Output(w), false);
-  return {y, w};
-}
-
-void sketch_accumulate_(Tensor y, Tensor w, Tensor a, Tensor b, Tensor u, Tensor v,
-                        std::optional<Tensor> a_scale, std::optional<Tensor> b_scale) {
-  check_sketch_accumulate(y, w, a, b, u, v, a_scale, b_scale);
-  Products products("sketch_accumulate_", a, b, a_scale, b_scale);
-  products.sketch(&v, &u, Output(y), Output(w), true);
-}
-
-struct Orthonormal {
-  Tensor q, r, status;
-};
-
-Orthonormal orthonormalize(const Tensor& y, double cond_max) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(y),
-                                    torch::stable::detail::from(cond_max)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("molegrad::orthonormalize", "", stack.data(), TORCH_ABI_VERSION));
-  return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1]),
-          torch::stable::detail::to<Tensor>(stack[2])};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> lowrank_grad(
-    Tensor a, Tensor b, Tensor v, int64_t power_iters, std::optional<Tensor> probes,
-    double cond_max, std::optional<Tensor> a_scale, std::optional<Tensor> b_scale) {
-  check_lowrank_grad(a, b, v, power_iters, probes, cond_max, a_scale, b_scale);
-  Products products("lowrank_grad", a, b, a_scale, b_scale);
-  const ScalarType dtype = acc_dtype(a, b);
-  const int code = dtype_code(dtype);
-  const int64_t n = v.size(0), m = b.size(b.dim() - 1), k = v.size(1);
-  const int64_t r = probes.has_value() ? probes->size(1) : 0, width = k + r;
-  const auto matrix = [&](int64_t rows, int64_t cols) {
-    return new_tensor(a, {rows, cols}, dtype);
-  };
-
-  Tensor start = v;  // [V, Ω], so that both cost one pass
-  if (r > 0) {
-    start = matrix(n, width);
-    Tensor first = torch::stable::narrow(start, 1, 0, k),
-           rest = torch::stable::narrow(start, 1, k, r);
-    torch::stable::copy_(first, v);
-    torch::stable::copy_(rest, *probes);
-  }
-  Tensor all = matrix(m, width);
-  products.sketch(&start, nullptr, Output(all), Output(), false);
-
-  Tensor norm_sq = new_tensor(a, {}, dtype);
-  const Tensor norm_scratch = new_scratch(a, molegrad_norm_scratch());
-  const auto norm = [&](const Tensor& y, const void* overlap) {
-    const int64_t probed = overlap != nullptr ? r : 0;
-    products.check(molegrad_norm(code, y.const_data_ptr(), y.size(1), y.size(0), k, probed, overlap,
-                                 norm_sq.mutable_data_ptr(), norm_scratch.mutable_data_ptr(),
-                                 products.stream()));
-  };
-  if (r > 0) {
-    const Tensor overlap = matrix(k, r);
-    products.product(k, n, r, start.const_data_ptr(), {width, 1}, Output(start, k).data, {width, 1},
-                     Output(overlap), false);
-    norm(all, overlap.const_data_ptr());
-  }
-
-  Tensor y = torch::stable::narrow(all, 1, 0, k);
-  Orthonormal basis = orthonormalize(y, cond_max);
-  Tensor u = basis.q, status = basis.status, w = matrix(n, k);
-  if (power_iters == 0) {  // W = V Rᵀ
-    const Tensor right = in_dtype(v, dtype);
-    products.product(n, k, k, right.const_data_ptr(), {right.stride(1), right.stride(0)},
-                     basis.r.const_data_ptr(), {1, k}, Output(w), false);
-  }
-  for (int64_t i = 0; i < power_iters; ++i) {
-    products.sketch(nullptr, &u, Output(), Output(w), false);
-    if (i + 1 == power_iters) break;
-    const Tensor right = orthonormalize(w, cond_max).q;
-    y = matrix(m, k);
-    products.sketch(&right, nullptr, Output(y), Output(), false);
-    const Orthonormal next = orthonormalize(y, cond_max);
-    u = next.q;
-    products.check(molegrad_worse(static_cast<int*>(status.mutable_data_ptr()),
-                                  static_cast<const int*>(next.status.const_data_ptr()),
-                                  products.stream()));
-  }
-  if (r == 0) norm(w, nullptr);
-  return {u, w, norm_sq, status};
-}
-
-}  // namespace
-
-// Read at every call, so that a benchmark can time one path after the other.
-SketchPath wanted_sketch_path(const SketchCall& call) {
-  const char* text = std::getenv(kPathVariable);
-  const std::optional<SketchPath> wanted = wanted_path(text, call);
-  require(wanted.has_value(), "sketch", kPathVariable, " must be ", kSketchPathForm, "; got ",
-          text == nullptr ? "" : text);
-  return *wanted;
-}
-
-void add_sketch(const char* op, const Tensor& y, const Tensor& w, const Tensor& a, const Tensor& b,
-                const Tensor& u, const Tensor& v) {
-  Products products(op, a, b, std::nullopt, std::nullopt);
-  products.sketch(&v, &u, Output(y), Output(w), true);
-}
-
-STABLE_TORCH_LIBRARY_IMPL(molegrad, CUDA, m) {
-  m.impl("sketch", TORCH_BOX(&sketch));
-  m.impl("sketch_accumulate_", TORCH_BOX(&sketch_accumulate_));
-  m.impl("lowrank_grad", TORCH_BOX(&lowrank_grad));
-}
-
 }  // namespace molegrad::cuda
 
-extern "C" int molegrad_sketch_path(int dtype, int64_t n, int64_t m, int64_t tokens, int64_t rank) {
-  using namespace molegrad::cuda;
-  const SketchPath path = choose_sketch_path(wanted_sketch_path({n, m, tokens, rank}), dtype, rank);
-  return static_cast<int>(path == SketchPath::kCublasLt && lt_version() == 0 ? SketchPath::kOwn
-                                                                             : path);
+extern "C" {
+
+// The path, SketchPath of product_paths.h, that a sketch of A (tokens, n) and B (tokens, m) of a
+// DType with bases of up to `rank` columns takes now: 1 for kernels of ours, 2 for cuBLASLt, 3 for
+// the fused kernel. What 2 and 3 do not support takes path 1 all the same.
+__attribute__((visibility("default"))) int molegrad_sketch_path(int dtype, int64_t n, int64_t m,
+                                                                int64_t tokens, int64_t rank);
 }

@@ -1,6 +1,7 @@
+// Float8 rows and int8 sums, as molegrad/ops/float8.py has them.
 #include "dtypes.h"
-#include "quantized.cuh"
-#include "quantized.h"
+#include "float8.cuh"
+#include "tensors.h"
 
 using namespace molegrad::cuda;
 
@@ -33,6 +34,7 @@ cudaError_t with_packs(const void* x, const void* data, int64_t cols, int64_t ld
 
 }  // namespace
 
+// data (rows, cols) float8 and scales (rows) of x (rows, cols), whose rows are `ld` elements apart.
 extern "C" int molegrad_quantize_rows(int dtype, const void* x, int64_t rows, int64_t cols,
                                       int64_t ld, int e5m2, void* data, float* scales,
                                       cudaStream_t stream) {
@@ -54,6 +56,7 @@ extern "C" int molegrad_quantize_rows(int dtype, const void* x, int64_t rows, in
   });
 }
 
+// The same with one scale. Scratch of 4 bytes.
 extern "C" int molegrad_quantize_tensor(int dtype, const void* x, int64_t rows, int64_t cols,
                                         int64_t ld, int e5m2, void* data, float* scale,
                                         void* scratch, cudaStream_t stream) {
@@ -98,6 +101,8 @@ extern "C" int molegrad_dequantize(int dtype, const void* x, int64_t rows, int64
   });
 }
 
+// data (rows, cols) times scales, (rows) or by_column (cols), += x. Scratch of 8 cols bytes is
+// needed by column only.
 extern "C" int molegrad_add_quantized(int dtype, const void* x, int64_t rows, int64_t cols,
                                       int64_t ld, int8_t* data, float* scales, int by_column,
                                       void* scratch, cudaStream_t stream) {
@@ -126,3 +131,60 @@ extern "C" int molegrad_add_quantized(int dtype, const void* x, int64_t rows, in
     });
   });
 }
+
+// ---- the ops ------------------------------------------------------------------------------------
+
+#ifdef MOLEGRAD_HOST
+namespace molegrad::cuda {
+namespace {
+
+std::tuple<Tensor, Tensor> quantize_rows(Tensor x, bool e5m2) {
+  check_quantize_rows(x);
+  const Place place(x);
+  const Matrix from(x);  // one dimension is one row
+  Tensor data = new_tensor(x, other_last_sizes(x, 0, {}), float8_dtype(e5m2));
+  Tensor scale = new_tensor(x, other_last_sizes(x, 1, {}), ScalarType::Float);
+  check_launch("quantize_rows", molegrad_quantize_rows(from.dtype, from.data, from.rows, from.cols,
+                                                       from.ld, e5m2, data.mutable_data_ptr(),
+                                                       memory_of<float>(scale), place.stream()));
+  return {data, scale};
+}
+
+std::tuple<Tensor, Tensor> quantize_tensor(Tensor x, bool e5m2) {
+  check_floating("quantize_tensor", {x});
+  const Place place(x);
+  const Matrix from(x.dim() > 0 ? x : torch::stable::reshape(x, std::vector<int64_t>{1}));
+  Tensor data = new_tensor(x, other_last_sizes(x, 0, {}), float8_dtype(e5m2));
+  Tensor scale = new_tensor(x, {}, ScalarType::Float), scratch = new_scratch(x, 4);
+  check_launch("quantize_tensor",
+               molegrad_quantize_tensor(from.dtype, from.data, from.rows, from.cols, from.ld, e5m2,
+                                        data.mutable_data_ptr(), memory_of<float>(scale),
+                                        scratch.mutable_data_ptr(), place.stream()));
+  return {data, scale};
+}
+
+void add_quantized_(Tensor data, Tensor scale, Tensor x) {
+  check_add_quantized(data, scale, x);
+  const Place place(x);
+  const Matrix from(x);
+  Tensor values = torch::stable::contiguous(data), scales = torch::stable::contiguous(scale);
+  const bool by_column = scale.size(0) != data.size(0) || scale.size(1) != 1;
+  Tensor scratch = new_scratch(x, by_column ? 8 * from.cols : 0);
+  check_launch("add_quantized_",
+               molegrad_add_quantized(from.dtype, from.data, from.rows, from.cols, from.ld,
+                                      memory_of<int8_t>(values), memory_of<float>(scales),
+                                      by_column, scratch.mutable_data_ptr(), place.stream()));
+  if (!data.is_contiguous()) torch::stable::copy_(data, values);
+  if (!scale.is_contiguous()) torch::stable::copy_(scale, scales);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(molegrad, CUDA, m) {
+  m.impl("quantize_rows", TORCH_BOX(&quantize_rows));
+  m.impl("quantize_tensor", TORCH_BOX(&quantize_tensor));
+  m.impl("add_quantized_", TORCH_BOX(&add_quantized_));
+}
+
+}  // namespace molegrad::cuda
+#endif

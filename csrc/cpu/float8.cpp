@@ -1,8 +1,8 @@
-#include "quantized.h"
-
+// Rows and tensors in float8 with scales, and sums kept in int8 with a scale for each row or
+// column.
 #include <algorithm>
 
-#include "memory.h"
+#include "tensors.h"
 
 namespace molegrad::cpu {
 namespace {
@@ -24,8 +24,7 @@ struct Parts {
   }
 };
 
-}  // namespace
-
+// data (rows, cols), contiguous, float8_e4m3fn or e5m2, and scale (rows) with x ≈ data · scale.
 void quantize_rows(const View& x, bool e5m2, void* data, float* scale) {
   const Parts parts(x);
   Buffer<float> scratch(parts.count * parts.scratch);
@@ -36,6 +35,7 @@ void quantize_rows(const View& x, bool e5m2, void* data, float* scale) {
   });
 }
 
+// The same with one scale, which is returned.
 float quantize_tensor(const View& x, bool e5m2, void* data) {
   const Parts parts(x);
   const QuantizedKernels& set = kernels().quantized;
@@ -52,6 +52,8 @@ float quantize_tensor(const View& x, bool e5m2, void* data) {
   return scale;
 }
 
+// data · scale += x with new scales: one for each row, or with `by_column` one for each column.
+// data (rows, cols) and scale are contiguous.
 void add_quantized(int8_t* data, float* scale, const View& x, bool by_column) {
   const Parts parts(x);
   const QuantizedKernels& set = kernels().quantized;
@@ -77,6 +79,42 @@ void add_quantized(int8_t* data, float* scale, const View& x, bool by_column) {
                       scratch.data() + part * parts.scratch);
   });
   std::copy(scales.data(), scales.data() + x.cols, scale);
+}
+
+std::tuple<Tensor, Tensor> quantize_rows_op(Tensor x, bool e5m2) {
+  check_quantize_rows(x);
+  const Matrix x_in(x);  // one dimension is one row
+  Tensor data = new_tensor(x, other_last_sizes(x, 0, {}), float8_dtype(e5m2));
+  Tensor scale = new_tensor(x, other_last_sizes(x, 1, {}), ScalarType::Float);
+  quantize_rows(view_of(x_in), e5m2, data.mutable_data_ptr(), memory_of<float>(scale));
+  return {data, scale};
+}
+
+std::tuple<Tensor, Tensor> quantize_tensor_op(Tensor x, bool e5m2) {
+  check_floating("quantize_tensor", {x});
+  Tensor data = new_tensor(x, other_last_sizes(x, 0, {}), float8_dtype(e5m2)),
+         scale = new_tensor(x, {}, ScalarType::Float);
+  const Matrix x_in(x.dim() > 0 ? x : torch::stable::reshape(x, std::vector<int64_t>{1}));
+  *memory_of<float>(scale) = quantize_tensor(view_of(x_in), e5m2, data.mutable_data_ptr());
+  return {data, scale};
+}
+
+void add_quantized_(Tensor data, Tensor scale, Tensor x) {
+  check_add_quantized(data, scale, x);
+  const Matrix x_in(x);
+  Tensor values = torch::stable::contiguous(data), scales = torch::stable::contiguous(scale);
+  const bool by_column = scale.size(0) != data.size(0) || scale.size(1) != 1;
+  add_quantized(memory_of<int8_t>(values), memory_of<float>(scales), view_of(x_in), by_column);
+  if (!data.is_contiguous()) torch::stable::copy_(data, values);
+  if (!scale.is_contiguous()) torch::stable::copy_(scale, scales);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(molegrad, CPU, m) {
+  m.impl("quantize_rows", TORCH_BOX(&quantize_rows_op));
+  m.impl("quantize_tensor", TORCH_BOX(&quantize_tensor_op));
+  m.impl("add_quantized_", TORCH_BOX(&add_quantized_));
 }
 
 }  // namespace molegrad::cpu
