@@ -2,10 +2,7 @@
 
     dense                                 Muon on exact gradients, the reference
     lowrank:rank=16:warm_start_decay=1    a name of METHODS with other values of base_train's flags
-<<<<<<< HEAD
-    balanced:sampling_fraction=0.125           a streaming flag needs no prefix
     balanced:sampling_fraction=0.125      a streaming flag needs no prefix
->>>>>>> lab-newcore
     adamw:matrix_lrs=0.001|0.002|0.004    with learning rates of its own
     galore:rank=16:scale=0.5              a name of molegrad.lab.peers, with an option of it
 
