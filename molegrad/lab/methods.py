@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 from molegrad.config import PRESETS
 from molegrad.gpt.train.config import BaseTrainConfig
-from molegrad.gpt.train.flags import PREFIX, fields_as_flags
+from molegrad.gpt.train.flags import PREFIX, fields_as_flags, make
 from molegrad.lab.peers import OPTIONS, PEERS, Peer
 from molegrad.lab.store import STEERING
 
@@ -88,7 +88,7 @@ def _method(spec: str, shared: dict) -> Method:
             raise ValueError(f"{label!r}: {idle[0]} is not for a peer, which takes dense gradients")
         flags = {k: v for k, v in {**shared, **given}.items() if not _concerns_gradients(k)}
         return Method(label, flags, rates, Peer(name, rank, options))
-    streaming = BaseTrainConfig(**{**METHODS[name], **given}).streaming_config()
+    streaming = make(BaseTrainConfig, **{**METHODS[name], **given}).streaming
     options = streaming.flat() if streaming else {}
     common = {
         key: value
