@@ -2,7 +2,7 @@
 
     dense                                 Muon on exact gradients, the reference
     lowrank:rank=16:warm_start_decay=1    a name of METHODS with other values of base_train's flags
-    balanced:sampling_fraction=0.125           a streaming flag needs no prefix
+    balanced:sampling_fraction=0.125      a streaming flag needs no prefix
     adamw:matrix_lrs=0.001|0.002|0.004    with learning rates of its own
     galore:rank=16:scale=0.5              a name of molegrad.lab.peers, with an option of it
 
@@ -20,24 +20,21 @@ from dataclasses import dataclass, field
 
 from molegrad.config import PRESETS
 from molegrad.gpt.train.config import BaseTrainConfig
-from molegrad.gpt.train.flags import PREFIX, fields_as_flags
+from molegrad.gpt.train.flags import PREFIX, fields_as_flags, make
 from molegrad.lab.peers import OPTIONS, PEERS, Peer
 from molegrad.lab.store import STEERING
 
 _HINTS = {entry.name: entry.hint for entry in fields_as_flags(BaseTrainConfig)}
-_LOW_RANK = {"enable_streaming": True, "streaming_gradient_mode": "factors"}
 METHODS: dict[str, dict] = {
     "dense": {},
     "adamw": {"optimizer": "adamw"},
     "adafactor": {"optimizer": "adafactor"},
-    "lowrank": _LOW_RANK,  # power, or tangent where a step needs sums
-    "lowrank-grad": {**_LOW_RANK, "streaming_gradient_mode": "grad"},
-    "tangent": {**_LOW_RANK, "streaming_method": "tangent"},
     **{
-        name: {"enable_streaming": True, **{PREFIX + k: v for k, v in PRESETS[name].items()}}
-        for name in ("exact", "balanced", "minimal")
+        name: {"enable_streaming": True, **{PREFIX + k: v for k, v in fields.items()}}
+        for name, fields in PRESETS.items()
     },
 }
+METHODS["tangent"] = {**METHODS["lowrank"], "streaming_method": "tangent"}
 RANK = PREFIX + "rank_k"
 RATES = ("lr", "matrix_lr", "matrix_lrs")
 # Flags that the sweep sets, for all methods alike.
@@ -63,7 +60,7 @@ def parse_methods(text: str, common: str = "") -> list[Method]:
     Args:
         text: comma separated specifications.
         common: changes for all methods, colon separated; a method's own win. Streaming flags among
-            them are for the methods that stream.
+            them are for the methods whose estimator has that option.
 
     Raises:
         ValueError: an unknown method or flag, or a value of the wrong kind.
@@ -91,10 +88,14 @@ def _method(spec: str, shared: dict) -> Method:
             raise ValueError(f"{label!r}: {idle[0]} is not for a peer, which takes dense gradients")
         flags = {k: v for k, v in {**shared, **given}.items() if not _concerns_gradients(k)}
         return Method(label, flags, rates, Peer(name, rank, options))
-    flags = {**METHODS[name], **shared, **given}
-    if not flags.get("enable_streaming"):
-        flags = {k: v for k, v in flags.items() if k in given or not k.startswith(PREFIX)}
-    return Method(label, flags, rates)
+    streaming = make(BaseTrainConfig, **{**METHODS[name], **given}).streaming
+    options = streaming.flat() if streaming else {}
+    common = {
+        key: value
+        for key, value in shared.items()
+        if not key.startswith(PREFIX) or key.removeprefix(PREFIX) in options
+    }
+    return Method(label, {**METHODS[name], **common, **given}, rates)
 
 
 def _concerns_gradients(flag: str) -> bool:
