@@ -15,7 +15,7 @@ from molegrad.gpt.train.flags import PREFIX, make
 from molegrad.memory import cuda as memory_cuda
 from molegrad.memory import simulate as memory_sim
 from molegrad.memory.simulate import PARTS, simulate
-from molegrad.monitor.peak import peak_bytes
+from molegrad.monitor.memory import peak_bytes
 from molegrad.optim import muon
 from molegrad.optim.clip import clip_grad_norm_
 
