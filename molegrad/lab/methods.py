@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 from molegrad.config import PRESETS
 from molegrad.gpt.train.config import BaseTrainConfig
-from molegrad.gpt.train.flags import PREFIX, fields_as_flags
+from molegrad.gpt.train.flags import PREFIX, fields_as_flags, make
 from molegrad.lab.peers import OPTIONS, PEERS, Peer
 from molegrad.lab.store import STEERING
 
@@ -63,7 +63,7 @@ def parse_methods(text: str, common: str = "") -> list[Method]:
     Args:
         text: comma separated specifications.
         common: changes for all methods, colon separated; a method's own win. Streaming flags among
-            them are for the methods that stream.
+            them are for the methods whose estimator has that option.
 
     Raises:
         ValueError: an unknown method or flag, or a value of the wrong kind.
@@ -91,10 +91,14 @@ def _method(spec: str, shared: dict) -> Method:
             raise ValueError(f"{label!r}: {idle[0]} is not for a peer, which takes dense gradients")
         flags = {k: v for k, v in {**shared, **given}.items() if not _concerns_gradients(k)}
         return Method(label, flags, rates, Peer(name, rank, options))
-    flags = {**METHODS[name], **shared, **given}
-    if not flags.get("enable_streaming"):
-        flags = {k: v for k, v in flags.items() if k in given or not k.startswith(PREFIX)}
-    return Method(label, flags, rates)
+    streaming = make(BaseTrainConfig, **{**METHODS[name], **given}).streaming
+    options = streaming.flat() if streaming else {}
+    common = {
+        key: value
+        for key, value in shared.items()
+        if not key.startswith(PREFIX) or key.removeprefix(PREFIX) in options
+    }
+    return Method(label, {**METHODS[name], **common, **given}, rates)
 
 
 def _concerns_gradients(flag: str) -> bool:

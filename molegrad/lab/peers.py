@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from molegrad.config import MoleGradConfig
+from molegrad.estimators import LowRank
 
 PEERS: dict[str, str] = {
     "galore": "GaLore: AdamW in the leading subspace of the gradient (arXiv 2403.03507)",
@@ -65,7 +65,7 @@ class Peer:
 
     Args:
         rank: an integer, a share of each matrix's smaller side, or None, as
-            `MoleGradConfig.rank_k`.
+            `LowRank.rank_k`.
         options: in place of `OPTIONS[name]`.
 
     Raises:
@@ -96,10 +96,10 @@ class Peer:
             ValueError: a rank above a matrix's. ImportError: the method's package is missing; the
                 message names the extra.
         """
-        config = MoleGradConfig(method="power", rank_k=self.rank)
+        estimator = LowRank(rank_k=self.rank)
         by_rank: dict[int, list[nn.Parameter]] = defaultdict(list)
         for p in matrices:
-            rank = config.rank_of(*p.shape)
+            rank = estimator.rank_of(*p.shape, "")
             if rank > min(p.shape):
                 raise ValueError(
                     f"{self.name}: rank {rank} is more than a matrix of shape {tuple(p.shape)} "
