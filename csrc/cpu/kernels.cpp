@@ -360,21 +360,14 @@ void update(const UpdateJob<C>& job, int64_t begin, int64_t end, C* scratch) {
 
 // ---- vectors of the small dense algebra ---------------------------------------------------------
 
-using DoubleVec = Simd<double>::Vec;
-
-inline const Simd<double>::Loose* loose(const double* p) {
-  return reinterpret_cast<const Simd<double>::Loose*>(p);
-}
-inline Simd<double>::Loose* loose(double* p) { return reinterpret_cast<Simd<double>::Loose*>(p); }
-
 double dot(const double* x, const double* y, int64_t n) {
   constexpr int kLanes = Simd<double>::kLanes;
-  DoubleVec sums[4] = {};
+  Simd<double>::Vec sums[4] = {};
   int64_t i = 0;
   for (; i + 4 * kLanes <= n; i += 4 * kLanes)
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) sums[j] += *loose(x + i + j * kLanes) * *loose(y + i + j * kLanes);
-  const DoubleVec sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  const Simd<double>::Vec sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
   double total = 0;
   for (int l = 0; l < kLanes; ++l) total += sum[l];
   for (; i < n; ++i) total += x[i] * y[i];
@@ -392,7 +385,7 @@ void rotate(double c, double s, double* x, double* y, int64_t n) {
   constexpr int kLanes = Simd<double>::kLanes;
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
-    const DoubleVec a = *loose(x + i), b = *loose(y + i);
+    const Simd<double>::Vec a = *loose(x + i), b = *loose(y + i);
     *loose(x + i) = c * a - s * b;
     *loose(y + i) = s * a + c * b;
   }

@@ -21,6 +21,11 @@ struct Simd {
   static constexpr int kLanes = MOLEGRAD_VECTOR_BYTES / sizeof(C);
 };
 
+inline const Simd<double>::Loose* loose(const double* p) {
+  return reinterpret_cast<const Simd<double>::Loose*>(p);
+}
+inline Simd<double>::Loose* loose(double* p) { return reinterpret_cast<Simd<double>::Loose*>(p); }
+
 inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 
 }  // namespace

@@ -75,34 +75,20 @@ def opchecks(args, without=()) -> list[str]:
     return [n for n in names if n not in without and not (float8 and n == "test_schema")]
 
 
-def linear_state(m: int, n: int, k: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    return {
-        "basis_u": orthonormal(m, k, 1, dtype),
-        "basis_v": orthonormal(n, k, 2, dtype),
-        "counter": torch.zeros((), dtype=torch.int64),
-        "stats": torch.zeros(8),
-    }
-
-
-def sample_inputs(name: str, requires_grad: bool = False) -> list[tuple]:
+def sample_inputs(name: str) -> list[tuple]:
     """Argument tuples for `torch.ops.molegrad.<name>`."""
     a, b = tokens(19, 11, 13)
-    a, b = a.requires_grad_(requires_grad), b.requires_grad_(requires_grad)
     u, v = orthonormal(13, 4, 1), orthonormal(11, 4, 2)
-    a3, b3 = a.detach().view(1, 19, 11), b.detach().view(1, 19, 13)
-    weight, bias = randn(13, 11), randn(13)
-    state = linear_state(13, 11, 4)
-    counter, stats = state["counter"], state["stats"]
-    x = randn(2, 5, 11).requires_grad_(requires_grad)
-    linear = (x, weight, bias)
-    float8 = torch.ops.molegrad.quantize_rows(x.detach())
-    a8, a8_scale = torch.ops.molegrad.quantize_tensor(a.detach())
-    b8, b8_scale = torch.ops.molegrad.quantize_rows(b.detach(), True)
+    a3, b3 = a.view(1, 19, 11), b.view(1, 19, 13)
+    weight = randn(13, 11)
+    step = counter()
+    a8, a8_scale = torch.ops.molegrad.quantize_tensor(a)
+    b8, b8_scale = torch.ops.molegrad.quantize_rows(b, True)
     data8, scale8 = torch.ops.molegrad.quantize_rows(a3)
     return {
         "lowrank_grad": [
-            (a.detach(), b.detach(), v),
-            (a3, b3, v, 2, torch.ops.molegrad.rademacher(11, 3, counter, 1)),
+            (a, b, v),
+            (a3, b3, v, 2, torch.ops.molegrad.rademacher(11, 3, step, 1)),
             (a3.to(torch.bfloat16), b3.to(torch.bfloat16), v, 0),
             (a8, b8, v, 1, None, 1e3, a8_scale, b8_scale),
         ],
@@ -111,15 +97,15 @@ def sample_inputs(name: str, requires_grad: bool = False) -> list[tuple]:
             (a3.to(torch.bfloat16), b8.view(1, 19, 13), u, v, None, b8_scale.view(1, 19)),
         ],
         "sketch_accumulate_": [
-            (randn(13, 4), randn(11, 4), a.detach(), b.detach(), u, v),
+            (randn(13, 4), randn(11, 4), a, b, u, v),
             (randn(13, 4), randn(11, 4), a8, b8, u, v, a8_scale, b8_scale),
         ],
         "sketch_accumulate_many_": [
             (
                 [randn(13, 4), randn(11, 3), randn(13, 2)],
                 [randn(11, 4), randn(13, 3), randn(11, 4)],
-                [a.detach(), b3, a3.bfloat16()],
-                [b.detach(), a3, b3.bfloat16()],
+                [a, b3, a3.bfloat16()],
+                [b, a3, b3.bfloat16()],
                 [u, v[:, :3], u],
                 [v, u[:, :3], v[:, :2]],
             ),
@@ -133,38 +119,18 @@ def sample_inputs(name: str, requires_grad: bool = False) -> list[tuple]:
         "lowrank_update_many_": [
             ([weight.clone(), weight.clone()], torch.stack([u, u]), torch.stack([v, v]), 0.5, 0.01),
             ([weight.bfloat16(), weight.bfloat16().mT.contiguous().mT], torch.stack([u, u]),
-             torch.stack([v, v]), -0.1, 0.0, True, counter, 5),
+             torch.stack([v, v]), -0.1, 0.0, True, step, 5),
         ],
         "sampled_grad_": [
-            (randn(13, 11), a.detach(), b.detach(), None, counter, 0.4, 4),
-            (randn(13, 11).bfloat16(), data8, b3, scale8, counter, 0.5, 8, -2.0),
-            (randn(11, 13), b3, a3, None, counter, 2.0, 3, 1.0, 5),
+            (randn(13, 11), a, b, None, step, 0.4, 4),
+            (randn(13, 11).bfloat16(), data8, b3, scale8, step, 0.5, 8, -2.0),
+            (randn(11, 13), b3, a3, None, step, 2.0, 3, 1.0, 5),
         ],
-        "rademacher": [(5, 3, counter, 7)],
+        "rademacher": [(5, 3, step, 7)],
         "add_quantized_": [
             (torch.zeros(13, 11, dtype=torch.int8), torch.ones(13, 1), randn(13, 11)),
             (torch.ones(13, 11, dtype=torch.int8), torch.ones(1, 11), randn(13, 11).bfloat16()),
         ],
         "quantize_rows": [(randn(2, 5, 11),), (randn(7, 3).bfloat16(), True)],
         "quantize_tensor": [(randn(2, 5, 11),), (randn(7, 3).bfloat16(), True)],
-        "linear_dense": [
-            (*linear, *saved, u, v, counter, stats, method, 1, probes, trust, 1, 3, 1e3)
-            for method, probes, trust, saved in (
-                ("power", 2, 0.0, float8), ("tangent", 0, 0.0, (None, None)),
-                ("tangent", 3, 2.0, (None, None)),
-            )
-        ] + [(*linear, *float8, u, v, counter, stats, "power", 1, 0, 0.0, 1, 3, 1e3, True)],
-        "linear_sampled": [
-            (*linear, None, None, None, None, counter, stats, 0.5, 2, 3),
-            (*linear, *float8, torch.zeros(13, 11), None, counter, stats, 1.0, 4, 0),
-        ],
-        "linear_factored": [
-            (*linear, *saved, u_, v_, stats, method, 3, 1, 1e3, fp8)
-            for method, saved, fp8 in (
-                ("tangent", (None, None), False), ("power", float8, False),
-                ("tangent", float8, True), ("power", (None, None), True),
-            )
-            for u_, v_ in ((u.clone().requires_grad_(requires_grad),
-                            v.clone().requires_grad_(requires_grad)),)
-        ],
     }[name]  # fmt: skip

@@ -10,25 +10,17 @@ from molegrad.ops import OPS
 from tests.ops.samples import opchecks, sample_inputs
 from tests.samples import orthonormal, randn, tokens
 
-ESTIMATES = [name for name in OPS if not name.startswith("linear")]
+# Those of layers are estimators': tests/estimators/test_ops.py.
+FAMILIES = [name for name in OPS if not name.startswith("linear")]
 
 
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_opcheck(name):
     for args in sample_inputs(name):
         torch.library.opcheck(getattr(torch.ops.molegrad, name), args, test_utils=opchecks(args))
 
 
-@pytest.mark.parametrize("name", [n for n, op in OPS.items() if op.setup])
-def test_opcheck_with_gradients(name):
-    for args in sample_inputs(name, requires_grad=True):
-        # Buffers that the backward pass moves, which opcheck refuses.
-        moves = name != "linear_factored"
-        tests = opchecks(args, ("test_aot_dispatch_dynamic",) if moves else ())
-        torch.library.opcheck(getattr(torch.ops.molegrad, name), args, test_utils=tests)
-
-
-@pytest.mark.parametrize("name", ESTIMATES)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_every_op_has_a_wrapper_with_the_arguments_of_its_schema(name):
     schema = getattr(torch.ops.molegrad, name).default._schema
     wrapper = inspect.signature(getattr(ops, name)).parameters
@@ -40,7 +32,7 @@ def test_every_op_has_a_wrapper_with_the_arguments_of_its_schema(name):
     assert getattr(ops, name).__doc__ and OPS[name].reference.__doc__
 
 
-@pytest.mark.parametrize("name", [n for n in ESTIMATES if OPS[n].backward])
+@pytest.mark.parametrize("name", [n for n in FAMILIES if OPS[n].backward])
 def test_what_has_no_derivative_says_so(name):
     args = [
         x.clone().requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
@@ -72,7 +64,7 @@ UNSAFE = [  # a call of each op that would leave its tensors' memory
 
 
 def test_every_op_is_called_unsafely_below():
-    assert {name for name, _ in UNSAFE} == set(ESTIMATES)
+    assert {name for name, _ in UNSAFE} == set(FAMILIES)
 
 
 @pytest.mark.parametrize("name, args", UNSAFE)
