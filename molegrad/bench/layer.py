@@ -49,14 +49,14 @@ def bench_layers(
         dense: nn.Linear(n, m, bias=False, device=device, dtype=dtype)
     }
     configs = {
-        f"{method}, {mode}": MoleGradConfig(rank_k=k, method=method, gradient_mode=mode)
-        for mode in ("dense", "factored")
+        f"{method}, {mode}": MoleGradConfig.of(method, rank_k=k, gradient_mode=mode)
+        for mode in ("grad", "factors")
         for method in ("power", "tangent")
     }
     configs |= {name: MoleGradConfig.preset(name) for name in PRESETS}
     for how, config in configs.items():
         layer = MoleLinear(n, m, bias=False, device=device, dtype=dtype, config=config)
-        layer.steps.told = True  # that nobody steps is meant
+        layer.steps.warned.add("steps")  # that nobody steps is meant
         layers["MoleLinear", how] = layer
 
     def run(layer: nn.Module) -> Callable[[], None]:

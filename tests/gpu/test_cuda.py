@@ -42,7 +42,7 @@ FACTORED = {
     "rank_k": 8,
     "min_layer_utilization": 0.0,
     "target_layers": "all",
-    "gradient_mode": "factored",
+    "gradient_mode": "factors",
 }
 
 
@@ -279,15 +279,15 @@ def flat(values):
 
 
 CONFIGS = {
-    "factored-grouped": MoleGradConfig(**FACTORED, method="tangent", group_mib=64),
+    "factors-grouped": MoleGradConfig.of(**FACTORED, method="tangent", group_mib=64),
     **{name: MoleGradConfig.preset(name) for name in PRESETS},
-    "dense-power": MoleGradConfig(**{**FACTORED, "gradient_mode": "dense"}, method="power"),
-    "dense-tangent": MoleGradConfig(**{**FACTORED, "gradient_mode": "dense"}, method="tangent"),
-    "factored-tangent": MoleGradConfig(**FACTORED, method="tangent"),
-    "dense-power-fp8": MoleGradConfig(
-        **{**FACTORED, "gradient_mode": "dense"}, method="power", products="fp8"
+    "grad-power": MoleGradConfig.of(**{**FACTORED, "gradient_mode": "grad"}, method="power"),
+    "grad-tangent": MoleGradConfig.of(**{**FACTORED, "gradient_mode": "grad"}, method="tangent"),
+    "factors-tangent": MoleGradConfig.of(**FACTORED, method="tangent"),
+    "grad-power-fp8": MoleGradConfig.of(
+        **{**FACTORED, "gradient_mode": "grad"}, method="power", products="fp8"
     ),
-    "factored-tangent-fp8": MoleGradConfig(**FACTORED, method="tangent", products="fp8"),
+    "factors-tangent-fp8": MoleGradConfig.of(**FACTORED, method="tangent", products="fp8"),
 }
 
 
@@ -334,7 +334,7 @@ def test_steps_after_the_first_ones_take_no_memory_from_the_device(name):
 
 
 # torch.compile refuses group_mib; minimal is balanced but for the dtype of its momentum.
-@pytest.mark.parametrize("name", [n for n in CONFIGS if n not in ("factored-grouped", "minimal")])
+@pytest.mark.parametrize("name", [n for n in CONFIGS if n not in ("factors-grouped", "minimal")])
 def test_compiled_layers_train_alike(name, compiler):
     x = randn(96, 64).to(GPU)
     weights = []

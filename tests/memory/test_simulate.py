@@ -215,7 +215,7 @@ def test_planning_takes_no_memory_and_leaves_no_trace():
 
 
 def test_an_error_leaves_no_trace_either(monkeypatch):
-    def fail(self):
+    def fail(self, phases):
         raise RuntimeError("stop")
 
     monkeypatch.setattr(memory_sim._Run, "step", fail)

@@ -209,7 +209,7 @@ def test_groups_of_sketches_are_not_compiled_and_not_for_several_processes():
         ({"head_rank": -1}, "head_rank must not be negative"),
         ({"dashboards": "wandbb"}, "choose wandb, trackio"),
         ({"health": "sometimes"}, "is no action"),
-        ({"health_patience": 0}, "patience must be an integer of at least 1"),
+        ({"health_patience": 0}, "patience must lie between 1"),
         ({"recompute": "block", "offload": True, "compile": True}, "offload=True is not for comp"),
         ({"streaming_preset": "exact", "grad_clip": 1.0}, "'momentum' needs grad_clip=0.0, got 1"),
         ({"streaming_preset": "exact", "optimizer": "adamw"}, "'momentum' needs optimizer=muon"),
