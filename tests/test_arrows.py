@@ -21,10 +21,11 @@ FLOORS = [
     {"gpt.paths"},
     {"gpt.data", "gpt.model"},
     {"gpt.train"},
-    {"gpt.evaluate", "gpt.chat"},
+    {"gpt.evaluate", "gpt.chat", "gpt.export"},
     {"gpt.report"},
-    {"plan"},
-    {"bench", "lab"},
+    {"memory"},
+    {"lab"},
+    {"bench"},
     {"scripts"},
 ]
 # Rooms that a floor shares for a reason, and may import each other: opening a run stands above
@@ -62,6 +63,8 @@ def imports(path: Path, name: str) -> set[str]:
     found = set()
 
     def add(module: str) -> None:
+        if module == "molegrad._C":  # compiled: it imports nothing
+            return
         while module and module not in MODULES:
             module = module.rpartition(".")[0]
         if module:

@@ -38,7 +38,9 @@ def test_the_plan_says_why_a_layer_is_left():
 
     model.h[0].attn.c_v = Special(32, 32)
     model.h[0].attn.c_proj = nn.Linear(32, 6)
-    config = MoleGradConfig.of(rank_k=4, target_layers=[".*"], min_layer_utilization=0.7)
+    config = MoleGradConfig.of(
+        rank_k=4, method="tangent", target_layers=[".*"], min_layer_utilization=0.7
+    )
     reasons = {layer.name.split(".")[-1]: layer.reason for layer in plan(model, config).left}
     assert "tied" in reasons["lm_head"]
     assert "frozen" in reasons["c_q"]
@@ -76,7 +78,9 @@ def test_every_layer_has_its_rank_and_the_plan_shows_it():
 
 
 def test_an_override_that_is_too_large_or_matches_nothing_is_told():
-    config = MoleGradConfig.of(rank_k=4, target_layers="all", rank_overrides="c_fc=20")
+    config = MoleGradConfig.of(
+        rank_k=4, method="tangent", target_layers="all", rank_overrides="c_fc=20"
+    )
     assert "left: too small for rank 20 (c_fc=20)" in str(plan(TinyGPT(), config))
     for wrong in ("atention=4", "mlp=8,c_fc=4"):
         config = MoleGradConfig.of(rank_k=4, rank_overrides=wrong)

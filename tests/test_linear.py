@@ -314,7 +314,7 @@ def test_bases_state_dict_resumes_exactly():
 def test_a_rank_that_does_not_fit_is_refused_and_repr_says_what_there_is():
     with pytest.raises(ValueError, match="needs a layer of at least 8 features.*lower rank_k"):
         MoleLinear(6, 40, config=config())
-    assert "rank=4, method=tangent, gradient_mode=dense" in repr(
+    assert "rank 4 (rank_k=4), method=tangent, gradient_mode=grad" in repr(
         MoleLinear(24, 40, config=config())
     )
 

@@ -227,7 +227,7 @@ def test_momentum_under_float16_autocast_is_warned_of_once():
 
 def test_clipping_and_other_optimizers_are_refused():
     moled = layer()
-    with pytest.raises(ValueError, match="mlp is in .*momentum.*leave clipping off"):
+    with pytest.raises(ValueError, match="mlp has .*momentum.*leave clipping off"):
         clip_grad_norm_(moled, 1.0)
     with pytest.raises(ValueError, match="got 'momentum'.*needs molegrad.optim.Muon"):
         AdamW(matrix_param_groups(moled), lr=0.1)

@@ -72,7 +72,7 @@ def check(grad, a, b, a_scale, fraction, block, alpha=1.0, seed=0, op=ops.sample
 
 @pytest.mark.parametrize(
     "shape, dtype, block, make",
-    pairwise(SHAPES, DTYPES, BLOCKS, [tokens, sparse_tokens]), ids=str,
+    pairwise(SHAPES, DTYPES, BLOCKS, [tokens, sparse_tokens]), ids=lambda v: getattr(v, "__name__", str(v)),
 )  # fmt: skip
 def test_it_takes_the_sample_of_the_reference(make, shape, dtype, block):
     t, n, m, fraction = shape

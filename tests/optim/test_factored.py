@@ -352,7 +352,7 @@ def test_perceptron_with_biases_splits():
 
 
 def test_steps_multiply_in_full_precision(monkeypatch):
-    seen, step = [], Muon._factored_step
+    seen, step = [], Muon._factors_step
     layer = factored_layer()
     optimizer = Muon(matrix_param_groups(layer), lr=0.1)
     backward(layer)
@@ -361,6 +361,6 @@ def test_steps_multiply_in_full_precision(monkeypatch):
         seen.append(torch.backends.cuda.matmul.fp32_precision)
         step(self, bucket)
 
-    monkeypatch.setattr(Muon, "_factored_step", watched)
+    monkeypatch.setattr(Muon, "_factors_step", watched)
     optimizer.step()
     assert seen == ["ieee"]
