@@ -20,7 +20,6 @@ from pathlib import Path
 
 COMMANDS = (  # of every benchmark, training and test, named as they are installed
     "torch>=2.10", "filelock", "numpy", "pytest", "rich", "rustbpe", "safetensors", "tiktoken",
-    "tyro",
 )  # fmt: skip
 BUILD = ("setuptools>=77", "cmake", "ninja", "pybind11")
 INSTALL = ("setuptools>=77",)  # without the extension

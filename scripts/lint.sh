@@ -2,6 +2,7 @@
 # Style of Python, C++, CUDA and shell sources; "bash scripts/lint.sh --fix" mends what it can.
 
 set -euo pipefail
+export MOLEGRAD_EXTRAS="${MOLEGRAD_EXTRAS:-gpt,test,hf,peers}"
 source "$(dirname "$0")/setup.sh"
 
 sources=$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')

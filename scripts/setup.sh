@@ -7,6 +7,8 @@
 #   MOLEGRAD_BUILD  0 leaves the native extension out (see README)
 #   MOLEGRAD_DEPS   0 installs MoleGrad without what it depends on, with no network; what its commands
 #                   need and is not there is named, and is an error
+#   MOLEGRAD_EXTRAS  what pip installs beside: "gpt" for the pipeline (default), and for all tests
+#                   "gpt,test,hf,peers"
 #   MOLEGRAD_SKIP_INSTALL  1 takes the environment as it is
 
 set -euo pipefail
@@ -28,7 +30,7 @@ find_python() {
 }
 
 setup_environment() {
-  local venv="${MOLEGRAD_VENV:-.venv}" isolation=() stamp
+  local venv="${MOLEGRAD_VENV:-.venv}" extras="${MOLEGRAD_EXTRAS:-gpt}" isolation=() stamp
   PYTHON="$(find_python)"
   if [ "$venv" = none ]; then
     isolation=(--no-build-isolation)
@@ -56,7 +58,7 @@ setup_environment() {
   if [ "${MOLEGRAD_BUILD:-1}" = 0 ]; then build=0; fi
   if [ "${MOLEGRAD_DEPS:-1}" = 0 ]; then deps=0; fi
   sources="$(cat pyproject.toml setup.py CMakeLists.txt $(find csrc -type f | sort) | sha256sum)"
-  sources="${sources%% *} ${MOLEGRAD_CUDA:-AUTO} ${MOLEGRAD_CUDA_ARCHITECTURES:-default} $PWD"
+  sources="${sources%% *} $extras ${MOLEGRAD_CUDA:-AUTO} ${MOLEGRAD_CUDA_ARCHITECTURES:-default} $PWD"
   if [ -f "$stamp" ]; then read -r had_build had_deps known <"$stamp" || true; fi
   if [ "$known" = "$sources" ] && [ "$had_build" -ge "$build" ] && [ "$had_deps" -ge "$deps" ]; then
     return
@@ -81,13 +83,13 @@ setup_environment() {
     say "Installing $torch"
     "$PYTHON" -m pip install --quiet --disable-pip-version-check "$torch"
   fi
-  say "Installing MoleGrad [gpt,test] and building its extension"
+  say "Installing MoleGrad [$extras] and building its extension"
   if [ "$venv" = none ]; then
     "$PYTHON" -m pip install --quiet --disable-pip-version-check "setuptools>=77" cmake ninja \
       pybind11 || echo "pip could not reach an index: using the build tools that are installed"
   fi
   if ! "$PYTHON" -m pip install --disable-pip-version-check --quiet "${isolation[@]}" \
-    -e ".[gpt,test]"; then
+    -e ".[$extras]"; then
     echo "Without a network, with what is installed: MOLEGRAD_VENV=none MOLEGRAD_DEPS=0" >&2
     return 1
   fi

@@ -6,6 +6,7 @@
 #   MOLEGRAD_BUILD=0 bash scripts/test.sh   the same suite on the plain torch fallback
 
 set -euo pipefail
+export MOLEGRAD_EXTRAS="${MOLEGRAD_EXTRAS:-gpt,test,hf,peers}"
 source "$(dirname "$0")/setup.sh"
 
 workers="$(nproc)"

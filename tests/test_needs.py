@@ -32,9 +32,10 @@ def test_programs_of_the_system_are_found(tmp_path, monkeypatch):
 
 
 def test_the_report_has_a_remedy_and_names_what_is_of_no_consequence():
-    text = _needs.report({"tyro": "No module named 'tyro'", "torch>=2.10": "too old"}, ["wandb"])
-    assert "  tyro: No module named 'tyro'\n" in text
-    assert "pip install --no-index --find-links=FOLDER tyro 'torch>=2.10'\n" in text
+    missing = {"tiktoken": "No module named 'tiktoken'", "torch>=2.10": "too old"}
+    text = _needs.report(missing, ["wandb"])
+    assert "  tiktoken: No module named 'tiktoken'\n" in text
+    assert "pip install --no-index --find-links=FOLDER tiktoken 'torch>=2.10'\n" in text
     assert text.endswith("Not here, for single uses: wandb (dashboards)")
     assert _needs.report({}, []) == ""
 

@@ -16,7 +16,6 @@ git ls-files -z | xargs -0 cp --parents -t build/gpu-source
   MOLEGRAD_CUDA=ON MOLEGRAD_CUDA_ARCHITECTURES=${MOLEGRAD_CUDA_ARCHITECTURES:-90a-real} \
     "$OLDPWD/$venv/bin/python" setup.py build_ext --inplace)
 cp build/gpu-source/molegrad/_C*.so .gpu/
-$venv/bin/pip download -q --no-deps --only-binary=:all: -d .gpu/wheels \
-  tyro docstring-parser typeguard rustbpe
+$venv/bin/pip download -q --no-deps --only-binary=:all: -d .gpu/wheels rustbpe
 if [ -n "${MOLEGRAD_TEXT:-}" ]; then cp "$MOLEGRAD_TEXT"/{train,val}.txt .gpu/text/; fi
 du -sh .gpu

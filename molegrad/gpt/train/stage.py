@@ -27,7 +27,8 @@ from molegrad.gpt.train.schedule import Schedule
 from molegrad.monitor import memory_bytes
 
 # Flags that say what to do about an earlier run, not what this one is.
-_MANNERS = ("resume", "resume_from_step", "overwrite", "if_needed")
+# The tokenizer is among the inputs, by what it holds; the flag is only a name for it.
+_MANNERS = ("resume", "resume_from_step", "overwrite", "if_needed", "tokenizer")
 
 
 @dataclass(frozen=True)
