@@ -268,10 +268,10 @@ def _require_no_parameters(outputs: tuple[Tensor, ...]) -> None:
     if own:
         shapes = ", ".join(str(tuple(p.shape)) for p in own.values())
         raise ValueError(
-            f"the function in chunks uses parameters of its own, of shape {shapes}, which would get "
-            "no gradient: in_chunks trains `inputs`, `layers` and `last` alone. Apply modules with "
-            "parameters (norms) before in_chunks and give their result as one of `inputs`, leave this "
-            "part of the model out of it, or freeze them with requires_grad_(False)"
+            f"the function in chunks uses parameters of its own, of shape {shapes}, which would "
+            "get no gradient: in_chunks trains `inputs`, `layers` and `last` alone. Apply modules "
+            "with parameters (norms) before in_chunks and give their result as one of `inputs`, "
+            "leave this part of the model out of it, or freeze them with requires_grad_(False)"
         )
 
 

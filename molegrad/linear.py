@@ -126,9 +126,7 @@ class MoleLinear(nn.Linear):
         held = {**self._parameters, **self._buffers}
         tensors = {key: held[key] for key in self._tensors}
         mode = self.config.gradient_mode
-        return State(
-            self.weight, mode, self._seed, self.name, tensors, self._setting, self._shared
-        )
+        return State(self.weight, mode, self._seed, self.name, tensors, self._setting, self._shared)
 
     @property
     def rank(self) -> int:

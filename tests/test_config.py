@@ -43,9 +43,17 @@ def test_explored_directions(decay, k, explored):
         ({"rank_overrides": {"ffn": 8}}, TypeError, "rank_overrides must be a string such as"),
         ({"power_iters": -1}, ValueError, "power_iters must be at least 0"),
         ({"power_iters": 10**6}, ValueError, "power_iters must be at most 1000"),
-        ({"power_iters": 2, "method": "tangent"}, ValueError, "power_iters=2 is for method='power'"),
+        (
+            {"power_iters": 2, "method": "tangent"},
+            ValueError,
+            "power_iters=2 is for method='power'",
+        ),
         ({"method": "svd"}, ValueError, "method must be one of power, tangent, exact, sampled"),
-        ({"gradient_mode": "dense"}, ValueError, "gradient_mode must be one of grad, momentum, fac"),
+        (
+            {"gradient_mode": "dense"},
+            ValueError,
+            "gradient_mode must be one of grad, momentum, fac",
+        ),
         ({"gradient_mode": "momentum"}, ValueError, "not for method='power': choose 'exact' or"),
         (
             {"gradient_mode": "factors", "method": "exact"},
@@ -76,7 +84,11 @@ def test_explored_directions(decay, k, explored):
         ({"products": "int4"}, ValueError, "products must be one of full, fp8"),
         ({"saved_inputs": "int4"}, ValueError, "saved_inputs must be one of full, fp8"),
         ({"seed": 1.5}, TypeError, "seed must be an integer, got 1.5"),
-        ({"method": "sampled", "sampling_fraction": 0}, ValueError, "sampling_fraction must be abo"),
+        (
+            {"method": "sampled", "sampling_fraction": 0},
+            ValueError,
+            "sampling_fraction must be abo",
+        ),
         ({"method": "sampled", "sampling_fraction": 1.5}, ValueError, "above 0 and at most 1"),
         (
             {"method": "sampled", "sampling_overrides": "ffn=2"},

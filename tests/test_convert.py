@@ -47,7 +47,9 @@ def test_the_plan_says_why_a_layer_is_left():
     assert "parametrized" in reasons["c_k"]
     assert "Special" in reasons["c_v"]
     assert "too small for rank 4 (rank_k=4)" in reasons["c_proj"]
-    small = plan(model, MoleGradConfig.of(rank_k=12, target_layers=["mlp"], min_layer_utilization=0.7))
+    small = plan(
+        model, MoleGradConfig.of(rank_k=12, target_layers=["mlp"], min_layer_utilization=0.7)
+    )
     assert "saves 44% of the dense gradient, less than min_layer_utilization=70%" in str(small)
     assert "taken" in str(
         plan(model, config)

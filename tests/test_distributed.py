@@ -12,7 +12,9 @@ from molegrad import MoleGradConfig, clip_grad_norm_, convert, ignored_by_ddp
 from molegrad.optim import Muon, matrix_param_groups, other_params
 from tests.models import TinyGPT
 
-CONFIG = MoleGradConfig.of(method="tangent", rank_k=4, target_layers="all", gradient_mode="factors", probes=2)
+CONFIG = MoleGradConfig.of(
+    method="tangent", rank_k=4, target_layers="all", gradient_mode="factors", probes=2
+)
 
 
 def build(config: MoleGradConfig):

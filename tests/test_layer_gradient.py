@@ -16,7 +16,12 @@ CONFIGS = {
     "tangent": {"method": "tangent", "rank_k": 4},
     "tangent, probes": {"method": "tangent", "rank_k": 4, "probes": 3, "trust_scaling": True},
     "factors": {"method": "tangent", "gradient_mode": "factors", "rank_k": 4, "probes": 2},
-    "factors, fp8": {"method": "tangent", "gradient_mode": "factors", "rank_k": 4, "products": "fp8"},
+    "factors, fp8": {
+        "method": "tangent",
+        "gradient_mode": "factors",
+        "rank_k": 4,
+        "products": "fp8",
+    },
     "tangent, fp8": {"method": "tangent", "rank_k": 4, "products": "fp8"},
     "sampled": {"method": "exact"},
     "momentum": {"method": "exact", "gradient_mode": "momentum"},
@@ -67,7 +72,9 @@ def test_the_gradient_and_all_that_it_moves_are_those_of_the_whole(name, chunk, 
         if ours is not None:
             torch.testing.assert_close(ours, parameter.grad, rtol=1e-4, atol=1e-4)
     if isinstance(layer, MoleLinear):
-        for ours, theirs in zip(*(e.config.estimator.bases(e.state) for e in (layer, whole)), strict=True):
+        for ours, theirs in zip(
+            *(e.config.estimator.bases(e.state) for e in (layer, whole)), strict=True
+        ):
             torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
     if name == "momentum":
         torch.testing.assert_close(layer.momentum.data, whole.momentum.data, rtol=1e-4, atol=1e-4)
@@ -125,8 +132,12 @@ def test_no_chunk_at_all_gives_no_gradient():
 
 
 def test_methods_that_need_their_whole_input_are_refused():
-    layer = MoleLinear(N, M, config=MoleGradConfig.of(method="power", rank_k=4), name="h.0.mlp.c_fc")
-    with pytest.raises(ValueError, match="h.0.mlp.c_fc cannot run in chunks.*method='power'.*method='tangent'"):
+    layer = MoleLinear(
+        N, M, config=MoleGradConfig.of(method="power", rank_k=4), name="h.0.mlp.c_fc"
+    )
+    with pytest.raises(
+        ValueError, match="h.0.mlp.c_fc cannot run in chunks.*method='power'.*method='tangent'"
+    ):
         require_chunkable(layer, "in_chunks")
     with pytest.raises(ValueError, match="linear layers, got Tanh"):
         require_chunkable(nn.Tanh(), "in_chunks")

@@ -1,5 +1,7 @@
-"""Estimators of the weight gradient: `LowRank`, `Exact` and `Sampled`; `Estimator` is the base class
-of one's own (`molegrad.estimators.base` says how)."""
+"""Estimators of the weight gradient: `LowRank`, `Exact` and `Sampled`.
+
+`Estimator` is the base class of one's own; `molegrad.estimators.base` says how to write it.
+"""
 
 from molegrad.estimators.base import Estimate, Estimator, State
 from molegrad.estimators.exact import Exact

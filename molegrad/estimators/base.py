@@ -3,7 +3,7 @@
 An estimator is a frozen dataclass, its options, whose methods work on tensors: it knows no layers.
 A layer (`molegrad.linear.MoleLinear`) gives it a `State`. To write one:
 
-    class MySum:                       # what the backward pass does: molegrad.ops.linear.Accumulator
+    class MySum:                    # what the backward pass does: molegrad.ops.linear.Accumulator
         def __init__(self, weight): ...
         def add(self, a, b, a_scale=None): ...
         def finish(self): return (gradient_of_the_weight,)

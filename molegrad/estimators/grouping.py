@@ -198,7 +198,8 @@ def grouped_linear(
     basis_u: Tensor,
     basis_v: Tensor,
 ) -> Tensor:
-    """x (…, n) to (…, m) as `linear_lowrank` with method "tangent" and factors; its sketch waits in `group`.
+    """x (…, n) to (…, m) as `linear_lowrank` with method "tangent" and factors; its sketch waits in
+    `group`.
 
     Raises:
         RuntimeError: torch.compile, several processes, or arguments that do not fit.

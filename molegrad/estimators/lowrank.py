@@ -182,8 +182,9 @@ class LowRank(LowRankOptions, Estimator):
         return joined
 
     def metrics(self, values: dict[str, float]) -> dict[str, float]:
-        """The values of `STATS` but the norms, and energy_capture = ‖Ĝ‖ / ‖G‖ (Ĝ before trust scaling), the norms
-        themselves, and gradient_norm_compression_ratio = energy_capture times trust factor."""
+        """The values of `STATS` but the squared norms, and energy_capture = ‖Ĝ‖ / ‖G‖ (Ĝ before
+        trust scaling), the norms themselves, and gradient_norm_compression_ratio, energy_capture
+        times trust factor."""
         captured, total = values["captured_norm_sq"], values["gradient_norm_sq"]
         measured = self.probes > 0 and total > 0
         capture = min(math.sqrt(captured / total), 1.0) if measured else math.nan
@@ -315,7 +316,6 @@ class LowRank(LowRankOptions, Estimator):
             "cond_max": self.cond_max,
             "seed": seed,
         }
-
 
 
 class _SinglePassGuard:

@@ -15,9 +15,6 @@ data. A record of every storage, from birth to death, gives the peak and its par
 | logits | all that the loss makes: logits, their gradient, the gradients of its operands |
 | workspace | the rest: temporaries of the backward pass and of the optimizers |
 
-Why not formulas: what a step keeps follows from autograd's formulas, autocast, the levers of
-`molegrad.gpt.model.activations` and the optimizers; formulas beside them rot with every change.
-
 How: blocks of a model are alike, so the passes of a deep model are those of one with two blocks,
 and for every further one what a model with four has more; the optimizers' step is that of the whole
 model. The tensors say that they are the CPU's on every device, as autograd refuses those of a

@@ -5,8 +5,7 @@ import copy
 import pytest
 import torch
 
-from molegrad import MoleGradConfig, MoleLinear, convert, ops
-from molegrad import linear
+from molegrad import MoleGradConfig, MoleLinear, convert, linear, ops
 from molegrad.estimators import inputs, lowrank_sums
 from molegrad.optim import Muon, matrix_param_groups
 from tests.models import TinyGPT, perceptron

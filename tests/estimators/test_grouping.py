@@ -11,8 +11,8 @@ from torch import nn
 
 import molegrad
 from molegrad import MoleGradConfig, clip_grad_norm_, convert, ops
-from molegrad.gpt.train.guard import NonFiniteGuard
 from molegrad.estimators.grouping import SketchGroup
+from molegrad.gpt.train.guard import NonFiniteGuard
 from molegrad.linear import MoleLinear
 from molegrad.ops.checks import acc_dtype
 from molegrad.ops.registry import OPS
@@ -25,7 +25,13 @@ MANY = 1 << 20  # MiB: all at the end
 
 def config(**fields):
     return MoleGradConfig.of(
-        **{"rank_k": 4, "method": "tangent", "target_layers": "all", "gradient_mode": "factors", "group_mib": MANY}
+        **{
+            "rank_k": 4,
+            "method": "tangent",
+            "target_layers": "all",
+            "gradient_mode": "factors",
+            "group_mib": MANY,
+        }
         | fields
     )
 

@@ -72,8 +72,9 @@ def check(grad, a, b, a_scale, fraction, block, alpha=1.0, seed=0, op=ops.sample
 
 @pytest.mark.parametrize(
     "shape, dtype, block, make",
-    pairwise(SHAPES, DTYPES, BLOCKS, [tokens, sparse_tokens]), ids=lambda v: getattr(v, "__name__", str(v)),
-)  # fmt: skip
+    pairwise(SHAPES, DTYPES, BLOCKS, [tokens, sparse_tokens]),
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
 def test_it_takes_the_sample_of_the_reference(make, shape, dtype, block):
     t, n, m, fraction = shape
     a, b = make(t, n, m, dtype=dtype)

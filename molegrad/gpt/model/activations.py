@@ -38,9 +38,9 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from molegrad.targets import layer_role
-from molegrad.offload import HostOffload
 from molegrad.chunked import in_chunks
+from molegrad.offload import HostOffload
+from molegrad.targets import layer_role
 
 Parts = Literal["mlp", "all"]
 Recompute = Literal["none", "selective", "block"]

@@ -27,8 +27,7 @@ from molegrad.gpt.train.flags import PREFIX
 from molegrad.gpt.train.logger import read_metrics
 from molegrad.gpt.train.sft import SFTConfig
 from molegrad.gpt.train.tok_train import TokTrainConfig
-from molegrad.monitor.instruments import HEALTH_RECORDS, SHADOW_RECORDS
-from molegrad.monitor.instruments import read_records
+from molegrad.monitor.instruments import HEALTH_RECORDS, SHADOW_RECORDS, read_records
 
 LEFT_OUT_STEPS = 5  # of the step time: warm-up
 # Settings in which runs must agree for their results to differ by the method alone.

@@ -9,18 +9,9 @@ import torch
 
 from molegrad.gpt import paths
 from molegrad.gpt.data.tokenizer import Tokenizer
+from molegrad.gpt.report.criteria import Limits, is_text, judge
 from molegrad.gpt.report.record import RunRecord, read_runs
-from molegrad.gpt.report.validate import (
-    Limits,
-    ValidateConfig,
-    is_text,
-    judge,
-    main,
-    reason,
-    state,
-    train,
-    with_preset,
-)
+from molegrad.gpt.report.validate import ValidateConfig, main, reason, state, train, with_preset
 from molegrad.gpt.train import checkpoint, flags
 from molegrad.gpt.train.config import resolve
 from molegrad.gpt.train.logger import METRICS, read_metrics
