@@ -189,10 +189,10 @@ class _Saved:
         self.version = tensor._version
         if not stays:
             # The same strides, so that what is computed from it is the same to the last bit.
-            self.layout = torch.empty_like(tensor, device="meta")
-            self.buffer = lane.take(self.layout.nbytes)
-            whole = self.buffer[: self.layout.nbytes].view(tensor.dtype)
-            self.host = whole.as_strided(self.layout.shape, self.layout.stride())
+            self.layout = tensor.shape, torch.empty_like(tensor, device="meta").stride()
+            self.buffer = lane.take(tensor.nbytes)
+            whole = self.buffer[: tensor.nbytes].view(tensor.dtype)
+            self.host = whole.as_strided(*self.layout)
             self.leaving = lane.copy(self.host, tensor)
 
     def leave(self) -> None:
@@ -204,9 +204,8 @@ class _Saved:
     def fetch(self) -> None:
         """Start the copy back, behind everything that the compute stream has been given."""
         if self.host is not None and self.coming is None:
-            shape, stride = self.layout.shape, self.layout.stride()
             device = self.lane.device
-            x = torch.empty_strided(shape, stride, dtype=self.layout.dtype, device=device)
+            x = torch.empty_strided(*self.layout, dtype=self.host.dtype, device=device)
             self.coming = x, self.lane.copy(x, self.host)
 
     def take(self) -> Tensor:

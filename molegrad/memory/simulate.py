@@ -355,10 +355,8 @@ class _Run:
         ledger.label([*self.model.buffers()], "inputs")
         for layer in self.model.modules():
             if isinstance(layer, MoleLinear):
-                working = [layer.basis_u, layer.basis_v, layer.counter, layer.stats]
-                ledger.label([t for t in working if t is not None], "bases")
-                momenta = (layer.momentum, layer.momentum_scale)
-                ledger.label([t for t in momenta if t is not None], "optimizer")
+                for name, tensor in layer.state.tensors.items():
+                    ledger.label([tensor], "optimizer" if "momentum" in name else "bases")
 
     def make_state(self) -> None:
         """The optimizers' state, by a step on gradients that no pass has made."""
@@ -404,10 +402,12 @@ class _Run:
             optimizer.zero_grad(set_to_none=True)
 
     def _label_gradients(self) -> None:
-        for name, parameter in self.model.named_parameters():
+        layers = [m for m in self.model.modules() if isinstance(m, MoleLinear)]
+        sketches = {id(p) for layer in layers for p in layer.sketches}
+        for parameter in self.model.parameters():
             if parameter.grad is not None:
-                sketch = name.rpartition(".")[2] in ("basis_u", "basis_v")
-                self.ledger.label([parameter.grad], "bases" if sketch else "gradients")
+                part = "bases" if id(parameter) in sketches else "gradients"
+                self.ledger.label([parameter.grad], part)
 
     def _state(self) -> list[Tensor]:
         """Tensors of the optimizers' own, those that they share with the model left out."""

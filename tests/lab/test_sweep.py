@@ -4,6 +4,7 @@ import pytest
 
 from molegrad.gpt import paths
 from molegrad.gpt.data.tokenizer import Tokenizer
+from molegrad.gpt.train.flags import resolved
 from molegrad.lab import store
 from molegrad.lab.sweep import (
     CompareConfig,
@@ -78,13 +79,15 @@ def test_the_axes_span_the_cells(text):
     rows = {r.config.total_batch_size: r.config.device_batch_size for r in runs}
     assert rows == {512: 2, 2048: 8, 8192: 8}
     assert {r.config.num_iterations for r in runs} == {40, 80}
-    assert all(r.config.streaming_seed == r.config.seed == 1 for r in runs)
+    assert all(r.config.seed == 1 for r in runs)
+    assert {r.config.streaming.seed for r in runs if r.config.streaming is not None} == {1}
 
 
 def test_runs_of_one_seed_differ_in_nothing_but_the_method(text):
     config = CompareConfig(methods="lowrank")
-    dense, low = (vars(make_run(config, text, cell, 0.02, 1).config) for cell in cells(config))
-    differ = {k for k in dense if dense[k] != low[k]}
+    runs = [make_run(config, text, cell, 0.02, 1).config for cell in cells(config)]
+    dense, low = map(resolved, runs)
+    differ = {k for k in {*dense, *low} if dense.get(k) != low.get(k)}
     assert {k for k in differ if not k.startswith("streaming_")} == {"run", "enable_streaming"}
     assert dense["save_every"] == -2 and dense["dashboards"] == "none"
 

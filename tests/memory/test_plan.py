@@ -4,13 +4,10 @@ import json
 
 import pytest
 
+from molegrad.gpt.train.flags import make
 from molegrad.memory import plan as memory_plan
 from molegrad.memory.plan import PlanConfig, card_bytes
-from tests.memory.test_simulate import FACTORED, SMALL
-
-
-def preset(name: str) -> dict:
-    return {"streaming_preset": name}
+from tests.memory.test_simulate import FACTORED, SMALL, preset
 
 
 @pytest.mark.parametrize(
@@ -43,7 +40,7 @@ def test_bad_values_are_named(values, phrase):
 
 
 def names(**values) -> list[str]:
-    return list(memory_plan.variants(PlanConfig(**SMALL, **values)))
+    return list(memory_plan.variants(make(PlanConfig, **SMALL, **values)))
 
 
 def test_columns_go_from_dense_to_what_is_asked_for():
@@ -57,7 +54,7 @@ def test_columns_go_from_dense_to_what_is_asked_for():
     assert names(compile=True)[-1] == "balanced + chunks + recompute"
     power = names(**FACTORED, streaming_method="power", total_batch_size=512)
     assert not [name for name in power if "chunks" in name] and len(power) == 4
-    columns = memory_plan.variants(PlanConfig(**SMALL, head_rank=8))
+    columns = memory_plan.variants(make(PlanConfig, **SMALL, head_rank=8))
     assert [column.head_rank for column in columns.values()] == [0, 8, 8, 8, 8]
     assert "balanced + head_rank" in columns and not columns["dense"].enable_streaming
 

@@ -81,7 +81,7 @@ def train(config, steps: int = 2) -> None:
         {**LOW_RANK, "optimizer": "adamw"},
         {**FACTORED, "streaming_method": "power"},
         {**LOW_RANK, "streaming_products": "fp8"},
-        {**FACTORED, "streaming_group_mib": 1},
+        {**FACTORED, "streaming_method": "tangent", "streaming_group_mib": 1},
         {**preset("balanced"), "head_rank": 8},
     ],
     ids=lambda values: ",".join(f"{k.removeprefix(PREFIX)}={v}" for k, v in values.items())[:60],
