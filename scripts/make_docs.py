@@ -28,15 +28,16 @@ COMMANDS = {
 HEAD = "<!-- Written by python -m scripts.make_docs; change the code, not this page. -->\n"
 FLAGS = """# Flags
 
-Every command is `python -m scripts.NAME`; `--a-b` and `--a_b` are one flag, and a boolean is `--flag`,
-`--flag=True`, `--flag=False` or `--no-flag`. Flags that several commands share stand in groups, first.
+Every command is `python -m scripts.NAME`; `--a-b` and `--a_b` are one flag, and a boolean is
+`--flag`, `--flag=True`, `--flag=False` or `--no-flag`. Flags that several commands share stand
+first, in groups.
 """
 OPS = """# Ops
 
-`torch.ops.molegrad.NAME`, and the same function with documentation in `molegrad.ops`. Every op exists
-with and without the native extension. T tokens, n in_features, m out_features, A (T, n) a layer's
-input, B (T, m) the gradient of its output, G = BᵀA (m, n) the weight gradient, k the rank, U (m, k) and
-V (n, k) the bases, Y = G V (m, k), W = Gᵀ U (n, k).
+`torch.ops.molegrad.NAME`, and the same function with documentation in `molegrad.ops`. Every op
+exists with and without the native extension. T tokens, n in_features, m out_features, A (T, n) a
+layer's input, B (T, m) the gradient of its output, G = BᵀA (m, n) the weight gradient, k the rank,
+U (m, k) and V (n, k) the bases, Y = G V (m, k), W = Gᵀ U (n, k).
 """
 
 
@@ -83,7 +84,7 @@ def ops_page() -> str:
     return "\n".join(parts)
 
 
-_LAYER = "The linear layer behind MoleLinear, with autograd: x Wᵀ + b, and an estimate of G backward."
+_LAYER = "MoleLinear's product x Wᵀ + b; the backward pass estimates the weight gradient."
 
 
 def _row(entry) -> str:

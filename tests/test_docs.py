@@ -1,4 +1,4 @@
-"""The pages: what is generated is up to date, what is written is short, and links lead somewhere."""
+"""The pages: generated ones are up to date, README and design short, links lead somewhere."""
 
 import re
 import subprocess
