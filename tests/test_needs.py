@@ -56,5 +56,5 @@ def test_it_runs_where_nothing_is_installed(tmp_path):
         [sys.executable, "-S", "-"], input=Path(_needs.__file__).read_text(), cwd=tmp_path,
         capture_output=True, text=True, env={"PATH": ""},
     )  # fmt: skip
-    assert done.returncode == 1 and "  tyro: No module named 'tyro'" in done.stderr
+    assert done.returncode == 1 and "  tiktoken: No module named 'tiktoken'" in done.stderr
     assert "  torch>=2.10: No module named 'torch'" in done.stderr
