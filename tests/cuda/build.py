@@ -68,9 +68,7 @@ def compiler() -> str:
 
 def sources() -> list[Path]:
     kernels = [KERNELS / "sketch_op.cpp", *KERNELS.glob("*.cu")]
-    return sorted(
-        x for x in (*kernels, *HERE.glob("*.cu"), *HERE.glob("*.cpp")) if x.stem != "info"
-    )
+    return sorted([*kernels, *HERE.glob("*.cu"), *HERE.glob("*.cpp")])
 
 
 def shared_memory() -> int:
